@@ -1,0 +1,41 @@
+# Everything from a bare Python 3.11: `make demo`, `make test`, `make lint`, `make bench`, `make serve`.
+#   DEVICE=cpu|cuda   which vLLM to install (default: cuda where there is an NVIDIA GPU)
+#   FLORA_CACHE=DIR   where models are kept (default: .cache)
+#   PYTEST_ARGS=...   passed on by `make test`, for example PYTEST_ARGS='-m "not engine"'
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+DEVICE ?= auto
+export FLORA_CACHE ?= $(CURDIR)/.cache
+BIN := .venv/bin
+MODEL ?= $(FLORA_CACHE)/smollm2
+ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo_adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
+
+.PHONY: setup model demo test lint format bench serve
+.DEFAULT_GOAL := demo
+
+setup:
+	@$(PYTHON) -I flora_vllm/bootstrap.py --device $(DEVICE)
+
+model: setup
+	@$(BIN)/flora-vllm model $(MODEL)
+
+demo: setup
+	@$(BIN)/flora-vllm demo
+
+test: setup
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+bench: setup
+	@$(BIN)/flora-vllm bench
+
+serve: model
+	$(BIN)/vllm serve $(MODEL) --enable-flora --max-loras 8 $(if $(ADAPTERS),--lora-modules $(ADAPTERS))
