@@ -1,0 +1,49 @@
+"""The equation as a loop: the oracle of every op. Never optimised, never used to serve."""
+
+from collections.abc import Sequence
+
+import torch
+
+from flora_vllm.ops.terms import LayerTerms, Segments
+
+
+def reference_linear(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    sizes: Sequence[int],
+    slots: Sequence[LayerTerms | None],
+    segments: Segments,
+) -> torch.Tensor:
+    """y[t] = g ∘ [Σ_j b[j] ∘ W(a[j] ∘ x[t]) + U(V x[t])] + h ∘ bias, slice by slice, in float64.
+
+    `sizes`: out features of each slice, in order, summing to O. `slots[s]`: the terms of slot s (None: not adapted).
+    Returns (T, O) float64. Source: arXiv 2312.05677, equations 4-6, for the Hadamard part.
+    """
+    x, weight = x_TI.double(), weight_OI.double()
+    bias = torch.zeros(weight.shape[0]).double() if bias_O is None else bias_O.double()
+    y_TO = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=torch.float64)
+    for slot, rows in segments:
+        layer_terms = slots[slot]
+        for t in rows.tolist():
+            start = 0
+            for i, size in enumerate(sizes):
+                part = slice(start, start + size)
+                terms = None if layer_terms is None else layer_terms[i]
+                y_TO[t, part] = _one_token(x[t], weight[part], bias[part], terms)
+                start += size
+    return y_TO
+
+
+def _one_token(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor, terms) -> torch.Tensor:
+    y = weight_OI @ x_I
+    if terms is None:
+        return y + bias_O
+    if terms.a_RI is not None:
+        y = y if terms.identity else torch.zeros_like(y)
+        for a_I, b_O in zip(terms.a_RI.double(), terms.b_RO.double(), strict=True):
+            y = y + b_O * (weight_OI @ (a_I * x_I))
+    if terms.down_RI is not None:
+        y = y + (terms.down_RI.double() @ x_I) @ terms.up_RO.double()
+    gain = torch.ones_like(y) if terms.gain_O is None else terms.gain_O.double()
+    return gain * y + (gain * bias_O if terms.gain_bias else bias_O)
