@@ -1,0 +1,173 @@
+"""Which of two exact ways a segment's Hadamard terms are computed, and what a step costs in rows of the base product.
+
+Stacked: the token's r scaled copies go through the unchanged W (r rows per token). Modulated: W ∘ (Bᵀ A) is formed
+once per segment, tile by tile, and costs about `constant + slope * r` rows whatever the number of tokens.
+The constants belong to an implementation, a layer shape, a thread count and a machine, so they are measured
+(`calibrate`) rather than written down; the defaults below are what a Zen 4 core measures in bfloat16.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from flora_vllm.errors import ConfigError
+from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
+
+PathChoice = Literal["auto", "stacked", "modulated"]
+PATHS: tuple[PathChoice, ...] = ("auto", "stacked", "modulated")
+
+
+@dataclass(frozen=True)
+class DispatchRule:
+    """Stack or modulate: `path="auto"` takes the cheaper by the rows model, the others force one way for every rank.
+
+    A forced path makes a token's arithmetic independent of what else is in the step (batch invariance).
+    Raises ConfigError for an unknown path or negative constants.
+    """
+
+    path: PathChoice = "auto"
+    constant: float = 15.0  # rows
+    slope: float = 1.3  # rows per rank
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise ConfigError(f"flora path {self.path!r} is unknown; use one of {', '.join(PATHS)}")
+        if self.constant < 0 or self.slope < 0:
+            raise ConfigError(f"dispatch constants must not be negative: {self.constant}, {self.slope}")
+
+    def modulates(self, tokens: int, rank: int) -> bool:
+        """Whether a segment of `tokens` tokens with `rank` base products per token takes the modulated path."""
+        if self.path != "auto":
+            return self.path == "modulated"
+        return rank > 1 and tokens * rank > tokens + self.constant + self.slope * rank
+
+    def rows(self, segments: Segments, ranks: Sequence[int]) -> float:
+        """Rows of the base product that the step's work amounts to; `ranks[slot]` is 1 for a slot that adds none."""
+        total = 0.0
+        for i, slot in enumerate(segments.slots):
+            tokens, rank = segments.starts[i + 1] - segments.starts[i], ranks[slot]
+            adapted = slot > 0 and (rank > 1 or self.path == "modulated")
+            if adapted and self.modulates(tokens, rank):
+                total += tokens + self.constant + self.slope * rank
+            else:
+                total += tokens * rank
+        return total
+
+
+class Adaptable(Protocol):
+    """What calibration needs of a kernel object (see `table.LinearKernel`)."""
+
+    def write_slot(self, slot: int, terms: LayerTerms | None) -> None: ...
+
+    def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor: ...
+
+
+def calibrate(
+    make: Callable[[torch.Tensor, DispatchRule], Adaptable],
+    implementation: str,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    path: PathChoice = "auto",
+) -> DispatchRule:
+    """The rule with constants measured for one layer shape (under a second), or read from the user's cache.
+
+    `make(weight_OI, rule)` builds the kernel to be measured; `implementation` names it, with its build, in the key.
+    """
+    key = {
+        "implementation": implementation,
+        "in_features": in_features,
+        "out_features": out_features,
+        "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+    }
+    file = cache_dir() / "dispatch" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    known = _read_constants(file, key)
+    if known is None:
+        weight_OI = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
+        known = _measure(make, weight_OI.to(device, dtype))
+        _write_constants(file, key, known)
+    return DispatchRule(path, *known)
+
+
+def cache_dir() -> Path:
+    """Where builds and measurements are kept between runs: $XDG_CACHE_HOME or ~/.cache, then flora_vllm."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "flora_vllm"
+
+
+def cpu_name() -> str:
+    """The CPU's model name and flags' digest, so that a cache shared between machines is not mixed up."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = hashlib.sha256(fields.get("flags", fields.get("Features", "")).encode()).hexdigest()[:12]
+    return f"{fields.get('model name', platform.machine())} {flags}"
+
+
+def _measure(make: Callable[[torch.Tensor, DispatchRule], Adaptable], weight_OI: torch.Tensor) -> tuple[float, float]:
+    """(constant, slope) from five timings: the base at two sizes gives a row's cost, two ranks give the line c(r)."""
+    out_features, in_features = weight_OI.shape
+    few, many, low, high = 64, 192, 2, 16
+    kernel = make(weight_OI, DispatchRule("modulated"))
+    for slot, rank in ((1, low), (2, high)):
+        a_RI = torch.randn(rank, in_features).to(weight_OI)
+        b_RO = torch.randn(rank, out_features).to(weight_OI)
+        kernel.write_slot(slot, (SliceTerms(a_RI=a_RI, b_RO=b_RO),))
+    x_TI = torch.randn(many, in_features).to(weight_OI)
+    steps = {
+        "few": (x_TI[:few], None),
+        "many": (x_TI, None),
+        "low": (x_TI[:few], group_by_slot([1] * few)),
+        "high": (x_TI[:few], group_by_slot([2] * few)),
+    }
+    best = dict.fromkeys(steps, float("inf"))
+    deadline = time.perf_counter() + 0.8
+    # Interleaved, smallest of many: a busy machine only ever makes a timing longer.
+    for turn in range(30):
+        for name, (rows, segments) in steps.items():
+            start = time.perf_counter()
+            kernel.forward(rows, None, segments)
+            if weight_OI.is_cuda:
+                torch.cuda.synchronize()
+            # The first turn fills caches and scratch.
+            best[name] = min(best[name], time.perf_counter() - start) if turn else best[name]
+        if time.perf_counter() > deadline and turn:
+            break
+    row_s = max((best["many"] - best["few"]) / (many - few), 1e-12)
+    at_low, at_high = ((best[name] - best["few"]) / row_s for name in ("low", "high"))
+    slope = min(max((at_high - at_low) / (high - low), 0.0), 50.0)
+    return min(max(at_low - slope * low, 0.0), 1000.0), slope
+
+
+def _read_constants(file: Path, key: dict) -> tuple[float, float] | None:
+    if not file.exists():
+        return None
+    try:
+        stored = json.loads(file.read_text())
+        return (float(stored["constant"]), float(stored["slope"])) if stored["key"] == key else None
+    except (ValueError, KeyError, TypeError):
+        # A torn or foreign file only costs a new measurement.
+        return None
+
+
+def _write_constants(file: Path, key: dict, constants: tuple[float, float]) -> None:
+    rule = asdict(DispatchRule("auto", *constants))
+    text = json.dumps({"key": key, "constant": rule["constant"], "slope": rule["slope"]}, indent=1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(text)
+    part.replace(file)
