@@ -1,0 +1,93 @@
+"""The adapted linear layer: it owns the base call, and one opaque torch op makes it reachable from compiled code.
+
+`flora::linear` takes the layer's identity as a tensor handle, never as a Python number: tracers freeze numbers, so a
+number would tie a compiled graph to one layer and to the moment it was traced. What a step needs is read inside the op.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flora_vllm.batch import Step
+from flora_vllm.ops.table import LinearKernel
+from flora_vllm.ops.terms import LayerTerms
+
+
+class AdaptedLinear:
+    """One linear layer of the model with its slots.
+
+    `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add) on this rank. The kernel never sees
+    that bias, so where a gain scales it too, the difference is added here.
+    """
+
+    def __init__(
+        self, kernel: LinearKernel, step: Step, sizes: Sequence[int], hidden_bias: torch.Tensor | None = None
+    ) -> None:
+        self._kernel = kernel
+        self._step = step
+        self._sizes = tuple(sizes)
+        self._hidden_bias = hidden_bias
+        self._bias_gain: dict[int, torch.Tensor] = {}  # slot -> (O,) gain - 1 where it scales the hidden bias
+        self.handle = _register(self)
+
+    @property
+    def kernel(self) -> LinearKernel:
+        return self._kernel
+
+    @property
+    def out_features(self) -> int:
+        return sum(self._sizes)
+
+    def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
+        self._kernel.write_slot(slot, terms)
+        self._bias_gain.pop(slot, None)
+        if self._hidden_bias is not None and terms is not None and any(p is not None and p.gain_bias for p in terms):
+            self._bias_gain[slot] = torch.cat(
+                [
+                    torch.zeros(size) if part is None or not part.gain_bias else part.gain_O.float() - 1.0
+                    for size, part in zip(self._sizes, terms, strict=True)
+                ]
+            ).to(self._hidden_bias.device)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (..., I) -> (..., O)."""
+        x_TI = x.reshape(-1, x.shape[-1])
+        segments = self._step.segments_for(x_TI.shape[0])
+        y_TO = self._kernel.forward(x_TI, bias, segments)
+        if segments is not None and self._bias_gain:
+            for slot, rows in segments:
+                if slot in self._bias_gain:
+                    y_TO[rows] += (self._bias_gain[slot] * self._hidden_bias).to(y_TO.dtype)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
+_layers: "weakref.WeakValueDictionary[int, AdaptedLinear]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _register(layer: AdaptedLinear) -> torch.Tensor:
+    number = next(_numbers)
+    _layers[number] = layer
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    return _layers[int(handle)].forward(x, bias)
+
+
+def _linear_fake(x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _define_op() -> Callable[..., torch.Tensor]:
+    _library.define("linear(Tensor x, Tensor? bias, Tensor handle, int out_features) -> Tensor")
+    _library.impl("linear", _linear, "CompositeExplicitAutograd")
+    torch.library.register_fake("flora::linear", _linear_fake, lib=_library)
+    return torch.ops.flora.linear
+
+
+# Kept for the life of the process: the op disappears with the library that defines it.
+_library = torch.library.Library("flora", "DEF")
+linear = _define_op()

@@ -1,0 +1,37 @@
+"""The plugin: the only package that names vLLM's internals.
+
+    options.py    what the user may set, and how it reaches every process
+    hooks.py      the table of vLLM symbols we rely on; versions; checked before anything is replaced
+    install.py    replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
+    flags.py      command-line flags and their way into the engine's config
+    attach.py     which layers of a model can be adapted, and how
+    manager.py    worker side: adapters in host memory, slots, the step's mapping
+    loader.py     one adapter directory -> what a worker keeps
+    frontend.py   server side: names and identities, load, unload, resolvers
+    offline.py    flora_vllm.LLM
+
+Nothing in `register` touches a GPU or imports vLLM's worker: it runs in every vLLM process, also for users who do
+not use FLoRA, so it may neither be slow nor fail; a failure is kept and raised when FLoRA is asked for.
+"""
+
+_failure: BaseException | None = None
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`. May be called any number of times."""
+    global _failure
+    try:
+        from flora_vllm.plugin import flags
+
+        flags.install()
+        _failure = None
+    except Exception as error:  # a broken plugin must not break vLLM for those who do not use it
+        _failure = error
+
+
+def require_registered() -> None:
+    """Raises the reason for which `register` failed, if it did."""
+    from flora_vllm.errors import HookError
+
+    if _failure is not None:
+        raise HookError(f"the FLoRA plugin could not be set up in this process: {_failure}") from _failure

@@ -1,0 +1,115 @@
+"""`--enable-flora` and its options on every vLLM command line, folded into `additional_config`.
+
+Also the gate: an engine config that asks for FLoRA is only made after vLLM's version and hooks were verified.
+"""
+
+import argparse
+import functools
+import importlib
+from typing import Any
+
+from flora_vllm.errors import ConfigError
+from flora_vllm.plugin.options import KEY, FloraOptions, carried
+
+_WRAPPED = "_flora_wrapped"
+
+
+def install() -> None:
+    """Wraps three methods of vLLM's EngineArgs, once."""
+    engine_args = importlib.import_module("vllm.engine.arg_utils").EngineArgs
+    if hasattr(engine_args, _WRAPPED):
+        return
+    add_cli_args = engine_args.__dict__["add_cli_args"].__func__
+    from_cli_args = engine_args.__dict__["from_cli_args"].__func__
+    create_engine_config = engine_args.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add_with_flora(parser):
+        return _add_flags(add_cli_args(parser))
+
+    @functools.wraps(from_cli_args)
+    def from_args_with_flora(cls, args):
+        return from_cli_args(cls, _fold(args))
+
+    @functools.wraps(create_engine_config)
+    def create_with_flora(self, *args, **kwargs):
+        if KEY not in (self.additional_config or {}):
+            return create_engine_config(self, *args, **kwargs)
+        return _create_verified(self, lambda: create_engine_config(self, *args, **kwargs))
+
+    engine_args.add_cli_args = staticmethod(add_with_flora)
+    engine_args.from_cli_args = classmethod(from_args_with_flora)
+    engine_args.create_engine_config = create_with_flora
+    setattr(engine_args, _WRAPPED, (add_cli_args, from_cli_args, create_engine_config))
+
+
+def _add_flags(parser: Any) -> Any:
+    defaults = FloraOptions()
+    group = parser.add_argument_group(
+        title="FLoRA", description="Serve FLoRA, HiRA, IA3 and LoRA adapters, each request with its own (flora-vllm)."
+    )
+    group.add_argument(
+        "--enable-flora",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Serve adapters through flora-vllm; implies --enable-lora.",
+    )
+    group.add_argument(
+        "--max-flora-rank",
+        type=int,
+        default=None,
+        help=f"Largest rank of a FLoRA or HiRA adapter (default {defaults.max_rank}); larger ones are refused.",
+    )
+    group.add_argument(
+        "--flora-path",
+        choices=["auto", "stacked", "modulated"],
+        default=None,
+        help="How adapted rows are computed (default auto: the cheaper one per run of tokens, by measured costs). "
+        "One fixed path makes results independent of what else is in the batch, to float rounding.",
+    )
+    group.add_argument(
+        "--flora-adapter-root",
+        default=None,
+        help="Directory that adapter paths arriving by request must lie in. Paths in --lora-modules are not confined.",
+    )
+    return parser
+
+
+def _fold(args: argparse.Namespace) -> argparse.Namespace:
+    given = {
+        "max_rank": getattr(args, "max_flora_rank", None),
+        "path": getattr(args, "flora_path", None),
+        "adapter_root": getattr(args, "flora_adapter_root", None),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not getattr(args, "enable_flora", False):
+        if given:
+            raise ConfigError(f"{sorted(given)} given without --enable-flora; add --enable-flora or leave them out")
+        return args
+    folded = argparse.Namespace(**vars(args))
+    config = dict(getattr(args, "additional_config", None) or {})
+    config[KEY] = {**config.get(KEY, {}), **given}
+    FloraOptions.from_mapping(config[KEY])
+    folded.additional_config = config
+    folded.enable_lora = True
+    return folded
+
+
+def _create_verified(engine_args: Any, create: Any) -> Any:
+    """The engine config for a FLoRA engine. Raises ConfigError or HookError rather than serve the wrong thing."""
+    from flora_vllm.plugin import install, require_registered
+
+    require_registered()
+    options = FloraOptions.from_mapping(engine_args.additional_config[KEY])
+    engine_args.enable_lora = True
+    install.install_all()
+    config = create()
+    if config.lora_config.fully_sharded_loras:
+        raise ConfigError(
+            "fully_sharded_loras cuts the rank axis across ranks, which elementwise adapters cannot be served from; "
+            "start without --fully-sharded-loras"
+        )
+    if config.model_config.is_encoder_decoder:
+        raise ConfigError("encoder-decoder models cannot be served with adapters yet; start without --enable-flora")
+    config.additional_config = {**config.additional_config, KEY: carried(options)}
+    return config
