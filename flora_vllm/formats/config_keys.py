@@ -1,0 +1,158 @@
+"""Every key of an `adapter_config.json` that we understand, and the values we can serve exactly.
+
+A key that is not listed for the family is refused: PEFT adds features as keys, and a key we ignore is a feature we
+drop in silence. `BOOKKEEPING` is the one list of keys that never change the result, whatever their value.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# True if the value can be served.
+Check = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One config key: which values are allowed, in words and as a test, and whether it must be there."""
+
+    allowed: str
+    check: Check
+    required: bool = False
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _is_regex(value: object, within: str = "{}") -> bool:
+    """Whether `value` compiles where PEFT puts it."""
+    try:
+        return isinstance(value, str) and re.compile(within.format(value)) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
+def _is_layers_pattern(value: object) -> bool:
+    return _is_regex(value, within=r".*?\.{}\.\d+\.")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern_of(check: Check) -> Check:
+    return lambda value: (
+        value is None
+        or (
+            isinstance(value, dict)
+            and all(_is_regex(pattern, within=r"(.*\.)?({})$") and check(entry) for pattern, entry in value.items())
+        )
+    )
+
+
+def is_rank(value: object) -> bool:
+    return isinstance(value, int) and _is_int(value) and value > 0
+
+
+def only(*values: object) -> Key:
+    """A key that changes the result unless it has one of these values (type and all: 0 is not False)."""
+    return Key(" or ".join(map(repr, values)), lambda value: any(type(value) is type(v) and value == v for v in values))
+
+
+ANYTHING = Key("anything", lambda value: True)
+BOOLEAN = Key("true or false", lambda value: isinstance(value, bool))
+RANK = Key("an integer of at least 1", is_rank, required=True)
+NUMBER = Key("a finite number", _is_number, required=True)
+RANK_PATTERN = Key("an object of module name or regex -> integer of at least 1", _is_pattern_of(is_rank))
+NUMBER_PATTERN = Key("an object of module name or regex -> finite number", _is_pattern_of(_is_number))
+MODULES = Key(
+    "a list of module names or one regular expression",
+    lambda v: _is_names(v) or (bool(v) and _is_regex(v)),
+    required=True,
+)
+OPTIONAL_MODULES = Key(
+    "null, a list of module names or one regular expression", lambda v: v is None or _is_names(v) or _is_regex(v)
+)
+LAYERS = Key(
+    "null, an integer or a list of integers",
+    lambda v: v is None or _is_int(v) or (isinstance(v, list) and all(_is_int(i) for i in v)),
+)
+LAYERS_PATTERN = Key(
+    "null, a name or a list of names",
+    lambda v: v is None or _is_layers_pattern(v) or (_is_names(v) and all(map(_is_layers_pattern, v))),
+)
+NOTHING = Key("null or empty", lambda value: value in (None, [], {}))
+
+# `inference_mode`, `auto_mapping`, … describe the file or how it was trained, not what it computes.
+BOOKKEEPING: Mapping[str, Key] = {
+    "peft_type": Key("the family's name", lambda value: isinstance(value, str), required=True),
+    "auto_mapping": ANYTHING,
+    "base_model_name_or_path": Key("null or a string", lambda value: value is None or isinstance(value, str)),
+    "inference_mode": ANYTHING,
+    "peft_version": ANYTHING,
+    "revision": ANYTHING,
+    "runtime_config": ANYTHING,
+    "task_type": ANYTHING,
+}
+
+# `fan_in_fan_out` says how the *base* stores its weight; PEFT's factors are (R, I) and (O, R) either way
+# (`lora/layer.py::get_delta_weight` transposes the product, not the factors), so it does not change the terms.
+TARGETS: Mapping[str, Key] = {
+    "target_modules": MODULES,
+    "exclude_modules": OPTIONAL_MODULES,
+    "fan_in_fan_out": BOOLEAN,
+    "modules_to_save": NOTHING,
+}
+LAYER_SUBSET: Mapping[str, Key] = {"layers_to_transform": LAYERS, "layers_pattern": LAYERS_PATTERN}
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """`values`: the keys with allowed values; `bad`: known keys that are missing or have another value."""
+
+    values: Mapping[str, Any]
+    bad: frozenset[str]
+    faults: tuple[str, ...]
+
+
+def check_config(config: Mapping[str, Any], keys: Mapping[str, Key]) -> CheckedConfig:
+    """Judge every key of `config`; nothing is dropped without a fault."""
+    faults, bad = [], set()
+    for name, value in sorted(config.items()):
+        if name not in keys:
+            faults.append(
+                f"adapter_config.json: key {name!r} (value {shown(value)}) is unknown and could change the result; "
+                f"known: {', '.join(sorted(keys))}; remove the key if it was never in effect"
+            )
+        elif not keys[name].check(value):
+            bad.add(name)
+            faults.append(f"adapter_config.json: {name!r} is {shown(value)}; allowed: {keys[name].allowed}")
+    for name, key in sorted(keys.items()):
+        if key.required and name not in config:
+            bad.add(name)
+            faults.append(f"adapter_config.json: key {name!r} is missing; it must be {key.allowed}")
+    values = {name: value for name, value in config.items() if name in keys and name not in bad}
+    if isinstance(values.get("target_modules"), str):
+        for name in sorted(set(LAYER_SUBSET) & set(values)):
+            if values[name] is not None:
+                faults.append(
+                    f"adapter_config.json: {name!r} is {shown(values[name])} while 'target_modules' is one string; "
+                    "PEFT allows it only beside a list of names"
+                )
+    return CheckedConfig(values, frozenset(bad), tuple(faults))
+
+
+def shown(value: object) -> str:
+    """`repr`, cut to what fits in one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -1,0 +1,132 @@
+"""The two files of an adapter directory, read once and as one version.
+
+The directory is opened first and the files through it, so a directory that is replaced by a rename while we read
+still gives one version, old or new. Files written in place are noticed: size, mtime, ctime and inode must be the
+same before and after, for both files, when everything has been read.
+"""
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora_vllm.errors import AdapterError, adapter_error
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# A config is a few KiB; the weights of a rank-256 adapter on every layer of a 70B model are below 4 GiB.
+MAX_BYTES = {CONFIG_NAME: 16 << 20, WEIGHTS_NAME: 8 << 30}
+_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_CHANGED = "changed while it was read; publish adapters by renaming a complete directory"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFiles:
+    """What was on disk. `weights` is writable memory that tensors may share; nobody writes into it."""
+
+    config: bytes
+    weights: bytearray
+    digest: str
+
+
+def read_files(path: str | os.PathLike[str]) -> AdapterFiles:
+    """Both files of the adapter directory at `path`. Raises AdapterError listing everything that is wrong."""
+    files, faults = collect_files(path)
+    if faults:
+        raise adapter_error(str(path), faults)
+    return AdapterFiles(bytes(files[CONFIG_NAME]), files[WEIGHTS_NAME], digest_of(files))
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of both files' names and bytes: the same as `read_adapter(path).digest`. Raises AdapterError."""
+    return read_files(path).digest
+
+
+def digest_of(files: dict[str, bytearray]) -> str:
+    """SHA-256 over name, size and content of each file, names in order."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{len(files[name])}\0".encode())
+        digest.update(files[name])
+    return digest.hexdigest()
+
+
+def collect_files(path: str | os.PathLike[str]) -> tuple[dict[str, bytearray], list[str]]:
+    """The files that could be read, by name, and the faults; both files are there if there is no fault."""
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        return {}, [_directory_fault(Path(path), error)]
+    try:
+        return _collect_from(directory)
+    finally:
+        os.close(directory)
+
+
+def _directory_fault(path: Path, error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the path does not exist; give the directory that holds adapter_config.json"
+    if isinstance(error, NotADirectoryError):
+        return f"the path is not a directory; give the directory that holds {CONFIG_NAME}"
+    return f"the path cannot be opened ({error.strerror if isinstance(error, OSError) else error})"
+
+
+def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
+    names = sorted(os.listdir(directory))
+    if not names:
+        return {}, [f"the directory is empty; it must hold {CONFIG_NAME} and {WEIGHTS_NAME}"]
+    files: dict[str, bytearray] = {}
+    states: dict[str, tuple[int, ...]] = {}
+    faults: list[str] = []
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        try:
+            files[name], states[name] = _read_one(directory, name)
+        except FileNotFoundError:
+            faults.append(_missing(name, names))
+        except OSError as error:
+            faults.append(f"{name}: cannot be read ({error.strerror})")
+        except AdapterError as error:
+            faults.append(f"{name}: {error}")
+    for name, state in states.items():
+        try:
+            if _state(os.stat(name, dir_fd=directory)) != state:
+                faults.append(f"{name}: {_CHANGED}")
+        except OSError:
+            faults.append(f"{name}: {_CHANGED}")
+    return files, faults
+
+
+def _missing(name: str, names: list[str]) -> str:
+    pickles = [other for other in names if other.endswith(_PICKLE_ENDINGS)]
+    if name == WEIGHTS_NAME and pickles:
+        return (
+            f"{', '.join(pickles)}: pickle files are never read, they can run code; "
+            f"save the adapter as {WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True))"
+        )
+    return f"{name}: missing; the directory holds {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+
+
+def _read_one(directory: int, name: str) -> tuple[bytearray, tuple[int, ...]]:
+    # O_NONBLOCK: opening a FIFO must not wait for its writer.
+    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode):
+            raise AdapterError("not a regular file")
+        if before.st_size > MAX_BYTES[name]:
+            raise AdapterError(f"has {before.st_size} bytes; at most {MAX_BYTES[name]} are read")
+        data = bytearray(before.st_size)
+        view, filled = memoryview(data), 0
+        while filled < len(data):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise AdapterError(_CHANGED)
+            filled += count
+        if _state(os.fstat(descriptor)) != _state(before):
+            raise AdapterError(_CHANGED)
+    return data, _state(before)
+
+
+def _state(result: os.stat_result) -> tuple[int, ...]:
+    return result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns, result.st_ctime_ns
