@@ -69,7 +69,7 @@ def only(*values: object) -> Key:
     return Key(" or ".join(map(repr, values)), lambda value: any(type(value) is type(v) and value == v for v in values))
 
 
-ANYTHING = Key("anything", lambda value: True)
+ANYTHING = Key("anything", lambda _value: True)
 BOOLEAN = Key("true or false", lambda value: isinstance(value, bool))
 RANK = Key("an integer of at least 1", is_rank, required=True)
 NUMBER = Key("a finite number", _is_number, required=True)

@@ -9,7 +9,6 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
 
@@ -57,14 +56,14 @@ def collect_files(path: str | os.PathLike[str]) -> tuple[dict[str, bytearray], l
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        return {}, [_directory_fault(Path(path), error)]
+        return {}, [_directory_fault(error)]
     try:
         return _collect_from(directory)
     finally:
         os.close(directory)
 
 
-def _directory_fault(path: Path, error: OSError | ValueError) -> str:
+def _directory_fault(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError):
         return "the path does not exist; give the directory that holds adapter_config.json"
     if isinstance(error, NotADirectoryError):

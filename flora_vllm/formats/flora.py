@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.adapter import Hadamard, ModuleTerms
-from flora_vllm.formats.config_keys import BOOKKEEPING, LAYER_SUBSET, RANK, RANK_PATTERN, TARGETS, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, RANK, RANK_PATTERN, TARGETS, only
 from flora_vllm.formats.family import Axes, Config, Family
 from flora_vllm.formats.matching import match_pattern
 
 FLORA_A, FLORA_B = "flora_A.weight", "flora_B.weight"
 
 
-def _axes(config: Config, module: str) -> Mapping[str, Axes]:
+def _axes(_config: Config, _module: str) -> Mapping[str, Axes]:
     return {FLORA_A: ("R", "I"), FLORA_B: ("O", "R")}
 
 
@@ -21,7 +21,7 @@ def pattern_rank(config: Config, module: str) -> tuple[int, ...]:
     return (match_pattern(config.get("rank_pattern") or {}, module, config["r"]),)
 
 
-def _terms(config: Config, module: str, parts: Mapping[str, torch.Tensor]) -> ModuleTerms:
+def _terms(config: Config, _module: str, parts: Mapping[str, torch.Tensor]) -> ModuleTerms:
     a_RI, b_OR = parts[FLORA_A], parts[FLORA_B]
     scale = 1.0 / a_RI.shape[0] if config.get("reduction", "mean") == "mean" else 1.0
     return ModuleTerms(hadamard=Hadamard(a_RI, b_OR, scale=scale))
@@ -36,6 +36,9 @@ FLORA = Family(
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         "reduction": only("mean", "sum"),
+        # Used only while training.
+        "flora_dropout": ANYTHING,
+        "init_weights": ANYTHING,
     },
     parts=(FLORA_A, FLORA_B),
     axes=_axes,

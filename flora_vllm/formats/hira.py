@@ -13,7 +13,7 @@ from flora_vllm.formats.flora import pattern_rank
 HIRA_A, HIRA_B = "hira_A", "hira_B"
 
 
-def _axes(config: Config, module: str) -> Mapping[str, Axes]:
+def _axes(_config: Config, _module: str) -> Mapping[str, Axes]:
     return {HIRA_A: ("R", "I"), HIRA_B: ("O", "R")}
 
 
@@ -22,7 +22,7 @@ def _ranks(config: Config, module: str) -> tuple[int, ...]:
     return (*pattern_rank(config, module), config["r"])
 
 
-def _terms(config: Config, module: str, parts: Mapping[str, torch.Tensor]) -> ModuleTerms:
+def _terms(_config: Config, _module: str, parts: Mapping[str, torch.Tensor]) -> ModuleTerms:
     return ModuleTerms(hadamard=Hadamard(parts[HIRA_A], parts[HIRA_B], identity=True))
 
 

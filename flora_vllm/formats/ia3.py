@@ -34,7 +34,7 @@ IA3 = Family(
     keys={**BOOKKEEPING, **TARGETS, "feedforward_modules": MODULES, "init_ia3_weights": ANYTHING},
     parts=(IA3_L,),
     axes=_axes,
-    ranks=lambda config, module: (),
+    ranks=lambda _config, _module: (),
     terms=_terms,
     limit=None,
 )

@@ -30,7 +30,7 @@ from flora_vllm.formats.matching import match_pattern
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 
 
-def _axes(config: Config, module: str) -> Mapping[str, Axes]:
+def _axes(_config: Config, _module: str) -> Mapping[str, Axes]:
     return {LORA_A: ("R", "I"), LORA_B: ("O", "R")}
 
 

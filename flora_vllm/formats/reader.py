@@ -142,10 +142,8 @@ def _rank_faults(config: CheckedConfig, family: Family, limits: Mapping[str, int
     rank = _stated_rank(config)
     if limit is None or rank <= limit:
         return []
-    return [
-        f"{CONFIG_NAME}: rank {rank} is above the limit {limit}; "
-        f"start the server with --max-{family.limit}-rank {rank} or use an adapter of lower rank"
-    ]
+    advice = f"start the server with --max-{family.limit}-rank {rank} or use an adapter of lower rank"
+    return [f"{CONFIG_NAME}: rank {rank} is above the limit {limit}; {advice}"]
 
 
 def _stated_rank(config: CheckedConfig) -> int:

@@ -1,0 +1,130 @@
+"""A base model's directory as we need it: its safetensors files, their headers, its linear layers.
+
+Only headers are read here; no weight is loaded. transformers is not needed.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora_vllm.adapter import ModelLayout
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats.reader import Examination, examine
+from flora_vllm.formats.tensor_file import TensorRecord, load_json_object, read_records
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# Architectures whose linear layers are transformers' Conv1D: the weight is stored (I, O).
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# What serving needs beside the weights; other weight files would bring the unmerged weights along.
+SIDE_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+_DOWNLOAD = ("*.safetensors", *(f"*{suffix}" for suffix in SIDE_SUFFIXES), "LICENSE*")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """`files`: weight file name -> its tensors; `stores_in_out`: linear weights are (I, O), not (O, I)."""
+
+    directory: Path
+    files: Mapping[str, tuple[TensorRecord, ...]]
+    stores_in_out: bool
+
+    def records(self) -> dict[str, TensorRecord]:
+        return {record.name: record for records in self.files.values() for record in records}
+
+    def tensor_name(self, module: str, kind: str) -> str | None:
+        """The checkpoint's name of `<module>.<kind>`; a headless checkpoint lacks the first part of the path."""
+        names = self.records()
+        for name in (f"{module}.{kind}", f"{module.partition('.')[2]}.{kind}"):
+            if name in names:
+                return name
+        return None
+
+
+def find_base(base: str) -> Path:
+    """The directory of `base`: itself, or the snapshot of a hub id. Raises AdapterError if there is neither."""
+    path = Path(base)
+    if path.is_dir():
+        return path
+    if path.exists() or base.startswith((".", "/", "~")):
+        raise AdapterError(f"base model {base}: not a directory; give a model directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=list(_DOWNLOAD)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(f"base model {base}: neither a directory nor a model of the hub ({error})") from None
+
+
+def open_base(base: str) -> BaseModel:
+    """Read the headers of `base` (a directory or hub id). Raises AdapterError naming what cannot be used."""
+    directory = find_base(base)
+    config = _read_object(directory / "config.json")
+    if config.get("quantization_config"):
+        raise AdapterError(f"base model {directory}: its weights are quantised; merging needs the float checkpoint")
+    files = {name: tuple(_records_of(directory / name)) for name in _weight_names(directory)}
+    return BaseModel(directory, files, stores_in_out=config.get("model_type") in CONV1D_MODEL_TYPES)
+
+
+def base_layout(base: BaseModel, prefix: str = "") -> ModelLayout:
+    """Shapes (O, I) of every two-dimensional weight, keyed by module path (with `prefix` before it).
+
+    Embeddings and the other modules that cannot be adapted are refused by the reader, by name.
+    """
+    shapes = {}
+    for name, record in base.records().items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and len(record.shape) == 2:
+            rows, columns = record.shape
+            shapes[prefix + module] = (columns, rows) if base.stores_in_out else (rows, columns)
+    return ModelLayout(shapes)
+
+
+def examine_for(path: str | os.PathLike[str], base: BaseModel) -> Examination:
+    """`examine` with the layout of `base`.
+
+    A checkpoint saved without its head (`h.0.…` for `transformer.h.0.…`) lacks the first part of the module paths.
+    """
+    layout = base_layout(base)
+    found = examine(path, layout=layout)
+    if found.adapter is None:
+        alone = examine(path).adapter
+        first = {module.partition(".")[0] for module in alone.modules} if alone is not None else set()
+        if alone is not None and len(first) == 1 and not set(alone.modules) & set(layout.shapes):
+            return examine(path, layout=base_layout(base, f"{first.pop()}."))
+    return found
+
+
+def _weight_names(directory: Path) -> list[str]:
+    if (directory / INDEX_NAME).is_file():
+        names = _read_object(directory / INDEX_NAME).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+            raise AdapterError(f"base model {directory}: {INDEX_NAME} has no usable weight_map")
+        return sorted(set(names.values()))
+    if (directory / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    raise AdapterError(
+        f"base model {directory}: neither {SINGLE_NAME} nor {INDEX_NAME}; only safetensors is read "
+        "(transformers: save_pretrained writes it)"
+    )
+
+
+def _records_of(path: Path) -> list[TensorRecord]:
+    try:
+        with path.open("rb") as file:
+            return read_records(file, path.stat().st_size)
+    except OSError as error:
+        raise AdapterError(f"base model file {path}: cannot be read ({error.strerror})") from None
+    except AdapterError as error:
+        raise AdapterError(f"base model file {path}: {error}") from None
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        return load_json_object(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"base model file {path}: cannot be read ({error.strerror})") from None
+    except AdapterError as error:
+        raise AdapterError(f"base model file {path}: {error}") from None
