@@ -1,0 +1,206 @@
+"""Which linear layers of a vLLM model can be adapted, and taking over their base call.
+
+A layer is taken over by giving its quant method another `apply`: every way vLLM runs a linear layer goes through it,
+with any quantisation, so the model's own code, sharding and collectives stay as they are. A layer class that does not
+go through it (found out by running each class once) is left alone, and adapters for it are refused.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from flora_vllm.batch import Step
+from flora_vllm.layers import AdaptedLinear
+from flora_vllm.ops.table import calibrated_rule, make_linear
+from flora_vllm.slots import LinearLayout, SliceLayout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Attached:
+    """The adapted layers of a model: module path in the engine -> layer and layout; `refused`: path -> reason."""
+
+    layers: dict[str, AdaptedLinear] = field(default_factory=dict)
+    layouts: dict[str, LinearLayout] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def attach(
+    model: torch.nn.Module,
+    packed_modules: Mapping[str, Sequence[str]],
+    step: Step,
+    path: str,
+    device: torch.device,
+    language_prefix: str | None,
+    only: Callable[[str], bool],
+) -> Attached:
+    """Take over every linear layer that adapters may change.
+
+    `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `language_prefix`: in a multimodal model, the
+    part whose rows are the step's tokens. `only`: the operator's restriction to some modules.
+    """
+    attached = Attached()
+    found: dict[str, LinearBase] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and id(module) not in seen:
+            seen.add(id(module))
+            reason = _refusal(name, language_prefix, only)
+            if reason is None:
+                found[name] = module
+            else:
+                attached.refused[name] = reason
+                _give_back(module)
+        elif isinstance(module, VocabParallelEmbedding):
+            attached.refused[name] = "embeddings and lm_head cannot be adapted yet; train without them"
+        elif isinstance(module, MoERunner):
+            attached.refused[name] = "MoE experts cannot be adapted yet; train attention and dense layers only"
+    bypassing = _classes_that_bypass(found, device)
+    for name, module in found.items():
+        layout = _layout(name, module, packed_modules)
+        kind = _kind(module)
+        if isinstance(layout, LinearLayout) and kind not in bypassing:
+            attached.layouts[name] = layout
+            attached.dtypes[name] = module.params_dtype
+            attached.layers[name] = _take_over(module, layout, step, path, device)
+        else:
+            attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
+            _give_back(module)
+    return attached
+
+
+def _refusal(name: str, language_prefix: str | None, only: Callable[[str], bool]) -> str | None:
+    if language_prefix is not None and not name.startswith(language_prefix):
+        return "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+    if name.endswith("kv_b_proj"):
+        return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
+    return None if only(name) else "left out by the server's --lora-target-modules"
+
+
+def _kind(module: LinearBase) -> tuple[type, type]:
+    return type(module), type(module.quant_method)
+
+
+def _classes_that_bypass(found: Mapping[str, LinearBase], device: torch.device) -> dict[tuple[type, type], str]:
+    """Run one layer of each class on one zero row with a recording `apply`; the classes that do not call it."""
+    bypassing: dict[tuple[type, type], str] = {}
+    tested: set[tuple[type, type]] = set()
+    for module in found.values():
+        kind = _kind(module)
+        if kind in tested:
+            continue
+        tested.add(kind)
+        calls: list[int] = []
+
+        def record(layer: LinearBase, x: torch.Tensor, bias: Any = None, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(x.shape[-1])
+            return x.new_zeros((*x.shape[:-1], sum(layer.output_partition_sizes)))
+
+        method = module.quant_method
+        module.quant_method = copy.copy(method)
+        module.quant_method.apply = record
+        split = isinstance(module, RowParallelLinear) and module.input_is_parallel
+        width = module.input_size_per_partition if split else module.input_size
+        try:
+            with torch.no_grad():
+                module(torch.zeros((1, width), dtype=module.params_dtype, device=device))
+            failure = None if calls else "its forward does not go through its quant method"
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            failure = f"its forward could not be checked ({error})"
+        finally:
+            module.quant_method = method
+        if failure is not None:
+            bypassing[kind] = f"layers of class {kind[0].__name__} with {kind[1].__name__} cannot be adapted: {failure}"
+            logger.warning("%s; adapters that target them are refused", bypassing[kind])
+    return bypassing
+
+
+def _layout(name: str, module: LinearBase, packed_modules: Mapping[str, Sequence[str]]) -> LinearLayout | str:
+    """The layer's layout on this rank, or why it cannot be adapted."""
+    row = isinstance(module, RowParallelLinear)
+    if not (row or isinstance(module, (ColumnParallelLinear, ReplicatedLinear))):
+        return f"linear layers of class {type(module).__name__} cannot be adapted yet"
+    local_in = module.input_size_per_partition if row else module.input_size
+    in_start = module.tp_rank * local_in if row else 0
+    full_sizes, sizes, starts = _outputs(module)
+    parent, _, own = name.rpartition(".")
+    children = list(packed_modules.get(own, [own]))
+    if len(children) not in (1, len(sizes)):
+        return f"{len(sizes)} packed parts under {len(children)} checkpoint names cannot be told apart"
+    fused_start = 0
+    slices = []
+    for i, (full, size, start) in enumerate(zip(full_sizes, sizes, starts, strict=True)):
+        child = f"{parent}.{children[i]}" if parent and len(children) > 1 else children[i] if len(children) > 1 else name
+        slices.append(SliceLayout(child, size, start, fused_start + start, full if len(children) > 1 else sum(full_sizes)))
+        fused_start += full
+    return LinearLayout(name, local_in, in_start, module.input_size, tuple(slices), sum(full_sizes))
+
+
+def _outputs(module: LinearBase) -> tuple[list[int], list[int], list[int]]:
+    """(whole out features, this rank's, this rank's first row) of each packed part."""
+    if isinstance(module, QKVParallelLinear):
+        q, kv = module.total_num_heads * module.head_size, module.total_num_kv_heads
+        full = [q, kv * module.head_size, kv * module.v_head_size]
+        sizes = list(module.output_partition_sizes)
+        group = module.tp_rank // module.num_kv_head_replicas
+        return full, sizes, [module.tp_rank * sizes[0], group * sizes[1], group * sizes[2]]
+    if isinstance(module, (RowParallelLinear, ReplicatedLinear)):
+        sizes = list(module.output_partition_sizes)
+        return sizes, sizes, [0] * len(sizes)
+    full = list(module.output_sizes) if isinstance(module, MergedColumnParallelLinear) else [module.output_size]
+    sizes = list(module.output_partition_sizes)
+    return full, sizes, [module.tp_rank * size for size in sizes]
+
+
+def _take_over(
+    module: LinearBase, layout: LinearLayout, step: Step, path: str, device: torch.device
+) -> AdaptedLinear:
+    method = module.quant_method
+    stock_apply = method.apply
+    readable = isinstance(method, UnquantizedLinearMethod) and module.weight.ndim == 2 and module.weight.numel() > 0
+    weight_OI = module.weight.data if readable else None
+
+    def base(x_TI: torch.Tensor) -> torch.Tensor:
+        return stock_apply(module, x_TI, None)
+
+    rule = calibrated_rule(path, layout.in_features, sum(layout.sizes), module.params_dtype, device)
+    kernel = make_linear(weight_OI, base, layout.sizes, rule, layout.in_features, device)
+    if kernel.implementation == "native":
+        # The kernel has its own packed copy, as vLLM's CPU kernels do.
+        module.weight = torch.nn.Parameter(torch.empty(0, dtype=module.params_dtype), requires_grad=False)
+    first_rank = not isinstance(module, RowParallelLinear) or module.tp_rank == 0
+    hidden_bias = module.bias if module.skip_bias_add and first_rank else None
+    layer = AdaptedLinear(kernel, step, layout.sizes, hidden_bias)
+    module._flora_handle = layer.handle
+    module._flora_out_features = layer.out_features
+    module.quant_method = copy.copy(method)
+    module.quant_method.apply = _apply
+    return layer
+
+
+def _apply(layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.flora.linear(x, bias, layer._flora_handle, layer._flora_out_features)
+
+
+def _give_back(module: LinearBase) -> None:
+    """Let vLLM repack a weight that was kept for us but will not be used."""
+    pack = module.__dict__.pop("_flora_pack", None)
+    if pack is not None:
+        pack()

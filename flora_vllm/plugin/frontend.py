@@ -1,0 +1,302 @@
+"""Server side: names, identities, load, unload and resolvers of vLLM's OpenAI server, for engines with FLoRA.
+
+The engine knows an adapter as `name@digest` of its content, clients as `name`. So a reload under the same name is
+another adapter to the engine: requests that run finish on the old weights, prefix caches never mix versions, and no
+name ever has two live ids (which would end vLLM's engine). An adapter's id is permanent for its identity.
+"""
+
+import asyncio
+import functools
+import importlib
+import itertools
+import os
+import re
+from http import HTTPStatus
+from typing import Any
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats import content_digest, resolve_under
+from flora_vllm.plugin.loader import identity, split_identity
+from flora_vllm.plugin.options import FloraOptions, options_of
+
+# The engine hands errors on as text only; this finds our message in it.
+_OUR_MESSAGE = re.compile(r"adapter .*? cannot be served \(\d+ faults?\):(?:\n  - [^\n]*)+", re.DOTALL)
+_END_OF_RPC_ERROR = re.compile(r"', please check the stack trace.*$", re.DOTALL)
+_POLL_S = 0.1
+
+
+def install() -> None:
+    """Replaces methods of OpenAIServingModels and the two engines' add_request, once; inert without FLoRA."""
+    serving = importlib.import_module("vllm.entrypoints.openai.models.serving").OpenAIServingModels
+    if hasattr(serving, "_flora_wrapped"):
+        return
+    serving._flora_wrapped = True
+    for name, replacement in _REPLACEMENTS.items():
+        original = getattr(serving, name)
+        setattr(serving, name, _if_flora(original, replacement))
+    _preload_on_add_request()
+    _register_resolver()
+
+
+def _if_flora(original: Any, replacement: Any) -> Any:
+    if asyncio.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def chosen_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _options(self.engine_client) is None:
+                return await original(self, *args, **kwargs)
+            return await replacement(original, self, *args, **kwargs)
+
+        return chosen_async
+
+    @functools.wraps(original)
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _options(self.engine_client) is None:
+            return original(self, *args, **kwargs)
+        return replacement(original, self, *args, **kwargs)
+
+    return chosen
+
+
+def _options(engine: Any) -> FloraOptions | None:
+    return options_of(engine.vllm_config.additional_config)
+
+
+def plain_name(lora_name: str) -> str:
+    return split_identity(lora_name)[0]
+
+
+def _model_name(original: Any, self: Any, lora_request: Any = None) -> str:
+    name = original(self, lora_request)
+    return name if lora_request is None else plain_name(name)
+
+
+async def _show_available_models(original: Any, self: Any) -> Any:
+    models = await original(self)
+    known = {request.lora_name: name for name, request in self.lora_requests.items()}
+    for card in models.data:
+        card.id = known.get(card.id, card.id)
+    return models
+
+
+async def _init_static_loras(original: Any, self: Any) -> None:
+    # Paths on the command line are the operator's: not confined to the adapter root.
+    self._flora_operator = True
+    try:
+        await original(self)
+    finally:
+        self._flora_operator = False
+
+
+async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_name: str | None = None) -> Any:
+    async with self.lora_resolver_lock[request.lora_name]:
+        refused = await self._check_load_lora_adapter_request(request)
+        if refused is not None:
+            return refused
+        confined = not getattr(self, "_flora_operator", False)
+        result = await _admit(self, request.lora_name, request.lora_path, base_model_name, confined)
+    if isinstance(result, str):
+        return f"Success: LoRA adapter '{request.lora_name}' added successfully."
+    return result
+
+
+async def _unload_lora_adapter(original: Any, self: Any, request: Any) -> Any:
+    async with self.lora_resolver_lock[request.lora_name]:
+        refused = await self._check_unload_lora_adapter_request(request)
+        if refused is not None:
+            return refused
+        await _release(self, self.lora_requests.pop(request.lora_name))
+    return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
+
+
+async def _resolve_lora(original: Any, self: Any, lora_name: str) -> Any:
+    async with self.lora_resolver_lock[lora_name]:
+        if lora_name in self.lora_requests:
+            return self.lora_requests[lora_name]
+        failures = []
+        for resolver in self.lora_resolvers:
+            found = await resolver.resolve_lora(self.model_config.model, lora_name)
+            if found is None:
+                continue
+            result = await _admit(self, lora_name, found.lora_path, None, confined=True)
+            if isinstance(result, str):
+                return self.lora_requests[lora_name]
+            failures.append(result)
+        if failures:
+            return failures[0]
+        return _error(f"adapter {lora_name!r} does not exist", HTTPStatus.NOT_FOUND)
+
+
+_REPLACEMENTS = {
+    "model_name": _model_name,
+    "show_available_models": _show_available_models,
+    "init_static_loras": _init_static_loras,
+    "load_lora_adapter": _load_lora_adapter,
+    "unload_lora_adapter": _unload_lora_adapter,
+    "resolve_lora": _resolve_lora,
+}
+
+
+def _error(message: str, status: HTTPStatus) -> Any:
+    serving = importlib.import_module("vllm.entrypoints.openai.models.serving")
+    kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
+    return serving.create_error_response(message=message, err_type=kind, status_code=status)
+
+
+async def _admit(self: Any, name: str, path: str, base_model_name: str | None, confined: bool) -> Any:
+    """Have the engine load the content now at `path` under `name`; its identity, or an error response."""
+    root = _options(self.engine_client).adapter_root
+    try:
+        local = await asyncio.to_thread(_resolve, path, root if confined else None)
+        digest = await asyncio.to_thread(content_digest, local)
+    except AdapterError as error:
+        missing = not os.path.exists(path) and root is None
+        return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
+    known = identity(name, digest)
+    current = self.lora_requests.get(name)
+    if current is not None and current.lora_name == known:
+        return known
+    request = _request(self, known, local)
+    if base_model_name is not None and self.is_base_model(base_model_name):
+        request.base_model_name = base_model_name
+    try:
+        await self.engine_client.add_lora(request)
+    except Exception as error:  # the engine's errors arrive as text, of whatever class its transport uses
+        message = our_message(str(error))
+        if message is None:
+            return _error(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+        return _error(message, HTTPStatus.BAD_REQUEST)
+    self.lora_requests[name] = request
+    if current is not None:
+        _in_background(self, _release(self, current))
+    return known
+
+
+def _resolve(path: str, root: str | None) -> str:
+    if root is not None:
+        return str(resolve_under(root, path))
+    return importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(path)
+
+
+def _request(self: Any, known: str, path: str) -> Any:
+    ids = self.__dict__.setdefault("_flora_ids", {})
+    if known not in ids:
+        ids[known] = self.lora_id_counter.inc(1)
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    return lora_request(lora_name=known, lora_int_id=ids[known], lora_path=path)
+
+
+def our_message(text: str) -> str | None:
+    """Our refusal inside an engine's error text, or None if the error is not ours."""
+    match = _OUR_MESSAGE.search(text.replace("\\n", "\n"))
+    return _END_OF_RPC_ERROR.sub("", match[0]) if match else None
+
+
+async def _release(self: Any, request: Any) -> None:
+    """Free the engine's copy of an adapter that lost its name, once its last running request has finished."""
+    engine = self.engine_client
+    if _in_flight(engine, request.lora_name):
+        _in_background(self, _release_when_idle(self, request))
+    else:
+        await engine.remove_lora(request.lora_int_id)
+        _known(engine).discard(request.lora_int_id)
+
+
+async def _release_when_idle(self: Any, request: Any) -> None:
+    while _in_flight(self.engine_client, request.lora_name):
+        await asyncio.sleep(_POLL_S)
+    if all(live.lora_int_id != request.lora_int_id for live in self.lora_requests.values()):
+        await _release(self, request)
+
+
+def _in_flight(engine: Any, lora_name: str) -> bool:
+    processor = getattr(engine, "output_processor", None)
+    states = processor.request_states.values() if processor is not None else ()
+    return any(state.lora_name == lora_name for state in states)
+
+
+def _in_background(self: Any, coroutine: Any) -> None:
+    tasks = self.__dict__.setdefault("_flora_tasks", set())
+    task = asyncio.ensure_future(coroutine)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+def _known(engine: Any) -> set[int]:
+    """Adapter ids this engine has loaded at least once since their last removal."""
+    return engine.__dict__.setdefault("_flora_known", set())
+
+
+def _preload_on_add_request() -> None:
+    """An adapter first seen on a request is loaded before the request is queued: a faulty one then fails here, alone,
+    and not inside a step of everybody's."""
+    sync_engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
+    async_engine = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
+    sync_add, async_add = sync_engine.add_request, async_engine.add_request
+    sync_lora, async_lora = sync_engine.add_lora, async_engine.add_lora
+
+    @functools.wraps(sync_add)
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for lora_request in _unknown(self, args, kwargs):
+            self.add_lora(lora_request)
+        return sync_add(self, *args, **kwargs)
+
+    @functools.wraps(async_add)
+    async def add_request_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for lora_request in _unknown(self, args, kwargs):
+            await self.add_lora(lora_request)
+        return await async_add(self, *args, **kwargs)
+
+    @functools.wraps(sync_lora)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        result = _raising_ours(lambda: sync_lora(self, lora_request))
+        _known(self).add(lora_request.lora_int_id)
+        return result
+
+    @functools.wraps(async_lora)
+    async def add_lora_async(self: Any, lora_request: Any) -> Any:
+        result = await async_lora(self, lora_request)
+        _known(self).add(lora_request.lora_int_id)
+        return result
+
+    sync_engine.add_request, async_engine.add_request = add_request, add_request_async
+    sync_engine.add_lora, async_engine.add_lora = add_lora, add_lora_async
+
+
+def _raising_ours(action: Any) -> Any:
+    try:
+        return action()
+    except Exception as error:  # see _OUR_MESSAGE
+        message = our_message(str(error))
+        if message is None:
+            raise
+        raise AdapterError(message) from error
+
+
+def _unknown(engine: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """The LoRARequest among add_request's arguments, if this engine serves FLoRA and has not loaded it yet."""
+    if _options(engine) is None:
+        return []
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    candidates = itertools.chain(args, kwargs.values(), [getattr(a, "lora_request", None) for a in args])
+    requests = [value for value in candidates if isinstance(value, lora_request)]
+    return [r for r in requests[:1] if r.lora_int_id not in _known(engine)]
+
+
+def _register_resolver() -> None:
+    """Find adapters of every family by name below VLLM_LORA_RESOLVER_CACHE_DIR, and nothing outside it."""
+    root = os.environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
+    if not root:
+        return
+    resolver = importlib.import_module("vllm.lora.resolver")
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+
+    class FloraDirectoryResolver(resolver.LoRAResolver):
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            try:
+                path = resolve_under(root, lora_name)
+            except AdapterError:
+                return None
+            return lora_request(lora_name, 1, str(path)) if (path / "adapter_config.json").is_file() else None
+
+    resolver.LoRAResolverRegistry.register_resolver("flora directory resolver", FloraDirectoryResolver())

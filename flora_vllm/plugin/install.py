@@ -1,0 +1,144 @@
+"""Replaces vLLM's seams. Each replacement keeps the original, is made once, and does nothing for engines without FLoRA.
+
+Each has a numbered, upstream-ready diff in patches/ that would make it unnecessary; where vLLM already has the hook
+such a diff adds, the replacement steps aside.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flora_vllm.plugin import hooks
+from flora_vllm.plugin.options import options_of
+
+_installed: set[str] = set()
+
+
+def device_type() -> str:
+    return importlib.import_module("vllm.platforms").current_platform.device_type
+
+
+def install_all() -> None:
+    """Verify this vLLM, then replace every seam in this process. Raises HookError with all faults."""
+    hooks.verify(device_type())
+    from flora_vllm.plugin import frontend
+
+    _once("cpu platform", _keep_compile_on_cpu)
+    frontend.install()
+    install_worker_side()
+
+
+def install_worker_side() -> None:
+    """What a process needs that runs the model; also called where the engine's config arrives."""
+    _once("op", lambda: importlib.import_module("flora_vllm.layers"))
+    _once("worker manager", _replace_worker_manager)
+    if device_type() == "cpu":
+        _once("cpu weights", _keep_cpu_weights)
+    else:
+        _once("cuda graphs", _run_adapter_steps_without_graphs)
+
+
+def _once(name: str, action: Callable[[], Any]) -> None:
+    if name not in _installed:
+        action()
+        _installed.add(name)
+
+
+def _replace_worker_manager() -> None:
+    mixin = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
+    stock = mixin.LRUCacheWorkerLoRAManager
+
+    def make_worker_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if options_of(vllm_config.additional_config) is None:
+            return stock(vllm_config, *args, **kwargs)
+        manager = importlib.import_module("flora_vllm.plugin.manager")
+        return manager.FloraWorkerManager(vllm_config, *args, **kwargs)
+
+    factories = importlib.import_module("vllm.lora.worker_manager")
+    if hasattr(factories, "set_worker_lora_manager_factory"):  # patches/0001
+        factories.set_worker_lora_manager_factory(make_worker_manager)
+    else:
+        mixin.LRUCacheWorkerLoRAManager = make_worker_manager
+
+
+def _keep_compile_on_cpu() -> None:
+    """vLLM turns torch.compile off on CPU when LoRA is on, for its own kernels' sake; our op does not need that."""
+    platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform
+    if hasattr(platform, "lora_supports_compile"):  # patches/0005
+        platform.lora_supports_compile = True
+        return
+    original = platform.__dict__["check_and_update_config"].__func__
+
+    @functools.wraps(original)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        if options_of(vllm_config.additional_config) is None:
+            return original(cls, vllm_config)
+        lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora_config
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _keep_cpu_weights() -> None:
+    """vLLM repacks W on CPU and frees it; a layer that will own its base call keeps W until it is attached."""
+    utils = importlib.import_module("vllm.model_executor.layers.utils")
+    linear_base = importlib.import_module("vllm.model_executor.layers.linear").LinearBase
+    current_config = importlib.import_module("vllm.config").get_current_vllm_config_or_none
+    original = utils.dispatch_cpu_unquantized_gemm
+
+    @functools.wraps(original)
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        config = current_config()
+        keeps = (
+            config is not None
+            and options_of(config.additional_config) is not None
+            and isinstance(layer, linear_base)
+            and layer.weight.ndim == 2
+            and not layer.weight.is_meta
+        )
+        if not keeps:
+            return original(layer, remove_weight)
+        layer.cpu_linear = torch.nn.functional.linear  # also serves layers that are never attached (draft models)
+        layer._flora_pack = functools.partial(original, layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def _run_adapter_steps_without_graphs() -> None:
+    """CUDA graphs are captured without adapters, so a step with adapter tokens must not replay one."""
+    from flora_vllm.plugin import manager
+
+    forward = importlib.import_module("vllm.forward_context")
+    mode_none = importlib.import_module("vllm.config").CUDAGraphMode.NONE
+    dispatcher = importlib.import_module("vllm.v1.cudagraph_dispatcher").CudagraphDispatcher
+    v1_dispatch = dispatcher.dispatch
+
+    @functools.wraps(v1_dispatch)
+    def dispatch_v1(self: Any, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        if manager.adapter_step_pending():
+            return mode_none, forward.BatchDescriptor(num_tokens)
+        return v1_dispatch(self, num_tokens, *args, **kwargs)
+
+    dispatcher.dispatch = dispatch_v1
+
+    graphs = importlib.import_module("vllm.v1.worker.gpu.cudagraph_utils").CudaGraphManager
+    v2_dispatch = graphs.dispatch
+
+    @functools.wraps(v2_dispatch)
+    def dispatch_v2(self: Any, num_reqs: int, num_tokens: int, uniform: Any, num_active_loras: int, *args, **kwargs):
+        # This runner dispatches before the step's mapping is set; the count of active adapters is all there is.
+        if not (num_active_loras and self._graphs_captured and manager.is_managing()):
+            return v2_dispatch(self, num_reqs, num_tokens, uniform, num_active_loras, *args, **kwargs)
+        self._graphs_captured = False
+        try:
+            return v2_dispatch(self, num_reqs, num_tokens, uniform, num_active_loras, *args, **kwargs)
+        finally:
+            self._graphs_captured = True
+
+    graphs.dispatch = dispatch_v2

@@ -1,0 +1,149 @@
+"""One adapter directory -> what a worker keeps of it: every layer's slot contents, cut to this rank.
+
+A worker may evict an adapter and need it again in the middle of a step, where a failure would end the engine. So the
+files' content is copied once when the adapter is admitted, and a reload reads that copy, not the original, which may
+have changed or gone. The copies live in a private temporary directory that ends with the process.
+"""
+
+import contextlib
+import re
+import shutil
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flora_vllm.adapter import Adapter, ModelLayout
+from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.files import collect_files, digest_of
+from flora_vllm.formats.reader import examine_files
+from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.plugin.attach import Attached
+from flora_vllm.plugin.options import FloraOptions
+from flora_vllm.slots import layer_terms, overflowed
+
+# Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
+RETIRED_COPIES = 64
+
+_IDENTITY = re.compile(r"^(?P<name>.+)@(?P<digest>[0-9a-f]{16})$", re.DOTALL)
+DIGEST_LETTERS = 16
+
+
+def identity(name: str, digest: str) -> str:
+    """The name under which the engine knows this content: `name@digest`."""
+    return f"{name}@{digest[:DIGEST_LETTERS]}"
+
+
+def split_identity(lora_name: str) -> tuple[str, str | None]:
+    """(plain name, digest or None) of an engine-side adapter name."""
+    match = _IDENTITY.match(lora_name)
+    return (match["name"], match["digest"]) if match else (lora_name, None)
+
+
+class AdapterLoader:
+    """Reads, checks and cuts adapters for one worker. Owns the copies."""
+
+    def __init__(self, attached: Attached, options: FloraOptions, max_lora_rank: int, model: Any) -> None:
+        self._attached = attached
+        self._limits = {"flora": options.max_rank, "lora": max_lora_rank}
+        self._layout = model_layout(attached, _renamer(model))
+        self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
+        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
+        self._retired: OrderedDict[int, None] = OrderedDict()
+
+    def load(self, adapter_id: int, lora_name: str, path: str) -> tuple[int, Mapping[str, LayerTerms]]:
+        """(rank, layer name -> terms). Raises AdapterError with every fault of the adapter."""
+        name, digest = split_identity(lora_name)
+        copy = self._root / str(adapter_id)
+        self._retired.pop(adapter_id, None)
+        if copy.is_dir():
+            return self._read(name, copy, None, path)[1]
+        files, terms = self._read(name, _local(path), digest, path)
+        self._keep(copy, files, name)
+        return terms
+
+    def retire(self, adapter_id: int) -> None:
+        """The adapter was unloaded: its copy may go once no request can be on its way any more."""
+        if (self._root / str(adapter_id)).is_dir():
+            self._retired[adapter_id] = None
+        while len(self._retired) > RETIRED_COPIES:
+            oldest, _ = self._retired.popitem(last=False)
+            self.forget(oldest)
+
+    def forget(self, adapter_id: int) -> None:
+        shutil.rmtree(self._root / str(adapter_id), ignore_errors=True)
+
+    def _read(self, name: str, path: Path, digest: str | None, shown: str):
+        files, faults = collect_files(path)
+        found = examine_files(files, self._layout, self._limits)
+        faults = [*faults, *found.faults]
+        if digest is not None and not faults and not digest_of(dict(files)).startswith(digest):
+            faults.append("the directory changed after the server read it; load it again")
+        where = f"{name!r} ({shown})"
+        if faults or found.adapter is None:
+            raise adapter_error(where, faults)
+        return files, (found.adapter.rank, self._cut(where, found.adapter))
+
+    def _cut(self, where: str, adapter: Adapter) -> dict[str, LayerTerms]:
+        modules = {self._layout.rename(module): terms for module, terms in adapter.modules.items()}
+        layers: dict[str, LayerTerms] = {}
+        faults = []
+        for name, layout in self._attached.layouts.items():
+            terms = layer_terms(layout, modules, self._attached.dtypes[name])
+            if terms is None:
+                continue
+            if overflowed(terms):
+                faults.append(
+                    f"layer {name!r}: values leave the range of {self._attached.dtypes[name]}, the model's dtype; "
+                    "serve the model in bfloat16 or float32, or retrain with smaller factors"
+                )
+            layers[name] = terms
+        if faults:
+            raise adapter_error(where, faults)
+        return layers
+
+    def _keep(self, copy: Path, files: Mapping[str, bytearray], name: str) -> None:
+        unfinished = Path(tempfile.mkdtemp(dir=self._root))
+        try:
+            for file_name, content in files.items():
+                (unfinished / file_name).write_bytes(content)
+            unfinished.rename(copy)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(unfinished)
+            raise AdapterError(f"adapter {name!r} cannot be kept in {self._root}: {error.strerror}") from error
+
+
+def model_layout(attached: Attached, rename: Callable[[str], str]) -> ModelLayout:
+    """What a checkpoint may address in this model, by the names of the checkpoint's modules."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for layout in attached.layouts.values():
+        for part in layout.slices:
+            shapes[part.module] = (part.full_size, layout.full_in_features)
+    return ModelLayout(shapes, attached.refused, rename)
+
+
+def _renamer(model: torch.nn.Module) -> Callable[[str], str]:
+    """A checkpoint's module path -> the engine's, by the model's own weight mapper."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return str
+    renames = getattr(mapper, "get_rename_mapper", None)
+    if renames is not None:
+        mapper = renames()
+
+    def rename(module: str) -> str:
+        mapped = mapper._map_name(f"{module}.weight")
+        return module if mapped is None else mapped.removesuffix(".weight")
+
+    return rename
+
+
+def _local(path: str) -> Path:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return Path(get_adapter_absolute_path(path))

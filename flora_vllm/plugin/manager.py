@@ -1,0 +1,185 @@
+"""Worker side: vLLM's LoRA managers with our layers under them.
+
+Requests, LRU caches, pins and slots stay vLLM's own; what is replaced is what an adapter is (`LoadedAdapter`), where it
+is kept (a slot of each adapted layer instead of padded LoRA buffers) and what a step's mapping means (`Step`).
+vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never written.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from flora_vllm.batch import Step
+from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.loader import AdapterLoader
+from flora_vllm.plugin.options import FloraOptions, options_of
+
+logger = logging.getLogger(__name__)
+
+_managers: "weakref.WeakSet[FloraModelManager]" = weakref.WeakSet()
+
+
+def adapter_step_pending() -> bool:
+    """Whether the step about to run has adapter tokens (GPU: it may then not replay a CUDA graph)."""
+    return any(manager.step.segments is not None for manager in _managers)
+
+
+def is_managing() -> bool:
+    return bool(_managers)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter in host memory, cut to this rank: layer name -> slot contents. `id` and `rank` are vLLM's to read."""
+
+    id: int
+    rank: int
+    layers: Mapping[str, LayerTerms]
+
+
+class FloraModelManager(LRUCacheLoRAModelManager):
+    """Slots of the adapted layers. vLLM's base class keeps the LRU of registered and of active adapters."""
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        options = options_of(vllm_config.additional_config)
+        assert options is not None, "made only for engines that ask for FLoRA"
+        self.options: FloraOptions = options
+        self.step = Step()
+        self.attached = Attached()
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        _managers.add(self)
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+        # Only the language model's rows are the step's tokens; towers are refused at attach.
+        self.supports_mm = hasattr(self.model, "get_mm_mapping")
+        self.supports_tower_connector_lora = False
+        self.punica_wrapper_mapping = {}
+
+    def _create_lora_modules(self) -> None:
+        prefix = self.model.get_mm_mapping().language_model[0] if self.supports_mm else None
+        self.attached = attach(
+            self.model,
+            self.packed_modules_mapping,
+            self.step,
+            self.options.path,
+            self.device,
+            prefix,
+            self._match_target_modules,
+        )
+        self._guard_logits()
+        logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
+
+    def _guard_logits(self) -> None:
+        """Nothing may be sampled from a step whose adapter tokens ran past the op."""
+        compute_logits = getattr(self.model, "compute_logits", None)
+        if compute_logits is None:
+            return
+
+        def verified(*args: Any, **kwargs: Any) -> Any:
+            self.step.verify()
+            return compute_logits(*args, **kwargs)
+
+        self.model.compute_logits = verified
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        adapter = self._registered_adapters[lora_id]
+        index = self.lora_index_to_id.index(None)
+        for name, layer in self.attached.layers.items():
+            layer.write_slot(index + 1, adapter.layers.get(name))
+        self.lora_index_to_id[index] = lora_id
+        self._active_adapters[lora_id] = None
+        return True
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            index = self.lora_index_to_id.index(lora_id)
+            self.lora_index_to_id[index] = None
+            for layer in self.attached.layers.values():
+                layer.write_slot(index + 1, None)
+
+    def _add_adapter(self, lora: LoadedAdapter) -> None:
+        self._registered_adapters[lora.id] = lora
+
+    def set_adapter_mapping(self, mapping: Any) -> None:
+        super().set_adapter_mapping(mapping)
+        self.step.begin()
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        slots = {adapter_id: index + 1 for index, adapter_id in enumerate(self.lora_index_to_id) if adapter_id}
+        # Warm-up adapters and those without a layer on this rank change nothing: their tokens are base tokens.
+        idle = {i for i in slots if not self._registered_adapters.cache[i].layers}
+        self.step.set_mapping(mapping.index_mapping, slots | dict.fromkeys(idle, 0))
+
+    def remove_all_adapters(self) -> None:
+        for adapter_id in list(self._active_adapters.cache):
+            self._deactivate_adapter(adapter_id)
+        super().remove_all_adapters()
+        self.step.clear()
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoadedAdapter:
+        return LoadedAdapter(lora_id, rank, {})
+
+
+class FloraWorkerManager(LRUCacheWorkerLoRAManager):
+    """Loads adapters for one worker. A request's adapter is loaded before the request is queued (frontend), so a
+    faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original."""
+
+    _manager_cls = FloraModelManager
+
+    def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
+        model = super().create_lora_manager(model, vllm_config)
+        manager = self._adapter_manager
+        self._loader = AdapterLoader(manager.attached, manager.options, self.lora_config.max_lora_rank, model)
+        return model
+
+    def _load_adapter(self, lora_request: Any) -> LoadedAdapter:
+        rank, layers = self._loader.load(lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path)
+        return LoadedAdapter(lora_request.lora_int_id, rank, layers)
+
+    def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
+        dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
+        return self._adapter_manager.add_adapter(dummy)
+
+    def _apply_adapters(self, lora_requests: set[Any]) -> None:
+        # In a step an adapter is only ever brought back, never replaced: `load_inplace` acts where it is asked for.
+        if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
+            raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
+        for request in lora_requests:
+            self._ensure(request)
+
+    def _ensure(self, request: Any) -> bool:
+        manager, adapter_id = self._adapter_manager, request.lora_int_id
+        if manager.get_adapter(adapter_id) is None:
+            adapter = self._load_adapter(request)
+            if len(manager) + 1 > manager.capacity:
+                manager.remove_oldest_adapter()
+            manager.add_adapter(adapter)
+        manager.activate_adapter(adapter_id)
+        return True
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        if lora_request.load_inplace:
+            self._loader.forget(lora_request.lora_int_id)
+            fresh = self._load_adapter(lora_request)  # before the old one goes: a faulty one leaves it in place
+            self._adapter_manager.remove_adapter(lora_request.lora_int_id)
+            self._adapter_manager.add_adapter(fresh)
+        return self._ensure(lora_request)
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self._loader.retire(adapter_id)
+        return super().remove_adapter(adapter_id)
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
