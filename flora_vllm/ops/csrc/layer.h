@@ -1,0 +1,183 @@
+// One layer's W and its slots' terms, in the layouts the tiles are read in.
+//
+// W:    per slice, per panel of kPanel output features: [lanes][kPanel]. A panel never crosses a slice; what is
+//       missing in the last panel or lane is zero.
+// b:    per panel [rank lanes][kPanel], a pair of components per bfloat16 lane. a: twice, as rows [rank][lanes] to
+//       scale tokens by and as [in features][rank lanes] to modulate by.
+// down: panels of kNarrow columns, [lanes][kNarrow]; up: like b.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "tile.h"
+
+namespace flora {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Zeroed memory on cache-line borders, on huge pages where it is large: a cold W is read at the memory's full speed.
+template <class V>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : count_(count) {
+    if (count == 0) return;
+    const size_t page = 2 << 20, bytes = size_t(count) * sizeof(V);
+    const size_t border = bytes >= 2 * page ? page : 64;
+    void* memory = std::aligned_alloc(border, ceil_div(bytes, border) * border);
+    if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+    if (border == page) madvise(memory, ceil_div(bytes, page) * page, MADV_HUGEPAGE);
+#endif
+    std::memset(memory, 0, bytes);
+    memory_.reset(static_cast<V*>(memory));
+  }
+  V* data() const { return memory_.get(); }
+  int64_t bytes() const { return count_ * int64_t(sizeof(V)); }
+  explicit operator bool() const { return count_ > 0; }
+
+ private:
+  struct Free {
+    void operator()(V* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<V, Free> memory_;
+  int64_t count_ = 0;
+};
+
+// One slot's terms for one slice; see SliceTerms in terms.py for their meaning.
+struct Terms {
+  bool present = false, identity = false, gain_bias = false;
+  int rank = 0, rank_lanes = 0, low = 0, low_lanes = 0;
+  Buffer<Lane> rows, a, b, down, up;
+  Buffer<float> gain;
+
+  // Base products per token on the stacked path.
+  int products() const { return rank ? rank + identity : 1; }
+  int64_t bytes() const { return rows.bytes() + a.bytes() + b.bytes() + down.bytes() + up.bytes() + gain.bytes(); }
+};
+
+// What a caller hands over for one slice, contiguous, in the layer's dtype; null pointers for absent terms.
+struct RawTerms {
+  const void *a, *b, *down, *up, *gain;
+  int rank, low, identity, gain_bias;
+};
+
+struct Slice {
+  int64_t start, size, panels, first_panel;
+};
+
+enum class Path { automatic = 0, stacked = 1, modulated = 2 };
+
+struct Layer {
+  bool bfloat16;
+  int64_t in_features, out_features, lanes, panels;
+  int64_t row_lanes;  // from one scratch row to the next: an odd number of cache lines, so that rows do not evict rows
+  std::vector<Slice> slices;
+  Buffer<Lane> weight;
+  std::vector<std::vector<Terms>> slots;  // [slot][slice]; an empty slot leaves the layer alone
+  Path path;
+  double constant, slope;
+
+  bool modulates(int64_t tokens, int64_t rank) const {
+    if (path != Path::automatic) return path == Path::modulated;
+    return rank > 1 && double(tokens * rank) > double(tokens) + constant + slope * double(rank);
+  }
+  const Terms* terms(int64_t slot, size_t slice) const {
+    if (slot <= 0 || slot >= int64_t(slots.size()) || slots[slot].empty()) return nullptr;
+    return slots[slot][slice].present ? &slots[slot][slice] : nullptr;
+  }
+};
+
+template <class T>
+void pack_weight(Layer& layer, const typename T::Storage* w, int64_t row_stride) {
+  using Storage = typename T::Storage;
+  for (const Slice& slice : layer.slices) {
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < slice.panels; p++) {
+      auto* panel = reinterpret_cast<Storage*>(layer.weight.data() + (slice.first_panel + p) * layer.lanes * kPanel);
+      const int64_t columns = std::min<int64_t>(kPanel, slice.size - p * kPanel);
+      for (int64_t c = 0; c < columns; c++) {
+        const Storage* row = w + (slice.start + p * kPanel + c) * row_stride;
+        for (int64_t k = 0; k < layer.in_features; k++)
+          panel[((k / T::kPerLane) * kPanel + c) * T::kPerLane + k % T::kPerLane] = row[k];
+      }
+    }
+  }
+}
+
+template <class T>
+void unpack_weight(const Layer& layer, typename T::Storage* w) {
+  using Storage = typename T::Storage;
+  for (const Slice& slice : layer.slices)
+    for (int64_t o = 0; o < slice.size; o++) {
+      const int64_t p = slice.first_panel + o / kPanel, c = o % kPanel;
+      auto* panel = reinterpret_cast<const Storage*>(layer.weight.data() + p * layer.lanes * kPanel);
+      Storage* row = w + (slice.start + o) * layer.in_features;
+      for (int64_t k = 0; k < layer.in_features; k++)
+        row[k] = panel[((k / T::kPerLane) * kPanel + c) * T::kPerLane + k % T::kPerLane];
+    }
+}
+
+// (components, size) -> per panel of `width` columns [lanes of components][width]: b and up, and down the other way.
+template <class T>
+Buffer<Lane> pack_panels(const typename T::Storage* from, int64_t components, int64_t size) {
+  const int64_t lanes = ceil_div(components, T::kPerLane);
+  Buffer<Lane> packed(ceil_div(size, kPanel) * lanes * kPanel);
+  auto* to = reinterpret_cast<typename T::Storage*>(packed.data());
+  for (int64_t j = 0; j < components; j++)
+    for (int64_t o = 0; o < size; o++) {
+      const int64_t lane = ((o / kPanel) * lanes + j / T::kPerLane) * kPanel + o % kPanel;
+      to[lane * T::kPerLane + j % T::kPerLane] = from[j * size + o];
+    }
+  return packed;
+}
+
+template <class T>
+Terms pack_terms(const Layer& layer, const Slice& slice, const RawTerms& raw) {
+  using Storage = typename T::Storage;
+  const int64_t in = layer.in_features, lanes = layer.lanes;
+  Terms terms;
+  terms.present = true;
+  terms.identity = raw.identity;
+  terms.gain_bias = raw.gain_bias;
+  terms.rank = raw.a ? raw.rank : 0;
+  terms.rank_lanes = int(ceil_div(terms.rank, T::kPerLane));
+  terms.low = raw.down ? raw.low : 0;
+  terms.low_lanes = int(ceil_div(terms.low, T::kPerLane));
+  if (terms.rank) {
+    terms.rows = Buffer<Lane>(terms.rank * lanes);
+    terms.a = Buffer<Lane>(lanes * T::kPerLane * terms.rank_lanes);
+    auto* rows = reinterpret_cast<Storage*>(terms.rows.data());
+    auto* a = reinterpret_cast<Storage*>(terms.a.data());
+    const auto* from = static_cast<const Storage*>(raw.a);
+    for (int64_t j = 0; j < terms.rank; j++)
+      for (int64_t k = 0; k < in; k++) {
+        rows[j * lanes * T::kPerLane + k] = from[j * in + k];
+        a[k * terms.rank_lanes * T::kPerLane + j] = from[j * in + k];
+      }
+    terms.b = pack_panels<T>(static_cast<const Storage*>(raw.b), terms.rank, slice.size);
+  }
+  if (terms.low) {
+    terms.down = Buffer<Lane>(ceil_div(terms.low, kNarrow) * lanes * kNarrow);
+    auto* down = reinterpret_cast<Storage*>(terms.down.data());
+    const auto* from = static_cast<const Storage*>(raw.down);
+    for (int64_t l = 0; l < terms.low; l++)
+      for (int64_t k = 0; k < in; k++) {
+        const int64_t lane = ((l / kNarrow) * lanes + k / T::kPerLane) * kNarrow + l % kNarrow;
+        down[lane * T::kPerLane + k % T::kPerLane] = from[l * in + k];
+      }
+    terms.up = pack_panels<T>(static_cast<const Storage*>(raw.up), terms.low, slice.size);
+  }
+  if (raw.gain) {
+    terms.gain = Buffer<float>(slice.panels * kPanel);
+    for (int64_t o = 0; o < slice.size; o++) terms.gain.data()[o] = to_float(static_cast<const Storage*>(raw.gain)[o]);
+  }
+  return terms;
+}
+
+}  // namespace flora
