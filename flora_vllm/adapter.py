@@ -10,7 +10,7 @@ Terms are what the checkpoint says, on the host, in the checkpoint's dtype; they
 Shape letters: R rank, I in features, O out features.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -143,7 +143,9 @@ class ModelLayout:
 
     `shapes`: module path -> (O, I) of the whole layer, before tensor-parallel slicing.
     `refused`: module path (or its last part) -> why it cannot be adapted.
+    `rename`: a checkpoint's module path -> the path used here (engines rename modules; several names may mean one).
     """
 
     shapes: Mapping[str, tuple[int, int]]
     refused: Mapping[str, str] = field(default_factory=dict)
+    rename: Callable[[str], str] = str

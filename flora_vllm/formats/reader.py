@@ -5,7 +5,7 @@ has passed all of them: nothing later in the line can find a fault.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -214,9 +214,24 @@ def _module_faults(
                 "correct target_modules, exclude_modules or layers_to_transform, or remove the tensors"
             )
     if targets is not None and layout is not None:
-        for module in layout.shapes:
-            if module not in modules and refusal(module, layout) is None and targets.select(module):
+        present = {layout.rename(module) for module in modules}
+        for path in layout.shapes:
+            module = _checkpoint_name(path, modules, layout)
+            if path not in present and refusal(module, layout) is None and targets.select(module):
                 yield f"module {module!r} is selected by target_modules but has no tensors; the file is incomplete"
+
+
+def _checkpoint_name(path: str, modules: Iterable[str], layout: ModelLayout) -> str:
+    """What this checkpoint would call the layout's `path`: its prefix, as its own modules show it."""
+    for module in modules:
+        theirs, ours = module.split("."), layout.rename(module).split(".")
+        while theirs and ours and theirs[-1] == ours[-1]:
+            theirs.pop()
+            ours.pop()
+        parts = path.split(".")
+        if theirs != ours and parts[: len(ours)] == ours:
+            return ".".join([*theirs, *parts[len(ours) :]])
+    return path
 
 
 def _one_module_faults(
@@ -233,9 +248,10 @@ def _one_module_faults(
     if reason is not None:
         yield f"module {module!r} cannot be adapted: {reason}; train without it"
         return
-    if layout is not None and module not in layout.shapes:
+    shape = None if layout is None else layout.shapes.get(layout.rename(module))
+    if layout is not None and shape is None:
         yield f"module {module!r} is not in the base model; was the adapter trained on another model?"
-    sizes = dict(zip("OI", layout.shapes[module], strict=True)) if layout and module in layout.shapes else {}
+    sizes = {} if shape is None else dict(zip("OI", shape, strict=True))
     ranks = () if config.bad & {"r", "rank_pattern"} else family.ranks(config.values, module)
     axes = family.axes(config.values, module)
     for part, record in parts.items():
@@ -248,7 +264,7 @@ def refusal(module: str, layout: ModelLayout | None) -> str | None:
     """Why `module` cannot be adapted, None if it can as far as its name tells."""
     names = module.split(".")
     if layout is not None:
-        for key in (module, names[-1]):
+        for key in (layout.rename(module), names[-1]):
             if key in layout.refused:
                 return layout.refused[key]
     return next((UNSUPPORTED_MODULES[name] for name in reversed(names) if name in UNSUPPORTED_MODULES), None)
