@@ -224,7 +224,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         for name in [*self.merged_adapters, *names]:
             merged = merged + self.get_delta_weight(name)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"merging {', '.join(names)} would give weights that are not finite; the adapter is broken")
+            raise ValueError(
+                f"merging {', '.join(names)} would give weights that are not finite; the adapter is broken"
+            )
         if self._weight_before_merge is None:
             self._weight_before_merge = weight.detach().to("cpu", copy=True)
         self.set_base_weight(merged.to(weight.dtype).contiguous())

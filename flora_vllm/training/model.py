@@ -63,7 +63,9 @@ class FloraModel(BaseTuner):
     def _check_target_module_compatiblity(self, peft_config: FloraConfig, model: nn.Module, target_name: str) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in MAMBA_TYPES and target_name in ("out_proj", "conv1d"):
-            raise ConfigError(f"{target_name} of a {model_type} model is read by a fused kernel, not called; leave it out")
+            raise ConfigError(
+                f"{target_name} of a {model_type} model is read by a fused kernel, not called; leave it out"
+            )
 
     def _create_and_replace(
         self,

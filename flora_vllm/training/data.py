@@ -1,0 +1,168 @@
+"""Training text -> blocks of token ids of one length, split into training and held-out blocks.
+
+Documents are joined with the end-of-text token between them and cut into blocks (packing): no padding, no masks, and
+the same number of tokens in every step. Chats are rendered by the model's own template and trained on as a whole.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from flora_vllm.errors import ConfigError
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer used here."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Token ids ready to train on: `train` (N, L) and `held_out` (M, L), int64, host; no document is in both."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+
+
+def read_documents(path: Path, tokenizer: Tokenizer) -> list[str]:
+    """The documents at `path`: .jsonl of {"text"} or {"messages"} lines, a directory of text files, or one text file.
+
+    Raises ConfigError listing every line or file that can't be used, or saying that there is nothing.
+    """
+    if not path.exists():
+        raise ConfigError(f"training data {path}: no such file or directory")
+    if path.is_dir():
+        documents = _read_directory(path)
+    elif path.suffix == ".jsonl":
+        documents = _read_jsonl(path, tokenizer)
+    else:
+        documents = [_read_text(path)]
+    documents = [d for d in documents if d.strip()]
+    if not documents:
+        raise ConfigError(f"training data {path}: no text in it; give .jsonl lines, text files or a directory of them")
+    return documents
+
+
+def make_blocks(
+    documents: Sequence[str], tokenizer: Tokenizer, length: int, held_out_share: float, seed: int, where: str
+) -> Blocks:
+    """Split documents, tokenise and cut into blocks of `length` tokens; what is left over at the end is dropped.
+
+    With fewer than 20 documents the token stream is split instead, its end held out. Raises ConfigError if there is
+    not enough text for one block on each side.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    ids = [_tokenise(documents[i], tokenizer) for i in order]
+    if len(documents) >= 20:
+        cut = max(1, round(len(ids) * held_out_share))
+        held_out, train = _join(ids[:cut]), _join(ids[cut:])
+    else:
+        stream = _join(ids)
+        cut = max(length, round(len(stream) * held_out_share / length) * length)
+        train, held_out = stream[:-cut], stream[-cut:]
+    if len(train) < length or len(held_out) < length:
+        raise ConfigError(
+            f"training data {where}: {len(train) + len(held_out)} tokens in {len(documents)} document(s) are too few; "
+            f"one block of {length} tokens is needed to train on and one to measure with: add text or lower --length"
+        )
+    return Blocks(_cut(train, length), _cut(held_out, length))
+
+
+def _read_directory(path: Path) -> list[str]:
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise ConfigError(f"training data {path}: the directory holds no files")
+    documents, faults = [], []
+    for file in files:
+        try:
+            documents.append(_read_text(file))
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError(f"training data {path}: {len(faults)} file(s) can't be used\n  " + "\n  ".join(faults[:20]))
+    return documents
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _read_jsonl(path: Path, tokenizer: Tokenizer) -> list[str]:
+    documents, faults = [], []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(_document(line, tokenizer))
+        except ConfigError as error:
+            faults.append(f"line {number}: {error}")
+    if faults:
+        raise ConfigError(f"training data {path}: {len(faults)} line(s) can't be used\n  " + "\n  ".join(faults[:20]))
+    return documents
+
+
+def _document(line: str, tokenizer: Tokenizer) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON ({error.msg})") from None
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError('a chat needs a chat template, which this model\'s tokenizer lacks; use "text" lines')
+        # A template is code that came with the model; what it raises is up to it (jinja2 and whatever it calls).
+        from jinja2 import TemplateError
+
+        try:
+            return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise ConfigError(f"the model's chat template refuses the messages ({error})") from None
+    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise ConfigError(f'needs "text": a string, or "messages": a list; it has {keys}')
+
+
+def _tokenise(text: str, tokenizer: Tokenizer) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _join(ids: Sequence[list[int]]) -> list[int]:
+    return [token for document in ids for token in document]
+
+
+def _cut(ids: list[int], length: int) -> torch.Tensor:
+    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
+
+
+def batches(blocks: torch.Tensor, size: int, seed: int, first_step: int) -> Iterator[torch.Tensor]:
+    """Batches (size, L) for step `first_step`, `first_step` + 1, … for ever; each pass over the blocks is shuffled.
+
+    Batch n depends on (blocks, size, seed, n) only, so a resumed run sees what it would have seen.
+    """
+    count, permutations = len(blocks), {}
+    step = first_step
+    while True:
+        places = range(step * size, (step + 1) * size)
+        rows = []
+        for place in places:
+            epoch = place // count
+            if epoch not in permutations:
+                permutations = {epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))}
+            rows.append(int(permutations[epoch][place % count]))
+        yield blocks[rows]
+        step += 1

@@ -1,0 +1,194 @@
+"""The training loop: one frozen base, one or several adapters, each with its own data, rate, seed and checkpoint.
+
+With several adapters a step runs one batch that holds every adapter's examples, each example through its own
+adapter: FLoRA's second use in the paper. The losses are summed, and since no factor is shared, every adapter gets
+the gradient it would get alone.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+
+from flora_vllm.errors import FloraError
+from flora_vllm.training.checkpoint import Settings, load_state, log_row, save_state
+from flora_vllm.training.data import Blocks, batches
+from flora_vllm.training.model import FloraModel
+
+MAX_GRADIENT_NORM = 1.0
+WARMUP_SHARE = 0.05
+
+
+class DivergedError(FloraError, ArithmeticError):
+    """The loss is not a finite number; the last good checkpoint was kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One adapter to train. `name` is its name in the PEFT model, `out` where its state is kept (None: nowhere)."""
+
+    name: str
+    settings: Settings
+    blocks: Blocks
+    out: Path | None = None
+
+
+@dataclass(eq=False)
+class Progress:
+    """One job's moving parts; owned by `train`."""
+
+    job: Job
+    factors: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[torch.Tensor]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.job.settings.steps
+
+
+def train(
+    model: PeftModel,
+    jobs: Sequence[Job],
+    *,
+    save_every: int = 0,
+    seen: Callable[[dict[str, float], int], None] = lambda losses, tokens: None,
+) -> dict[str, list[float]]:
+    """Train every job to its last step; returns the losses of the steps run here, by job name.
+
+    Goes on from the state in `job.out`. State is saved every `save_every` steps, at the end, and when the user
+    interrupts. `seen(losses, tokens)` is called after each step. Raises DivergedError, KeyboardInterrupt (state
+    saved) or OSError (disk full; the earlier state is still there).
+    """
+    runs = [_start(model, job) for job in jobs]
+    model.train()
+    try:
+        while active := [run for run in runs if not run.is_done]:
+            losses, tokens = _step(model, active, mixed=len(jobs) > 1)
+            for run in active:
+                _keep(run, losses[run.job.name], save_every)
+            seen(losses, tokens)
+    except KeyboardInterrupt:
+        for run in runs:
+            _save(run)
+        raise
+    return {run.job.name: run.losses for run in runs}
+
+
+def _start(model: PeftModel, job: Job) -> Progress:
+    marker = f".{job.name}."
+    factors = {n: p for n, p in model.named_parameters() if marker in f"{n}." and p.requires_grad}
+    assert factors, f"no trainable parameters for adapter {job.name}"
+    settings = job.settings
+    optimizer = torch.optim.AdamW(factors.values(), lr=settings.rate, weight_decay=0.0)
+    state = load_state(job.out, settings) if job.out is not None else None
+    step = 0
+    if state is not None:
+        step = state["step"]
+        with torch.no_grad():
+            for name, factor in factors.items():
+                factor.copy_(state["factors"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    stream = batches(job.blocks.train, settings.batch, settings.seed, step)
+    return Progress(job, factors, optimizer, stream, step)
+
+
+def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict[str, float], int]:
+    """One optimizer step of every run; losses by job name and the number of tokens."""
+    device = next(model.parameters()).device
+    parts = [next(run.batches).to(device) for run in runs]
+    ids = torch.cat(parts)
+    names = [run.job.name for run, part in zip(runs, parts, strict=True) for _ in part]
+    # Dropout must not depend on what ran before, or a resumed run would differ.
+    torch.manual_seed(runs[0].job.settings.seed * 1_000_003 + runs[0].step)
+    for run in runs:
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.job.settings.rate * schedule(run.step, run.job.settings.steps)
+    with example_adapters(model, names) if mixed else nullcontext():
+        logits = model(input_ids=ids).logits
+        of_job = [
+            cross_entropy(rows, part) for rows, part in zip(logits.split([len(p) for p in parts]), parts, strict=True)
+        ]
+        torch.stack(of_job).sum().backward()
+    losses = {run.job.name: float(loss.detach()) for run, loss in zip(runs, of_job, strict=True)}
+    for run in runs:
+        loss = losses[run.job.name]
+        norm = nn.utils.clip_grad_norm_(run.factors.values(), MAX_GRADIENT_NORM)
+        if not math.isfinite(loss) or not torch.isfinite(norm):
+            raise DivergedError(_diverged(run, loss, float(norm)))
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+    return losses, ids.numel()
+
+
+def _diverged(run: Progress, loss: float, norm: float) -> str:
+    rate = run.optimizer.param_groups[0]["lr"]
+    return (
+        f"{run.job.name}: loss {loss:g} and gradient norm {norm:g} at step {run.step + 1} of "
+        f"{run.job.settings.steps} with learning rate {rate:g} (peak {run.job.settings.rate:g}); "
+        "stopped, nothing of this step was kept: lower --lr, or let --sweep find one"
+    )
+
+
+def example_adapters(model: PeftModel, names: Sequence[str]) -> AbstractContextManager[None]:
+    """Example i of the batch through adapter `names[i]`; FLoRA only, PEFT's own methods refuse it while training."""
+    tuner = model.base_model
+    assert isinstance(tuner, FloraModel), "mixed training is for FLoRA"
+    return tuner.adapter_of_each_example(names)
+
+
+def cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean loss of predicting token t + 1, in nats, in float32."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak rate at `step` (from 0): linear warm-up over the first 5 %, then a half cosine to a tenth."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _keep(run: Progress, loss: float, save_every: int) -> None:
+    run.step += 1
+    run.losses.append(loss)
+    if run.job.out is None:
+        return
+    log_row(run.job.out, {"step": run.step, "loss": loss, "rate": run.optimizer.param_groups[0]["lr"]})
+    if run.is_done or save_every and run.step % save_every == 0:
+        _save(run)
+
+
+def _save(run: Progress) -> None:
+    if run.job.out is None or not run.step:
+        return
+    state: dict[str, Any] = {
+        "step": run.step,
+        "factors": {name: factor.detach().cpu() for name, factor in run.factors.items()},
+        "optimizer": run.optimizer.state_dict(),
+    }
+    save_state(run.job.out, run.job.settings, state)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, blocks: torch.Tensor, batch: int) -> float:
+    """Mean loss in nats per token over `blocks` (N, L)."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    for part in blocks.split(batch):
+        total += float(cross_entropy(model(input_ids=part.to(device)).logits, part.to(device))) * len(part)
+    model.train(was_training)
+    return total / len(blocks)
