@@ -1,0 +1,205 @@
+"""Compile every Triton kernel for three GPUs without having one, and record what the compiler says of them.
+
+Registers, spills, shared memory and tensor-core instructions come from the cubin (tools of the Triton wheel). They
+prove that a kernel compiles and does not spill; they say nothing of its speed or of a GPU's numerics.
+
+    python benchmarks/triton_compile.py              # the whole table, appended to results/triton_compile.jsonl
+    python benchmarks/triton_compile.py --no-record
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flora_vllm.ops import triton_kernels, triton_opaque
+from flora_vllm.ops.triton_config import launch_config
+
+RESULTS = Path(__file__).parent / "results" / "triton_compile.jsonl"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory a program may have, bytes: CUDA C++ Programming Guide, technical specifications per capability.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The tensor-core instruction that the main loop must be made of.
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "LDG.E.U16", "LDL", "STL", "FFMA")
+
+INDICES = ("tokens", "token_slots", "segments", "counts", "layout", "tiles")
+ADDRESSES = ("table", "gains")
+# Numbers that are multiples of 16 for every layer the wide loads are meant for; Triton sees the same at a launch.
+MULTIPLES_OF_16 = ("in_features", "out_features", "x_stride", "w_stride", "y_stride", "split_stride")
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one set of launch parameters."""
+
+    name: str
+    kernel: Any
+    dtype: torch.dtype
+    constants: dict[str, Any]
+    warps: int
+    products: bool  # whether it must use the tensor core
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case for one target."""
+
+    kernel: str
+    dtype: str
+    sm: int
+    warps: int
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+    compile_s: float
+
+    def faults(self, products: bool) -> list[str]:
+        """Why this build must not ship; empty if it may."""
+        faults = []
+        if self.stack_bytes or self.local_bytes:
+            faults.append(f"spills: {self.stack_bytes} B stack, {self.local_bytes} B local")
+        if self.shared_bytes > SHARED_BYTES[self.sm]:
+            faults.append(f"{self.shared_bytes} B of shared memory, the chip has {SHARED_BYTES[self.sm]}")
+        if products and not self.instructions[TENSOR_CORE[self.sm]]:
+            faults.append(f"no {TENSOR_CORE[self.sm]} instruction")
+        return [f"{self.kernel} on sm_{self.sm}: {fault}" for fault in faults]
+
+
+def compile_case(case: Case, sm: int) -> Report:
+    """Compile one case for one target and read its cubin. Raises what Triton raises if it does not compile."""
+    names = case.kernel.arg_names
+    signature = {name: _argument_type(name, case) for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in MULTIPLES_OF_16]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in case.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    stages = case.constants.get("STAGES", 1)
+    start = time.perf_counter()
+    built = triton.compile(
+        source, target=GPUTarget("cuda", sm, 32), options={"num_warps": case.warps, "num_stages": stages}
+    )
+    seconds = time.perf_counter() - start
+    usage, instructions = _read_cubin(built.asm["cubin"])
+    return Report(
+        kernel=case.name,
+        dtype=NAMES[case.dtype],
+        sm=sm,
+        warps=case.warps,
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        local_bytes=usage["LOCAL"],
+        shared_bytes=max(usage["SHARED"], built.metadata.shared),
+        instructions=instructions,
+        compile_s=round(seconds, 2),
+    )
+
+
+def _argument_type(name: str, case: Case) -> str:
+    if name in case.constants:
+        return "constexpr"
+    if name in INDICES:
+        return "*i32"
+    if name in ADDRESSES:
+        return "*i64"
+    if name == "parts" or (name == "y" and case.constants.get("SPLIT", 1) > 1):
+        return "*fp32"
+    if name in ("x", "w", "y", "bias", "out", "products", "parts"):
+        return f"*{NAMES[case.dtype]}"
+    return "i32"
+
+
+def _read_cubin(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        listing = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+    fields = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout + usage.stderr)
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", listing)) for name in INSTRUCTIONS}
+    return {name: int(value) for name, value in fields}, counts
+
+
+def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Every kernel as `launch_config` launches it."""
+    dot = "ieee" if dtype == torch.float32 else "tf32"
+    for max_rank in (16, 32):
+        for rows in (16, 1024):
+            config = launch_config(dtype, max_rank, 4096, 4096, rows, 132)
+            for split, finish in ((1, True), (2, False)):
+                constants = {
+                    "BM": config.stacked_m, "BN": config.stacked_n, "BK": config.stacked_k, "SPLIT": split,
+                    "STAGES": config.stacked_stages, "FINISH": finish, "HAS_BIAS": finish, "ALIGNED": True,
+                    "DOT": dot, "EXACT_SUM": dtype == torch.float32,
+                }  # fmt: skip
+                name = f"stacked {config.stacked_m}x{config.stacked_n}x{config.stacked_k} split={split}"
+                if max_rank == 16 or config.stacked_m == 64:
+                    yield Case(name, triton_kernels.flora_stacked, dtype, constants, config.stacked_warps, True)
+        config = launch_config(dtype, max_rank, 4096, 4096, 1024, 132)
+        constants = {
+            "BM": config.modulated_m, "BN": config.modulated_n, "BK": config.modulated_k, "RANK": config.rank,
+            "STAGES": config.modulated_stages, "FINISH": True, "HAS_BIAS": True, "ALIGNED": True, "DOT": dot,
+        }  # fmt: skip
+        name = f"modulated {config.modulated_n}x{config.modulated_m}x{config.modulated_k} rank={config.rank}"
+        yield Case(name, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps, True)
+    config = launch_config(dtype, 16, 4096, 4096, 1024, 132)
+    last = {"BN": config.sum_n, "FINISH": True, "HAS_BIAS": True, "ALIGNED": True}
+    rows = {"BM": config.expand_m, "BK": config.expand_k, "ALIGNED": True}
+    yield Case("expand", triton_opaque.flora_expand, dtype, rows, 4, False)
+    yield Case("reduce", triton_opaque.flora_reduce, dtype, last, 4, False)
+    yield Case("sum 4 parts", triton_opaque.flora_sum, dtype, {**last, "PARTS": 4, "COUNT": 2}, 4, False)
+    yield Case("gain and bias", triton_opaque.flora_sum, dtype, {**last, "PARTS": 1, "COUNT": 3}, 4, False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-record", action="store_true", help="print only, append no rows")
+    parser.add_argument("--sm", type=int, nargs="*", default=list(TENSOR_CORE), help="targets (default: all)")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    options = parser.parse_args()
+    print(f"{'kernel':32} sm  warps regs stack  shared  instructions")
+    rows, faults = [], []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for case in cases(dtype):
+            for sm in options.sm:
+                if options.only not in f"{NAMES[dtype]} {case.name}":
+                    continue
+                report = compile_case(case, sm)
+                faults += report.faults(case.products and dtype != torch.float32)
+                counts = " ".join(f"{name}={count}" for name, count in report.instructions.items() if count)
+                print(
+                    f"{NAMES[dtype]} {case.name:27} {sm:3} {case.warps:3} {report.registers:5}"
+                    f" {report.stack_bytes:5} {report.shared_bytes:7}  {counts}",
+                    flush=True,
+                )
+                rows.append({"triton": triton.__version__, "machine": platform.machine(), **asdict(report)})
+    if not options.no_record:
+        with RESULTS.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    for fault in faults:
+        print("FAULT", fault)
+    raise SystemExit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Launch parameters of the Triton kernels: one frozen record made by one function, all numbers in one place.
+
+No number here was timed on a GPU. They come from what the compiler makes of the kernels (registers, spills, shared
+memory: `benchmarks/results/triton_compile.jsonl`, `python benchmarks/triton_compile.py`) and from roofline arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# A token's rows must fit a row tile with room for others.
+MAX_RANK = 64
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes, warps and pipeline depth. Rows (m), out features (n) and in features (k) per program."""
+
+    stacked_m: int
+    stacked_n: int
+    stacked_k: int
+    stacked_warps: int
+    stacked_stages: int
+    modulated_m: int
+    modulated_n: int
+    modulated_k: int
+    modulated_warps: int
+    modulated_stages: int
+    rank: int  # the modulation product's inner size: rank padded in registers, at least the tensor core's 16
+    split: int  # runs of in features that the stacked product is cut into
+    sum_n: int  # out features per program of the sums and elementwise kernels
+    expand_m: int
+    expand_k: int
+
+
+def launch_config(
+    dtype: torch.dtype, max_rank: int, in_features: int, out_features: int, rows: int, processors: int
+) -> LaunchConfig:
+    """Parameters for a step with `rows` stacked rows (or a budget of them) on a GPU with `processors` SMs.
+
+    `split` depends on the layer's shape alone, so a token's sum does not depend on what else is in the step.
+    """
+    wide = dtype == torch.float32
+    few = rows <= 64 - max_rank and max_rank <= 32
+    stacked_n = 64
+    # A decode step is one or two row tiles: without a split, 576 out features would keep 9 of 132 processors busy.
+    programs = -(-out_features // stacked_n)
+    split = max(1, min(processors // max(programs, 1), in_features // 512, 8))
+    return LaunchConfig(
+        stacked_m=64 if few else 128,
+        stacked_n=stacked_n,
+        stacked_k=32 if wide else 64,
+        stacked_warps=4 if few else 8,
+        stacked_stages=2 if wide else 3,
+        modulated_m=64 if wide else 128,
+        modulated_n=64 if wide else 128,
+        modulated_k=32 if wide else 64,
+        modulated_warps=8,
+        modulated_stages=2 if wide else 3,
+        rank=16 if max_rank <= 16 else 32 if max_rank <= 32 else 64,
+        split=split,
+        sum_n=256,
+        expand_m=16,
+        expand_k=256,
+    )
