@@ -1,7 +1,7 @@
 """The two files of an adapter directory, read once and as one version.
 
 The directory is opened first and the files through it, so a directory that is replaced by a rename while we read
-still gives one version, old or new. Files written in place are noticed: size, mtime, ctime and inode must be the
+gives one version, old or new. Files written in place are noticed: size, mtime, ctime and inode must be the
 same before and after, for both files, when everything has been read.
 """
 
@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
 
@@ -17,6 +18,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # A config is a few KiB; the weights of a rank-256 adapter on every layer of a 70B model are below 4 GiB.
 MAX_BYTES = {CONFIG_NAME: 16 << 20, WEIGHTS_NAME: 8 << 30}
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# How often to start over when the whole directory was replaced meanwhile.
+_ATTEMPTS = 10
 _CHANGED = "changed while it was read; publish adapters by renaming a complete directory"
 
 
@@ -53,14 +56,28 @@ def digest_of(files: dict[str, bytearray]) -> str:
 
 def collect_files(path: str | os.PathLike[str]) -> tuple[dict[str, bytearray], list[str]]:
     """The files that could be read, by name, and the faults; both files are there if there is no fault."""
+    files: dict[str, bytearray] = {}
+    faults: list[str] = []
+    for _ in range(_ATTEMPTS):
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            return {}, [_directory_fault(error)]
+        try:
+            files, faults = _collect_from(directory)
+            if not faults or not _was_replaced(path, directory):
+                break
+        finally:
+            os.close(directory)
+    return files, faults
+
+
+def _was_replaced(path: str | os.PathLike[str], directory: int) -> bool:
+    """Whether `path` now leads to another directory than the open one (which its publisher may be deleting)."""
     try:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        return {}, [_directory_fault(error)]
-    try:
-        return _collect_from(directory)
-    finally:
-        os.close(directory)
+        return not os.path.samestat(Path(path).stat(), os.fstat(directory))
+    except OSError:
+        return True
 
 
 def _directory_fault(error: OSError | ValueError) -> str:

@@ -1,0 +1,390 @@
+"""Every way a checkpoint can be wrong is refused, named, and reported together with the others."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from formats_support import edit_config, edit_tensors, linear_layout, save_peft_adapter, tiny_model
+from peft import HiraConfig, IA3Config, LoraConfig
+from safetensors.torch import load_file, save_file
+
+from flora_vllm.adapter import ModelLayout
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats import examine, read_adapter, write_flora
+
+torch.set_num_threads(1)
+
+Q0, V0, Q1, V1 = (f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
+LAYOUT = ModelLayout({Q0: (8, 6), V0: (4, 6), Q1: (8, 6), V1: (4, 6)}, {"lm_head": "no output layers here"})
+A, B = "base_model.model.{}.flora_A.weight", "base_model.model.{}.flora_B.weight"
+
+
+@pytest.fixture
+def flora(tmp_path: Path) -> Path:
+    """A good FLoRA directory: rank 2 on q and v of two layers, q of the second layer has rank 3."""
+    torch.manual_seed(0)
+    ranks = {Q0: 2, V0: 2, Q1: 3, V1: 2}
+    pairs = {m: (torch.randn(r, 6), torch.randn(LAYOUT.shapes[m][0], r)) for m, r in ranks.items()}
+    path = write_flora(tmp_path / "adapter", pairs, target_modules=["q_proj", "v_proj"])
+    assert read_adapter(path, layout=LAYOUT, max_flora_rank=3).rank == 3
+    return path
+
+
+def faults_of(path: Path, **options) -> tuple[str, ...]:
+    """The faults, after checking that the raised error lists every one of them and nothing was returned."""
+    found = examine(path, **options)
+    assert found.adapter is None
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(path, **options)
+    assert f"({len(found.faults)} fault" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert all(fault in str(caught.value) for fault in found.faults)
+    return found.faults
+
+
+def the_fault(path: Path, **options) -> str:
+    faults = faults_of(path, **options)
+    assert len(faults) == 1, faults
+    return faults[0]
+
+
+CONFIG_CASES = {
+    "r-zero": ({"r": 0}, "'r' is 0; allowed: an integer of at least 1"),
+    "r-negative": ({"r": -1}, "'r' is -1"),
+    "r-bool": ({"r": True}, "'r' is True"),
+    "r-float": ({"r": 2.0}, "'r' is 2.0"),
+    "r-text": ({"r": "2"}, "'r' is '2'"),
+    "r-missing": ({"r": ...}, "key 'r' is missing"),
+    "reduction": ({"reduction": "max"}, "'reduction' is 'max'; allowed: 'mean' or 'sum'"),
+    "alpha": ({"lora_alpha": 8}, "key 'lora_alpha' (value 8) is unknown and could change the result"),
+    "unknown": ({"use_magic": True}, "key 'use_magic' (value True) is unknown"),
+    "unknown-null": ({"use_magic": None}, "key 'use_magic' (value None) is unknown"),
+    "modules-to-save": ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is ['lm_head']; allowed: null or empty"),
+    "targets-missing": ({"target_modules": ...}, "key 'target_modules' is missing"),
+    "targets-null": ({"target_modules": None}, "'target_modules' is None"),
+    "targets-type": ({"target_modules": [1]}, "'target_modules' is [1]"),
+    "targets-regex": ({"target_modules": "(q"}, "'target_modules' is '(q'"),
+    "layers-type": ({"layers_to_transform": [0, True]}, "'layers_to_transform' is [0, True]"),
+    "layers-with-regex": ({"target_modules": ".*", "layers_to_transform": [0, 1]}, "beside a list of names"),
+    "pattern-type": ({"rank_pattern": {"q_proj": 0}}, "'rank_pattern' is {'q_proj': 0}"),
+    "pattern-regex": ({"rank_pattern": {"*": 1}}, "'rank_pattern' is {'*': 1}"),
+    "base-type": ({"base_model_name_or_path": 1}, "'base_model_name_or_path' is 1"),
+    "family": ({"peft_type": "LOHA"}, "family 'LOHA' is not supported yet; supported: FLORA, HIRA, IA3, LORA"),
+    "family-case": ({"peft_type": "flora"}, "family 'flora' is not supported yet"),
+    "family-missing": ({"peft_type": ...}, "family None is not supported yet"),
+    "family-type": ({"peft_type": 3}, "family 3 is not supported yet"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES)
+def test_config_values(case: str, flora: Path) -> None:
+    changes, message = CONFIG_CASES[case]
+    edit_config(flora, **changes)
+    assert message in the_fault(flora, layout=LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[1]", "a JSON list, not an object"),
+        ('{"r": 1, "r": 2}', "key 'r' appears twice"),
+        ("\x00", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("{}", "family None is not supported yet"),
+    ],
+)
+def test_config_text(text: str, message: str, flora: Path) -> None:
+    (flora / "adapter_config.json").write_text(text)
+    assert message in the_fault(flora)
+
+
+def test_config_that_is_not_text(flora: Path) -> None:
+    (flora / "adapter_config.json").write_bytes(b"\xff\xfe{}")
+    assert "not valid JSON" in the_fault(flora)
+
+
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "peft_version", "task_type", "revision", "auto_mapping"])
+def test_bookkeeping_does_not_matter(key: str, flora: Path) -> None:
+    edit_config(flora, **{key: "anything at all"})
+    assert read_adapter(flora, layout=LAYOUT).rank == 3
+
+
+TENSOR_CASES: dict[str, tuple[dict, str]] = {
+    "partner": ({A.format(V0): None}, f"tensor '{A.format(V0)}' is missing, its partner flora_B.weight is there"),
+    "ndim": ({A.format(V0): torch.ones(12)}, "has shape (12,); the config and the base model allow (2 (rank), 6 (in"),
+    "rank": ({A.format(V0): torch.ones(3, 6), B.format(V0): torch.ones(4, 3)}, "has shape (3, 6)"),
+    "in": ({A.format(V0): torch.ones(2, 7)}, "has shape (2, 7)"),
+    "out": ({B.format(V0): torch.ones(5, 2)}, "allow (4 (out features), 2 (rank))"),
+    "swapped": ({B.format(V0): torch.ones(2, 4)}, "has shape (2, 4)"),
+    "dtype": ({A.format(V0): torch.ones(2, 6).double()}, "has dtype F64; allowed: F32, F16, BF16"),
+    "int": ({A.format(V0): torch.ones(2, 6).int()}, "has dtype I32"),
+    "nan": ({A.format(V0): torch.full((2, 6), torch.nan)}, f"tensor '{A.format(V0)}' has 12 NaN or Inf of 12 values"),
+    "inf": ({B.format(V0): torch.tensor([[1, torch.inf]] * 4)}, "has 4 NaN or Inf of 8 values"),
+    "unknown": ({"base_model.model.x.flora_C.weight": torch.ones(1)}, "is not understood"),
+    "no-prefix": ({"model.x.flora_A.weight": torch.ones(1)}, "is not understood"),
+    "lora": ({f"base_model.model.{Q0}.lora_A.weight": torch.ones(2, 6)}, "belongs to another family"),
+    "head": ({"base_model.model.lm_head.weight": torch.ones(4, 6)}, "whole weights beside the adapter"),
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_CASES)
+def test_tensors(case: str, flora: Path) -> None:
+    changes, message = TENSOR_CASES[case]
+    edit_tensors(flora, **changes)
+    faults = faults_of(flora, layout=LAYOUT)
+    assert any(message in fault for fault in faults), faults
+    named = next(iter(changes))
+    assert any(named in fault for fault in faults), faults
+
+
+def test_without_a_layout_a_pair_must_still_agree(flora: Path) -> None:
+    edit_config(flora, rank_pattern={"v_proj": 0})
+    edit_tensors(flora, **{B.format(V0): torch.ones(4, 5)})
+    faults = faults_of(flora)
+    assert any("'rank_pattern'" in fault for fault in faults)
+    assert any("disagree" in fault and "rank 5" in fault for fault in faults)
+
+
+def test_rank_limit_counts_what_the_file_states(flora: Path) -> None:
+    assert "rank 3 is above the limit 2; start the server with --max-flora-rank 3" in the_fault(flora, max_flora_rank=2)
+    assert read_adapter(flora, max_flora_rank=3, max_lora_rank=1).rank == 3
+    edit_config(flora, rank_pattern={r"q_proj": 10**30})
+    assert any(f"rank {10**30} is above" in fault for fault in faults_of(flora, max_flora_rank=16))
+
+
+def test_modules_of_another_model(flora: Path) -> None:
+    other = ModelLayout({Q0: (8, 6), V0: (4, 6), Q1: (16, 6), "model.layers.2.self_attn.q_proj": (8, 6)})
+    faults = faults_of(flora, layout=other)
+    assert len(faults) == 3
+    assert any(V1 in fault and "is not in the base model" in fault for fault in faults)
+    assert any(B.format(Q1) in fault and "16 (out features)" in fault for fault in faults)
+    assert any("layers.2.self_attn.q_proj' is selected by target_modules but has no" in fault for fault in faults)
+
+
+def test_target_without_tensors(flora: Path) -> None:
+    edit_tensors(flora, **{A.format(Q0): None, B.format(Q0): None})
+    assert f"module '{Q0}' is selected by target_modules but has no tensors" in the_fault(flora, layout=LAYOUT)
+    edit_config(flora, exclude_modules=["layers.0.self_attn.q_proj"])
+    assert Q0 not in read_adapter(flora, layout=LAYOUT).modules
+
+
+def test_tensors_that_peft_would_ignore(flora: Path) -> None:
+    edit_config(flora, layers_to_transform=[1])
+    faults = faults_of(flora)
+    assert len(faults) == 2
+    assert all("the config does not select it" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("module", "layout", "reason"),
+    [
+        ("lm_head", LAYOUT, "no output layers here"),
+        ("lm_head", None, "the output layer cannot be adapted yet"),
+        ("model.embed_tokens", LAYOUT, "embeddings cannot be adapted yet"),
+        ("model.layers.0.mlp.experts.3.up_proj", None, "mixture-of-experts"),
+        ("model.layers.0.self_attn.kv_b_proj", None, "MLA"),
+        (Q0, ModelLayout({}, {Q0: "because"}), "because"),
+    ],
+)
+def test_modules_that_cannot_be_adapted(module: str, layout: ModelLayout | None, reason: str, flora: Path) -> None:
+    edit_config(flora, target_modules=".*")
+    save_file(
+        {A.format(module): torch.ones(2, 6), B.format(module): torch.ones(8, 2)}, flora / "adapter_model.safetensors"
+    )
+    faults = faults_of(flora, layout=layout)
+    assert any(f"module {module!r} cannot be adapted: {reason}" in fault for fault in faults), faults
+
+
+def test_all_faults_at_once(flora: Path) -> None:
+    edit_config(flora, reduction="max", use_magic=1)
+    edit_tensors(
+        flora,
+        **{
+            A.format(Q0): torch.full((2, 6), torch.inf),
+            A.format(V0): None,
+            B.format(Q1): torch.ones(8, 3).double(),
+            B.format(V1): torch.ones(9, 2),
+            "base_model.model.x": torch.ones(1),
+        },
+    )
+    faults = faults_of(flora, layout=LAYOUT, max_flora_rank=1)
+    wanted = [
+        "'max'",
+        "'use_magic'",
+        "limit 1",
+        "12 NaN",
+        "partner flora_B",
+        "F64",
+        "shape (9, 2)",
+        "'base_model.model.x'",
+    ]
+    assert len(faults) == len(wanted), faults
+    assert all(any(text in fault for fault in faults) for text in wanted), faults
+
+
+def test_a_flood_of_faults_is_cut(flora: Path) -> None:
+    save_file({f"t{i}": torch.ones(1) for i in range(500)}, flora / "adapter_model.safetensors")
+    faults = faults_of(flora, layout=LAYOUT)
+    assert len(faults) == 101
+    assert "more faults" in faults[-1]
+
+
+def weights(path: Path) -> Path:
+    return path / "adapter_model.safetensors"
+
+
+def test_truncation_anywhere(flora: Path) -> None:
+    whole = weights(flora).read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    for size in [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]:
+        weights(flora).write_bytes(whole[:size])
+        assert "adapter_model.safetensors: " in the_fault(flora, layout=LAYOUT), size
+    weights(flora).write_bytes(whole + b"\0")
+    assert "trailing data" in the_fault(flora, layout=LAYOUT)
+
+
+def header_edit(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    def edit(whole: bytes) -> bytes:
+        length = struct.unpack("<Q", whole[:8])[0]
+        header = json.loads(whole[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + whole[8 + length :]
+
+    return edit
+
+
+CORRUPTIONS: dict[str, Callable[[bytes], bytes]] = {
+    "length": lambda whole: b"\xff" * 8 + whole[8:],
+    "garbage": lambda whole: whole[:8] + b"x" * (len(whole) - 8),
+    "pickle": lambda _: b"\x80\x04\x95" + b"0" * 64,
+    "shape": header_edit(lambda h: h[A.format(Q0)].update(shape=[2, 600])),
+    "negative": header_edit(lambda h: h[A.format(Q0)].update(shape=[-2, -6])),
+    "offsets": header_edit(lambda h: h[A.format(Q0)].update(data_offsets=[0, 10**12])),
+    "reversed": header_edit(lambda h: h[A.format(Q0)].update(data_offsets=[48, 0])),
+    "overlap": header_edit(lambda h: h[A.format(Q0)].update(h[A.format(V0)])),
+    "gap": header_edit(lambda h: h.pop(A.format(V0))),
+    "entry": header_edit(lambda h: h.update(extra=3)),
+    "dtype": header_edit(lambda h: h[A.format(Q0)].update(dtype=["F32"])),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPTIONS)
+def test_corrupt_weights(case: str, flora: Path) -> None:
+    weights(flora).write_bytes(CORRUPTIONS[case](weights(flora).read_bytes()))
+    assert "adapter_model.safetensors: " in the_fault(flora, layout=LAYOUT)
+
+
+def test_same_tensors_as_the_safetensors_library(flora: Path) -> None:
+    adapter = read_adapter(flora)
+    for name, tensor in load_file(weights(flora)).items():
+        module, _, part = name.removeprefix("base_model.model.").rpartition(".flora_")
+        hadamard = adapter.modules[module].hadamard
+        assert hadamard is not None
+        found = hadamard.input_factor if part == "A.weight" else hadamard.output_factor
+        assert found is not None
+        assert torch.equal(found, tensor)
+
+
+def test_weights_at_an_odd_offset(flora: Path) -> None:
+    whole = weights(flora).read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    weights(flora).write_bytes(struct.pack("<Q", length + 3) + whole[8 : 8 + length] + b"   " + whole[8 + length :])
+    hadamard = read_adapter(flora).modules[Q0].hadamard
+    assert hadamard is not None
+    assert torch.equal(hadamard.input_factor, load_file(weights(flora))[A.format(Q0)])
+
+
+def test_paths(tmp_path: Path, flora: Path) -> None:
+    assert "does not exist" in the_fault(tmp_path / "nowhere")
+    assert "not a directory" in the_fault(flora / "adapter_config.json")
+    (tmp_path / "empty").mkdir()
+    assert "directory is empty" in the_fault(tmp_path / "empty")
+    assert "cannot be opened" in the_fault(Path("a\0b"))
+    assert "cannot be opened" in the_fault(Path("a" * 300))
+
+
+def test_missing_and_pickled_files(flora: Path) -> None:
+    (flora / "adapter_config.json").rename(flora / "adapter_config.txt")
+    assert "adapter_config.json: missing" in the_fault(flora)
+    weights(flora).rename(flora / "adapter_model.bin")
+    faults = faults_of(flora)
+    assert len(faults) == 2
+    assert any("adapter_model.bin: pickle files are never read" in fault for fault in faults)
+
+
+def test_files_that_are_not_files(flora: Path) -> None:
+    weights(flora).unlink()
+    os.mkfifo(weights(flora))
+    assert "not a regular file" in the_fault(flora)
+    weights(flora).unlink()
+    weights(flora).mkdir()
+    assert "adapter_model.safetensors: " in the_fault(flora)
+    weights(flora).rmdir()
+    weights(flora).symlink_to(flora / "gone")
+    assert "adapter_model.safetensors: missing" in the_fault(flora)
+
+
+# What PEFT writes when a feature is on that we do not compute.
+LORA_CASES: dict[str, tuple[dict, str]] = {
+    "dora": ({"use_dora": True}, "family 'DORA' is not supported yet; supported: FLORA, HIRA, IA3, LORA"),
+    "bias": ({"bias": "lora_only"}, "'bias' is 'lora_only'; allowed: 'none'"),
+    "lora_bias": ({"lora_bias": True}, "'lora_bias' is True; allowed: False"),
+    "pissa": ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa'"),
+    "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' is [1]"),
+    "parameters": ({"target_parameters": ["experts.up"]}, "'target_parameters'"),
+    "replication": ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
+    "alora": ({"alora_invocation_tokens": [5]}, "'alora_invocation_tokens'"),
+    "qalora": ({"use_qalora": True}, "'use_qalora' is True"),
+    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "'use_bdlora'"),
+    "alpha-nan": ({"lora_alpha": float("nan")}, "'lora_alpha' is nan; allowed: a finite number"),
+    "alpha-huge": ({"lora_alpha": 10**400}, "'lora_alpha' is 1000"),
+    "alpha-missing": ({"lora_alpha": ...}, "key 'lora_alpha' is missing"),
+    "alpha-pattern": ({"alpha_pattern": {"q_proj": "8"}}, "'alpha_pattern'"),
+    "rslora": ({"use_rslora": 1}, "'use_rslora' is 1; allowed: true or false"),
+}
+
+
+@pytest.mark.parametrize("case", LORA_CASES)
+def test_lora_features_that_change_the_result(case: str, tmp_path: Path) -> None:
+    changes, message = LORA_CASES[case]
+    save_peft_adapter(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    assert "limit 3; start the server with --max-lora-rank 4" in the_fault(tmp_path, max_lora_rank=3)
+    assert read_adapter(tmp_path, max_lora_rank=4, max_flora_rank=1).rank == 4
+    edit_config(tmp_path, **changes)
+    assert message in the_fault(tmp_path)
+
+
+def test_a_real_dora_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    save_peft_adapter(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), tmp_path)
+    assert "family 'DORA' is not supported yet" in the_fault(tmp_path)
+
+
+def test_ia3_side_and_shape_must_agree(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    layout = linear_layout(model)
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    save_peft_adapter(model, config, tmp_path)
+    assert read_adapter(tmp_path, layout=layout, max_flora_rank=1).rank == 1
+    edit_config(tmp_path, feedforward_modules=["k_proj"])
+    assert all("ia3_l' has shape" in fault for fault in faults_of(tmp_path))
+    assert len(faults_of(tmp_path)) == 4
+    edit_config(tmp_path, feedforward_modules=None)
+    assert "'feedforward_modules' is None" in the_fault(tmp_path, layout=layout)
+
+
+def test_hira_rank_is_limited_without_its_identity(tmp_path: Path) -> None:
+    save_peft_adapter(tiny_model("llama"), HiraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    adapter = read_adapter(tmp_path, max_flora_rank=4)
+    hadamard = adapter.modules[Q0].hadamard
+    assert hadamard is not None
+    assert (hadamard.identity, hadamard.scale, hadamard.rank) == (True, 1.0, 4)
+    assert "limit 3" in the_fault(tmp_path, max_flora_rank=3)
+    edit_config(tmp_path, r=5)
+    assert len(faults_of(tmp_path)) == 4
