@@ -199,7 +199,6 @@ async def _release(self: Any, request: Any) -> None:
         _in_background(self, _release_when_idle(self, request))
     else:
         await engine.remove_lora(request.lora_int_id)
-        _known(engine).discard(request.lora_int_id)
 
 
 async def _release_when_idle(self: Any, request: Any) -> None:
@@ -234,6 +233,7 @@ def _preload_on_add_request() -> None:
     async_engine = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
     sync_add, async_add = sync_engine.add_request, async_engine.add_request
     sync_lora, async_lora = sync_engine.add_lora, async_engine.add_lora
+    sync_remove, async_remove = sync_engine.remove_lora, async_engine.remove_lora
 
     @functools.wraps(sync_add)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -259,6 +259,17 @@ def _preload_on_add_request() -> None:
         _known(self).add(lora_request.lora_int_id)
         return result
 
+    @functools.wraps(sync_remove)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        _known(self).discard(lora_id)
+        return sync_remove(self, lora_id)
+
+    @functools.wraps(async_remove)
+    async def remove_lora_async(self: Any, lora_id: int) -> Any:
+        _known(self).discard(lora_id)
+        return await async_remove(self, lora_id)
+
+    sync_engine.remove_lora, async_engine.remove_lora = remove_lora, remove_lora_async
     sync_engine.add_request, async_engine.add_request = add_request, add_request_async
     sync_engine.add_lora, async_engine.add_lora = add_lora, add_lora_async
 

@@ -55,15 +55,20 @@ class AdapterLoader:
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
 
-    def load(self, adapter_id: int, lora_name: str, path: str) -> tuple[int, Mapping[str, LayerTerms]]:
-        """(rank, layer name -> terms). Raises AdapterError with every fault of the adapter."""
+    def load(
+        self, adapter_id: int, lora_name: str, path: str, *, fresh: bool
+    ) -> tuple[int, Mapping[str, LayerTerms]]:
+        """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
+
+        Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
+        """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
-        self._retired.pop(adapter_id, None)
-        if copy.is_dir():
+        if copy.is_dir() and not fresh:
             return self._read(name, copy, None, path)[1]
         files, terms = self._read(name, _local(path), digest, path)
         self._keep(copy, files, name)
+        self._retired.pop(adapter_id, None)
         return terms
 
     def retire(self, adapter_id: int) -> None:
@@ -72,10 +77,7 @@ class AdapterLoader:
             self._retired[adapter_id] = None
         while len(self._retired) > RETIRED_COPIES:
             oldest, _ = self._retired.popitem(last=False)
-            self.forget(oldest)
-
-    def forget(self, adapter_id: int) -> None:
-        shutil.rmtree(self._root / str(adapter_id), ignore_errors=True)
+            shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str):
         files, faults = collect_files(path)
@@ -111,6 +113,7 @@ class AdapterLoader:
         try:
             for file_name, content in files.items():
                 (unfinished / file_name).write_bytes(content)
+            shutil.rmtree(copy, ignore_errors=True)
             unfinished.rename(copy)
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -144,9 +144,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         self._loader = AdapterLoader(manager.attached, manager.options, self.lora_config.max_lora_rank, model)
         return model
 
-    def _load_adapter(self, lora_request: Any) -> LoadedAdapter:
-        rank, layers = self._loader.load(lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path)
-        return LoadedAdapter(lora_request.lora_int_id, rank, layers)
+    def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
+        request = lora_request
+        rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
+        return LoadedAdapter(request.lora_int_id, rank, layers)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
@@ -157,25 +158,23 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
         for request in lora_requests:
-            self._ensure(request)
+            if self._adapter_manager.get_adapter(request.lora_int_id) is None:
+                self._admit(self._load_adapter(request, fresh=False))
+            self._adapter_manager.activate_adapter(request.lora_int_id)
 
-    def _ensure(self, request: Any) -> bool:
-        manager, adapter_id = self._adapter_manager, request.lora_int_id
-        if manager.get_adapter(adapter_id) is None:
-            adapter = self._load_adapter(request)
-            if len(manager) + 1 > manager.capacity:
-                manager.remove_oldest_adapter()
-            manager.add_adapter(adapter)
-        manager.activate_adapter(adapter_id)
-        return True
+    def _admit(self, adapter: LoadedAdapter) -> None:
+        if len(self._adapter_manager) + 1 > self._adapter_manager.capacity:
+            self._adapter_manager.remove_oldest_adapter()
+        self._adapter_manager.add_adapter(adapter)
 
     def add_adapter(self, lora_request: Any) -> bool:
-        if lora_request.load_inplace:
-            self._loader.forget(lora_request.lora_int_id)
-            fresh = self._load_adapter(lora_request)  # before the old one goes: a faulty one leaves it in place
-            self._adapter_manager.remove_adapter(lora_request.lora_int_id)
-            self._adapter_manager.add_adapter(fresh)
-        return self._ensure(lora_request)
+        adapter_id = lora_request.lora_int_id
+        if lora_request.load_inplace or self._adapter_manager.get_adapter(adapter_id) is None:
+            adapter = self._load_adapter(lora_request)  # first, so that a faulty one leaves the old one in place
+            self._adapter_manager.remove_adapter(adapter_id)
+            self._admit(adapter)
+        self._adapter_manager.activate_adapter(adapter_id)
+        return True
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._loader.retire(adapter_id)
