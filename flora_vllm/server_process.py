@@ -1,0 +1,155 @@
+"""A `vllm serve` process of our own, for the demo and the benchmarks: started, watched, and ended with its children."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from flora_vllm.errors import FloraError
+
+READY_S = 600.0
+LOG_LINES = 25
+KV_CACHE_BYTES = 512 << 20
+
+
+class ServerProcess:
+    """`with ServerProcess(model, adapters) as server:` serves on `server.url` (…/v1) while the block runs.
+
+    `flora` False starts plain vLLM; then `adapters` are loaded by vLLM's own LoRA. `options` are further
+    `vllm serve` arguments. Raises FloraError with the end of the server's log if it does not start.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        adapters: Mapping[str, Path] | None = None,
+        *,
+        flora: bool = True,
+        served_name: str | None = None,
+        options: Sequence[str] = (),
+        eager: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        self._quiet = quiet
+        self._port = _free_port()
+        self._command = [*_vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(self._port)]
+        self._command += ["--served-model-name", served_name] if served_name else []
+        self._command += ["--enforce-eager"] if eager else []
+        self._command += ["--enable-flora"] if flora else []
+        if adapters:
+            self._command += ["--enable-lora", "--lora-modules", *(f"{n}={p}" for n, p in adapters.items())]
+            if "--max-loras" not in options:
+                self._command += ["--max-loras", str(len(adapters))]
+        if _on_cpu():
+            self._command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--max-model-len", "2048"]
+        self._command += options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.NamedTemporaryFile(prefix="flora-server-", suffix=".log", delete=False)  # noqa: SIM115
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/v1"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def __enter__(self) -> "ServerProcess":
+        self._say(f"starting: {' '.join(self._command)}")
+        self._process = subprocess.Popen(
+            self._command, stdout=self._log, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+        )
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def wait(self) -> None:
+        """Return when the server ends or on Ctrl-C."""
+        assert self._process is not None, "not started"
+        with contextlib.suppress(KeyboardInterrupt):
+            self._process.wait()
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        start = said = time.monotonic()
+        while not self._answers():
+            if process.poll() is not None:
+                raise FloraError(f"the server ended with status {process.returncode}; {self._end_of_log()}")
+            if time.monotonic() - start > READY_S:
+                raise FloraError(f"the server was not ready after {READY_S:.0f} s; {self._end_of_log()}")
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                self._say(f"  vLLM is starting, {said - start:.0f} s")
+            time.sleep(0.25)
+        self._say(f"  ready after {time.monotonic() - start:.0f} s")
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _end_of_log(self) -> str:
+        lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"the end of {self._log.name}:\n" + "\n".join(lines[-LOG_LINES:])
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number, patience_s in ((signal.SIGINT, 15.0), (signal.SIGKILL, 15.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
+                break
+        # Engine processes that outlived their parent.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        self._log.close()
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _vllm() -> list[str]:
+    beside = Path(sys.executable).with_name("vllm")
+    command = str(beside) if beside.exists() else shutil.which("vllm")
+    return [command] if command else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _environment() -> dict[str, str]:
+    """Ours where the user has not set it: vLLM would otherwise pin every CPU engine to the first core."""
+    cores = len(os.sched_getaffinity(0))
+    defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(cores), "VLLM_NO_USAGE_STATS": "1"}
+    return {**defaults, **os.environ}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
