@@ -13,12 +13,16 @@ constexpr int kMargin = 16;  // lanes past the end that a full-register load may
 struct Workspace {
   Buffer<Lane> shared, own;  // `own`: each worker's part, `own_lanes` apart
   int64_t own_lanes = 0;
+  int own_threads = 0;
   Pass pass;
 
   void reserve(int64_t shared_lanes, int64_t lanes_each, int threads) {
     if (shared.bytes() < shared_lanes * 4) shared = Buffer<Lane>(shared_lanes);
-    own_lanes = std::max(own_lanes, lanes_each);
-    if (own.bytes() < own_lanes * threads * 4) own = Buffer<Lane>(own_lanes * threads);
+    if (own_lanes < lanes_each || own_threads != threads) {
+      own_lanes = lanes_each;
+      own_threads = threads;
+      own = Buffer<Lane>(own_lanes * threads);
+    }
   }
 };
 thread_local Workspace workspace;

@@ -11,34 +11,28 @@ constexpr int kNarrow = 16;         // columns of the panels that low-rank `down
 constexpr int64_t kTileLanes = 1024;  // 256 KiB a tile, a quarter of a usual L2; 576-2048 bfloat16 measured flat
 
 // out[r][c] (+)= Σ_k x[r][k] · w[k][c] for R rows and V registers of columns; rows of `out` are kPanel apart.
-// `next`: memory that is wanted soon, fetched at the pace of w; w itself when there is none.
+// `next`: memory that is wanted soon, fetched at the pace of w, or null. Every R sums in the same order: a row's bits
+// must not depend on its neighbours.
 template <class T, int R, int V>
 void multiply_block(const Lane* const* x, int64_t lanes, const Lane* w, int64_t stride, const Lane* next, float* out,
                     bool add) {
-  // Too few independent sums would leave the multipliers waiting for their own results.
-  constexpr int kTurns = R * V >= 8 ? 1 : R * V >= 4 ? 2 : 4;
-  Floats sum[kTurns][R][V] = {};
+  Floats sum[R][V] = {};
   const Lane* row[R];
   for (int r = 0; r < R; r++) row[r] = x[r];
-  auto step = [&](int64_t k, Floats(&into)[R][V]) {
+  for (int64_t k = 0; k < lanes; k++) {
     Lanes weight[V];
     for (int v = 0; v < V; v++) weight[v] = load<Lanes>(w + k * stride + v * kVector);
     if (next)
       for (int v = 0; v < V; v++) __builtin_prefetch(next + k * stride + v * kVector, 0, 2);
     for (int r = 0; r < R; r++) {
-      Lanes value = spread(load<Lane>(row[r] + k));
-      for (int v = 0; v < V; v++) into[r][v] = dot(T{}, into[r][v], value, weight[v]);
+      const Lanes value = spread(load<Lane>(row[r] + k));
+      for (int v = 0; v < V; v++) sum[r][v] = dot(T{}, sum[r][v], value, weight[v]);
     }
-  };
-  int64_t k = 0;
-  for (; k + kTurns <= lanes; k += kTurns)
-    for (int turn = 0; turn < kTurns; turn++) step(k + turn, sum[turn]);
-  for (; k < lanes; k++) step(k, sum[0]);
+  }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) {
-      for (int turn = 1; turn < kTurns; turn++) sum[0][r][v] += sum[turn][r][v];
       float* to = out + r * kPanel + v * kVector;
-      store(to, add ? load<Floats>(to) + sum[0][r][v] : sum[0][r][v]);
+      store(to, add ? load<Floats>(to) + sum[r][v] : sum[r][v]);
     }
 }
 
