@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     """0 if the adapter can be served, 1 if not or if `--base` cannot be read."""
     # Imported here so that `--help` does not wait for torch.
     from flora_vllm.formats import Examination, examine
-    from flora_vllm.formats.base_model import examine_for, open_base
+    from flora_vllm.formats.base_model import base_layout, open_base
 
     try:
-        found = examine(args.dir) if args.base is None else examine_for(args.dir, open_base(args.base))
+        found = examine(args.dir, layout=None if args.base is None else base_layout(open_base(args.base)))
     except AdapterError as error:
         # The base model is at fault; what can be said without it still is.
         alone = examine(args.dir)

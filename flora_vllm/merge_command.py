@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.errors import AdapterError
 
 EXAMPLES = """\
 examples:
@@ -31,19 +31,18 @@ def run(args: argparse.Namespace) -> int:
     # Imported here so that `--help` does not wait for torch.
     from tqdm import tqdm
 
-    from flora_vllm.formats.base_model import examine_for, open_base
+    from flora_vllm.formats import read_adapter
+    from flora_vllm.formats.base_model import base_layout, open_base
     from flora_vllm.formats.merge import merge_model
 
     try:
         base = open_base(args.base)
-        found = examine_for(args.adapter, base)
-        if found.adapter is None:
-            raise adapter_error(args.adapter, found.faults)
+        adapter = read_adapter(args.adapter, layout=base_layout(base))
         total = sum((base.directory / name).stat().st_size for name in base.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr) as bar:
-            merge_model(base, found.adapter, Path(args.out), bar)
+            merge_model(base, adapter, Path(args.out), bar)
     except (AdapterError, OSError) as error:
         print(f"flora-vllm merge: {error}", file=sys.stderr)
         return 1
-    print(f"merged {found.adapter.family} adapter ({len(found.adapter.modules)} modules) into {args.out}")
+    print(f"merged {adapter.family} adapter ({len(adapter.modules)} modules) into {args.out}")
     return 0

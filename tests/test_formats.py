@@ -16,6 +16,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats import FAMILIES, content_digest, read_adapter, write_flora
 from flora_vllm.formats.matching import Targets, match_pattern
 from flora_vllm.formats.merge import merged_weight
+from flora_vllm.training import FloraConfig
 
 torch.set_num_threads(1)
 
@@ -59,6 +60,11 @@ CASES: dict[str, tuple[str, PeftConfig]] = {
     ),
     "hira": ("llama", HiraConfig(r=4, target_modules=[*ATTENTION, "up_proj"])),
     "hira-bias-rank-pattern": ("qwen2", HiraConfig(r=4, target_modules=ATTENTION, rank_pattern={"q_proj": 2})),
+    "flora": ("llama", FloraConfig(r=3, target_modules=[*ATTENTION, "down_proj"], init_weights=False)),
+    "flora-sum-rank-pattern": (
+        "qwen2",
+        FloraConfig(r=4, reduction="sum", target_modules="all-linear", rank_pattern={"q_proj": 2}),
+    ),
     "hira-conv1d": ("gpt2", HiraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
 }
 
@@ -166,7 +172,9 @@ def test_writer_refuses_what_could_not_be_read(pairs: dict, options: dict, messa
 
 
 # One config of each PEFT class as it is saved by default: PEFT adding a field must be noticed here.
-@pytest.mark.parametrize("config", [LoraConfig(), IA3Config(), HiraConfig()], ids=lambda config: config.peft_type.value)
+@pytest.mark.parametrize(
+    "config", [FloraConfig(), LoraConfig(), IA3Config(), HiraConfig()], ids=lambda config: config.peft_type.value
+)
 def test_every_default_of_peft_is_known_and_accepted(config: PeftConfig) -> None:
     keys = FAMILIES[config.peft_type.value].keys
     found = {k: v for k, v in config.to_dict().items() if k not in ("target_modules", "feedforward_modules")}

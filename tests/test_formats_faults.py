@@ -174,6 +174,42 @@ def test_target_without_tensors(flora: Path) -> None:
     assert Q0 not in read_adapter(flora, layout=LAYOUT).modules
 
 
+def renamed(module: str) -> str:
+    return module.replace("model.layers.", "decoder.blocks.")
+
+
+def test_a_layout_with_other_names(flora: Path) -> None:
+    layout = ModelLayout({renamed(m): shape for m, shape in LAYOUT.shapes.items()}, {renamed(Q0): "just so"}, renamed)
+    assert f"module '{Q0}' cannot be adapted: just so" in the_fault(flora, layout=layout)
+    layout = ModelLayout(layout.shapes, rename=renamed)
+    assert Q0 in read_adapter(flora, layout=layout).modules
+    edit_tensors(flora, **{A.format(Q0): None, B.format(Q0): None})
+    assert f"module '{Q0}' is selected by target_modules but has no tensors" in the_fault(flora, layout=layout)
+
+
+def test_two_names_of_one_module(flora: Path) -> None:
+    tensors = {A.format(renamed(V1)): torch.ones(2, 6), B.format(renamed(V1)): torch.ones(4, 2)}
+    edit_tensors(flora, **tensors)
+    layout = ModelLayout({renamed(m): shape for m, shape in LAYOUT.shapes.items()}, rename=renamed)
+    assert "are one module of the base model" in the_fault(flora, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_bad_value_anywhere(dtype: torch.dtype, value: float, flora: Path) -> None:
+    """The check goes by minimum and maximum, whose vector code has a body and a tail."""
+    for at in (0, 5, 63, 64, 200, 256):
+        factor = torch.randn(1, 257).to(dtype)
+        factor[0, at] = value
+        write = {A.format("q_proj"): factor, B.format("q_proj"): torch.ones(3, 1, dtype=dtype)}
+        save_file(write, weights(flora))
+        edit_config(flora, r=1)
+        assert "has 1 NaN or Inf of 257 values" in the_fault(flora)
+    # The largest finite values are fine.
+    save_file({**write, A.format("q_proj"): torch.full((1, 257), torch.finfo(dtype).max).to(dtype)}, weights(flora))
+    assert read_adapter(flora).rank == 3
+
+
 def test_tensors_that_peft_would_ignore(flora: Path) -> None:
     edit_config(flora, layers_to_transform=[1])
     faults = faults_of(flora)

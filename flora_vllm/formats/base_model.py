@@ -3,14 +3,13 @@
 Only headers are read here; no weight is loaded. transformers is not needed.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flora_vllm.adapter import ModelLayout
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.reader import Examination, examine
 from flora_vllm.formats.tensor_file import TensorRecord, load_json_object, read_records
 
 SINGLE_NAME = "model.safetensors"
@@ -30,16 +29,15 @@ class BaseModel:
     files: Mapping[str, tuple[TensorRecord, ...]]
     stores_in_out: bool
 
+    @cached_property
     def records(self) -> dict[str, TensorRecord]:
+        """All tensors by name."""
         return {record.name: record for records in self.files.values() for record in records}
 
-    def tensor_name(self, module: str, kind: str) -> str | None:
-        """The checkpoint's name of `<module>.<kind>`; a headless checkpoint lacks the first part of the path."""
-        names = self.records()
-        for name in (f"{module}.{kind}", f"{module.partition('.')[2]}.{kind}"):
-            if name in names:
-                return name
-        return None
+    def rename(self, module: str) -> str:
+        """`module` as the files call it: a checkpoint saved without its head says `h.0.…` for `transformer.h.0.…`."""
+        first, _, rest = module.partition(".")
+        return module if any(name.startswith(f"{first}.") for name in self.records) else rest
 
 
 def find_base(base: str) -> Path:
@@ -68,33 +66,18 @@ def open_base(base: str) -> BaseModel:
     return BaseModel(directory, files, stores_in_out=config.get("model_type") in CONV1D_MODEL_TYPES)
 
 
-def base_layout(base: BaseModel, prefix: str = "") -> ModelLayout:
-    """Shapes (O, I) of every two-dimensional weight, keyed by module path (with `prefix` before it).
+def base_layout(base: BaseModel) -> ModelLayout:
+    """Shapes (O, I) of every two-dimensional weight, keyed by module path.
 
     Embeddings and the other modules that cannot be adapted are refused by the reader, by name.
     """
     shapes = {}
-    for name, record in base.records().items():
+    for name, record in base.records.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and len(record.shape) == 2:
             rows, columns = record.shape
-            shapes[prefix + module] = (columns, rows) if base.stores_in_out else (rows, columns)
-    return ModelLayout(shapes)
-
-
-def examine_for(path: str | os.PathLike[str], base: BaseModel) -> Examination:
-    """`examine` with the layout of `base`.
-
-    A checkpoint saved without its head (`h.0.…` for `transformer.h.0.…`) lacks the first part of the module paths.
-    """
-    layout = base_layout(base)
-    found = examine(path, layout=layout)
-    if found.adapter is None:
-        alone = examine(path).adapter
-        first = {module.partition(".")[0] for module in alone.modules} if alone is not None else set()
-        if alone is not None and len(first) == 1 and not set(alone.modules) & set(layout.shapes):
-            return examine(path, layout=base_layout(base, f"{first.pop()}."))
-    return found
+            shapes[module] = (columns, rows) if base.stores_in_out else (rows, columns)
+    return ModelLayout(shapes, rename=base.rename)
 
 
 def _weight_names(directory: Path) -> list[str]:

@@ -85,19 +85,14 @@ def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress
 
 def _plan(base: BaseModel, adapter: Adapter) -> dict[str, ModuleTerms]:
     """Tensor name -> the terms that change it."""
-    records, plan, faults = base.records(), {}, []
+    plan, faults = {}, []
     for module, terms in adapter.modules.items():
-        name = base.tensor_name(module, "weight")
-        if name is None:
-            faults.append(f"module {module!r} has no weight in the base model's files")
-            continue
-        if records[name].dtype not in TORCH_DTYPES:
-            faults.append(
-                f"tensor {name!r} of the base model has dtype {records[name].dtype}; it cannot be merged into"
-            )
-        plan[name] = terms
-        bias = base.tensor_name(module, "bias")
-        if bias is not None and terms.gain is not None and terms.gain.scales_bias:
+        weight, bias = (f"{base.rename(module)}.{kind}" for kind in ("weight", "bias"))
+        dtype = base.records[weight].dtype
+        if dtype not in TORCH_DTYPES:
+            faults.append(f"tensor {weight!r} of the base model has dtype {dtype}; it cannot be merged into")
+        plan[weight] = terms
+        if bias in base.records and terms.gain is not None and terms.gain.scales_bias:
             plan[bias] = terms
     if faults:
         raise adapter_error(f"{adapter.family} for {base.directory}", faults)
