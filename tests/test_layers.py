@@ -1,0 +1,140 @@
+"""The adapted linear behind one opaque op: identity by handle, hidden biases, torch.compile."""
+
+import pytest
+import torch
+
+from flora_vllm.batch import Step
+from flora_vllm.errors import StepError
+from flora_vllm.layers import AdaptedLinear
+from flora_vllm.ops.dispatch import DispatchRule
+from flora_vllm.ops.reference import reference_linear
+from flora_vllm.ops.terms import SliceTerms, group_by_slot
+from flora_vllm.ops.torch_linear import TorchLinear
+
+SIZES = (6, 3)
+IN = 7
+# float32 sums of at most 7 x 3 products of order 1 against a float64 loop: 21 * 6e-8 * |terms|, with room for 10.
+TOLERANCE = 2e-5
+
+
+def _layer(seed: int = 0, *, hidden_bias: bool = False, step: Step | None = None):
+    g = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(sum(SIZES), IN, generator=g)
+    bias_O = torch.randn(sum(SIZES), generator=g)
+    kernel = TorchLinear(weight_OI, lambda x: torch.nn.functional.linear(x, weight_OI), SIZES, DispatchRule(), IN)
+    step = Step() if step is None else step
+    return AdaptedLinear(kernel, step, SIZES, bias_O if hidden_bias else None), weight_OI, bias_O, step
+
+
+def _terms(seed: int, *, gain_bias: bool = False):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(
+        SliceTerms(
+            a_RI=torch.randn(2, IN, generator=g),
+            b_RO=torch.randn(2, size, generator=g),
+            gain_O=torch.randn(size, generator=g),
+            gain_bias=gain_bias,
+        )
+        for size in SIZES
+    )
+
+
+def _call(layer: AdaptedLinear, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.flora.linear(x, bias, layer.handle, layer.out_features)
+
+
+def _x(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def test_op_serves_each_token_its_slot_through_any_leading_shape():
+    layer, weight_OI, bias_O, step = _layer()
+    terms = _terms(1)
+    layer.write_slot(1, terms)
+    step.set_mapping([4, 0, 4, 0, 0, 4], {4: 1})
+    x = _x(2, 3, IN)
+    y = _call(layer, x, bias_O)
+    assert y.shape == (2, 3, sum(SIZES))
+    wanted = reference_linear(x.view(6, IN), weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1, 0, 1, 0, 0, 1]))
+    torch.testing.assert_close(y.view(6, -1).double(), wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("gain_bias", [False, True])
+def test_a_bias_added_by_the_caller_is_scaled_as_one_the_kernel_sees(gain_bias):
+    """skip_bias_add: the caller adds the plain bias to our output; the sum must be h ∘ bias."""
+    layer, weight_OI, bias_O, step = _layer(hidden_bias=True)
+    terms = _terms(1, gain_bias=gain_bias)
+    layer.write_slot(1, terms)
+    step.set_mapping([4, 0, 4], {4: 1})
+    x = _x(3, IN)
+    y = _call(layer, x) + bias_O
+    wanted = reference_linear(x, weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1, 0, 1]))
+    torch.testing.assert_close(y.double(), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_a_partly_adapted_layer_scales_only_its_part_of_a_hidden_bias():
+    layer, weight_OI, bias_O, step = _layer(hidden_bias=True)
+    terms = (None, _terms(1, gain_bias=True)[1])
+    layer.write_slot(1, terms)
+    step.set_mapping([4], {4: 1})
+    x = _x(1, IN)
+    wanted = reference_linear(x, weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1]))
+    torch.testing.assert_close((_call(layer, x) + bias_O).double(), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_a_rewritten_slot_forgets_its_hidden_bias():
+    layer, weight_OI, _, step = _layer(hidden_bias=True)
+    layer.write_slot(1, _terms(1, gain_bias=True))
+    layer.write_slot(1, None)
+    step.set_mapping([4], {4: 1})
+    x = _x(1, IN)
+    torch.testing.assert_close(_call(layer, x), x @ weight_OI.T, atol=TOLERANCE, rtol=0)
+
+
+def test_two_layers_are_told_apart_by_their_handle_in_one_compiled_graph():
+    """One graph, two layers, changed steps and slots: nothing of the first run may be frozen into it."""
+    step = Step()
+    first, first_OI, bias_O, _ = _layer(0, step=step)
+    second, second_OI, _, _ = _layer(1, step=step)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x, handle: torch.ops.flora.linear(x, bias_O, handle, sum(SIZES)), fullgraph=True, backend="aot_eager"
+    )
+    x = _x(3, IN)
+    terms = _terms(1)
+    for layer, weight_OI in ((first, first_OI), (second, second_OI)):
+        step.clear()
+        torch.testing.assert_close(compiled(x, layer.handle), x @ weight_OI.T + bias_O, atol=TOLERANCE, rtol=0)
+        layer.write_slot(1, terms)
+        for mapping, slots in (([4, 0, 4], [1, 0, 1]), ([0, 4, 4], [0, 1, 1])):
+            step.set_mapping(mapping, {4: 1})
+            wanted = reference_linear(x, weight_OI, bias_O, SIZES, [None, terms], group_by_slot(slots))
+            torch.testing.assert_close(compiled(x, layer.handle).double(), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_the_op_has_a_fake_version_for_unknown_row_counts():
+    layer, _, _, _ = _layer()
+    torch.library.opcheck(
+        torch.ops.flora.linear.default,
+        (_x(3, IN), None, layer.handle, layer.out_features),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_the_op_marks_the_step_as_served_and_refuses_a_part_of_the_batch():
+    layer, _, _, step = _layer()
+    step.set_mapping([4, 4], {4: 1})
+    step.begin()
+    with pytest.raises(StepError, match="parts of the batch"):
+        _call(layer, _x(1, IN))
+    step.begin()
+    _call(layer, _x(2, IN))
+    step.verify()
+
+
+def test_a_layer_that_is_gone_is_not_served_by_another():
+    layer, _, _, _ = _layer()
+    handle = layer.handle.clone()
+    del layer
+    with pytest.raises(KeyError):
+        torch.ops.flora.linear(_x(1, IN), None, handle, sum(SIZES))
