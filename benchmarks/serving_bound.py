@@ -1,0 +1,97 @@
+"""What the rows model allows FLoRA traffic, from steps measured without adapters.
+
+A decode step of n sequences costs some time for its linear layers, which grows with the rows they multiply, and the
+rest (attention, sampling, Python), which does not depend on adapters. The model says FLoRA changes only the rows:
+a segment of m tokens costs the cheaper of m·r rows and m + c(r) rows. So
+
+    predicted ratio = t_step(n) / (t_step(n) + t_linear(rows) - t_linear(n))
+
+with t_linear measured on the model's own layer shapes by the op without adapters, and t_step from the base-only run.
+"""
+
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from serving_adapters import linear_shapes
+from serving_load import ZIPF_EXPONENT
+
+from flora_vllm.ops.dispatch import DispatchRule
+from flora_vllm.ops.table import calibrated_rule, make_linear
+
+DRAWS = 200
+
+
+def predicted_ratio(model: Path, rank: int, pool: int, concurrency: int, step_s: float) -> float:
+    """Throughput of FLoRA traffic over base-only traffic by the rows model.
+
+    `step_s`: seconds of a base-only step at `concurrency`. Steps with a prefill in them are left out of the model:
+    their rows are modulated and cost little more than base rows.
+    """
+    shapes = Counter(_packed(linear_shapes(model)))
+    rules = {shape: calibrated_rule("auto", shape[1], shape[0], torch.bfloat16, torch.device("cpu")) for shape in shapes}
+    linear_s = _measure(shapes, concurrency)
+    base_s = linear_s(float(concurrency))
+    weights = [(i + 1) ** -ZIPF_EXPONENT for i in range(pool)]
+    rng = random.Random(0)
+    extra = []
+    for _ in range(DRAWS):
+        segments = Counter(rng.choices(range(pool), weights, k=concurrency)).values()
+        rows = statistics.mean(_rows(list(segments), rank, rule) for rule in rules.values())
+        extra.append(linear_s(rows) - base_s)
+    return step_s / (step_s + statistics.mean(extra))
+
+
+def _rows(segments: list[int], rank: int, rule: DispatchRule) -> float:
+    return sum(min(m * rank, m + rule.constant + rule.slope * rank) for m in segments)
+
+
+def _packed(shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """(O, I) of the layers as served: q, k, v in one, gate and up in one."""
+    sums: dict[str, tuple[int, int]] = {}
+    names = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    for module, (out_features, in_features) in shapes.items():
+        parent, _, own = module.rpartition(".")
+        key = f"{parent}.{names.get(own, own)}"
+        sums[key] = (sums.get(key, (0, 0))[0] + out_features, in_features)
+    return list(sums.values())
+
+
+def _measure(shapes: Counter, concurrency: int) -> Callable[[float], float]:
+    """Seconds of all linear layers of a step by rows, interpolated between measured row counts."""
+    grid = sorted({concurrency, 16, 24, 32, 48, 64, 96, 128, 192, 256})
+    layers = []
+    for (out_features, in_features), count in shapes.items():
+        for _ in range(count):
+            weight_OI = torch.randn(out_features, in_features, dtype=torch.bfloat16)
+            kernel = make_linear(
+                weight_OI,
+                lambda x, w=weight_OI: torch.nn.functional.linear(x, w),
+                (out_features,),
+                DispatchRule(),
+                in_features,
+                torch.device("cpu"),
+            )
+            layers.append((kernel, in_features))
+    times = {rows: [] for rows in grid}
+    for _ in range(7):
+        for rows in grid:
+            inputs = {i: torch.randn(rows, i, dtype=torch.bfloat16) for i in {i for _, i in layers}}
+            start = time.perf_counter()
+            for kernel, in_features in layers:
+                kernel.forward(inputs[in_features], None, None)
+            times[rows].append(time.perf_counter() - start)
+    medians = [(rows, statistics.median(samples)) for rows, samples in times.items()]
+
+    def at(rows: float) -> float:
+        for (low, low_s), (high, high_s) in zip(medians, medians[1:], strict=False):
+            if rows <= high:
+                return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        (low, low_s), (high, high_s) = medians[-2:]
+        return high_s + (high_s - low_s) * (rows - high) / (high - low)
+
+    return at
