@@ -8,8 +8,11 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flora_vllm.errors import HookError
 
@@ -20,73 +23,199 @@ ALLOW_OTHER = "FLORA_ALLOW_UNTESTED_VLLM"
 
 @dataclass(frozen=True)
 class Hook:
-    """`symbol` is `module:attribute.path`; `parameters` must appear in its signature in this order."""
+    """`symbol` is `module:attribute.path`.
+
+    `parameters` must appear in its signature in this order; it must set `sets` on its `self`; `device` ("cpu", "cuda")
+    is the only one that needs it; where `unless` exists the hook is not needed (a diff in patches/ offers another way).
+    """
 
     symbol: str
     parameters: tuple[str, ...] | None = None
-    device: str | None = None  # needed on "cpu" or "cuda" only
+    device: str | None = None
+    sets: tuple[str, ...] = ()
+    unless: str | None = None
 
 
-_EXECUTION = (
-    Hook("vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",)),
-    Hook("vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",)),
-    Hook("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
-    Hook("vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager"),
-    Hook("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model", ("self", "model")),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.__init__", ("self", "vllm_config", "device")),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._manager_cls"),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._apply_adapters", ("self",)),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.set_active_adapters", ("self", "requests", "mapping")),
-    Hook("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_dummy_lora", ("self", "lora_request", "rank")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager.__init__", ("self", "model")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager._create_lora_modules", ("self",)),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager._init_punica_wrapper", ("self", "max_num_batched_tokens")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager._deactivate_adapter", ("self", "lora_id")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager._add_adapter", ("self", "lora")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager.set_adapter_mapping", ("self", "mapping")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager._set_adapter_mapping", ("self", "mapping")),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_all_adapters", ("self",)),
-    Hook("vllm.lora.model_manager:LRUCacheLoRAModelManager.create_dummy_lora", ("self", "lora_id", "rank")),
-    Hook("vllm.lora.layers:LoRAMapping"),
-    Hook("vllm.lora.utils:get_adapter_absolute_path", ("lora_path",)),
-    Hook("vllm.lora.request:LoRARequest"),
-    Hook("vllm.model_executor.layers.linear:LinearBase"),
-    Hook("vllm.model_executor.layers.linear:ColumnParallelLinear"),
-    Hook("vllm.model_executor.layers.linear:MergedColumnParallelLinear"),
-    Hook("vllm.model_executor.layers.linear:QKVParallelLinear"),
-    Hook("vllm.model_executor.layers.linear:RowParallelLinear"),
-    Hook("vllm.model_executor.layers.linear:ReplicatedLinear"),
-    Hook("vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
-    Hook("vllm.v1.engine.async_llm:AsyncLLM.add_request", ("self", "request_id", "prompt", "params")),
-    Hook("vllm.v1.engine.async_llm:AsyncLLM.add_lora", ("self", "lora_request")),
-    Hook("vllm.v1.engine.async_llm:AsyncLLM.remove_lora", ("self", "lora_id")),
-    Hook("vllm.v1.engine.llm_engine:LLMEngine.add_request", ("self", "request_id", "prompt", "params")),
-    Hook("vllm.v1.engine.llm_engine:LLMEngine.add_lora", ("self", "lora_request")),
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
+_WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
+_MANAGER = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
+_LINEAR = "vllm.model_executor.layers.linear"
+_CACHE = "vllm.utils.cache:LRUCache"
+_SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+_ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
+_SYNC = "vllm.v1.engine.llm_engine:LLMEngine"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
+_ADMISSION = f"{_SERVING}.admit_lora"
+
+_CONFIG = (
+    Hook(f"{_ARGS}.add_cli_args", ("parser",)),
+    Hook(f"{_ARGS}.from_cli_args", ("args",)),
+    Hook(f"{_ARGS}.create_engine_config", ("self",)),
+    Hook(f"{_ARGS}.additional_config"),
+    Hook(f"{_ARGS}.enable_lora"),
+    Hook("vllm.config:VllmConfig.additional_config"),
+    Hook("vllm.config:VllmConfig.lora_config"),
+    Hook("vllm.config:VllmConfig.model_config"),
+    Hook("vllm.config:ModelConfig.is_encoder_decoder"),
+    Hook("vllm.config.lora:LoRAConfig.fully_sharded_loras"),
+    Hook("vllm.config.lora:LoRAConfig.max_lora_rank"),
+    Hook("vllm.config:get_current_vllm_config_or_none", ()),
+    Hook("vllm.platforms.interface:Platform.device_type"),
     Hook("vllm.platforms.cpu:CpuPlatform.check_and_update_config", ("vllm_config",), "cpu"),
-    Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "cpu"),
+)
+_WORKER_SIDE = (
     Hook(
-        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
-        ("self", "num_tokens", "uniform_decode", "has_lora"),
-        "cuda",
+        "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        unless="vllm.lora.worker_manager:set_worker_lora_manager_factory",
     ),
+    Hook(f"{_MIXIN}.load_lora_model", ("self", "model", "vllm_config", "device"), sets=("lora_manager",)),
+    Hook(f"{_MIXIN}.add_lora", ("self", "lora_request")),
+    Hook(f"{_MIXIN}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_WORKER}.__init__", ("self", "vllm_config", "device"), sets=("lora_config",)),
+    Hook(f"{_WORKER}._manager_cls"),
+    Hook(f"{_WORKER}.create_lora_manager", ("self", "model", "vllm_config"), sets=("_adapter_manager",)),
+    Hook(f"{_WORKER}._load_adapter", ("self", "lora_request")),
+    Hook(f"{_WORKER}._apply_adapters", ("self", "lora_requests")),
+    Hook(f"{_WORKER}.add_adapter", ("self", "lora_request")),
+    Hook(f"{_WORKER}.remove_adapter", ("self", "adapter_id")),
+    Hook(f"{_WORKER}.set_active_adapters", ("self", "requests", "mapping")),
+    Hook(f"{_WORKER}.add_dummy_lora", ("self", "lora_request", "rank")),
+    Hook(f"{_WORKER}.get_dummy_lora_warmup_rank", ("self", "default_rank")),
+    Hook(
+        f"{_MANAGER}.__init__",
+        ("self", "model", "max_num_seqs", "max_num_batched_tokens", "lora_config", "device", "vllm_config"),
+        sets=(
+            "model",
+            "device",
+            "_registered_adapters",
+            "_active_adapters",
+            "lora_index_to_id",
+            "packed_modules_mapping",
+        ),
+    ),
+    Hook(f"{_MANAGER}._create_lora_modules", ("self",)),
+    Hook(
+        f"{_MANAGER}._init_punica_wrapper",
+        ("self", "max_num_batched_tokens", "vllm_config"),
+        sets=("supports_mm", "punica_wrapper_mapping"),
+    ),
+    Hook(f"{_MANAGER}._match_target_modules", ("self", "module_name")),
+    Hook(f"{_MANAGER}.capacity"),
+    Hook(f"{_MANAGER}.lora_slots"),
+    Hook(f"{_MANAGER}.__len__", ("self",)),
+    Hook(f"{_MANAGER}.get_adapter", ("self", "adapter_id")),
+    Hook(f"{_MANAGER}.add_adapter", ("self", "lora")),
+    Hook(f"{_MANAGER}.remove_adapter", ("self", "adapter_id")),
+    Hook(f"{_MANAGER}.remove_oldest_adapter", ("self",)),
+    Hook(f"{_MANAGER}.activate_adapter", ("self", "lora_id")),
+    Hook(f"{_MANAGER}._deactivate_adapter", ("self", "lora_id")),
+    Hook(f"{_MANAGER}._add_adapter", ("self", "lora")),
+    Hook(f"{_MANAGER}.set_adapter_mapping", ("self", "mapping")),
+    Hook(f"{_MANAGER}._set_adapter_mapping", ("self", "mapping")),
+    Hook(f"{_MANAGER}.remove_all_adapters", ("self",)),
+    Hook(f"{_MANAGER}.create_dummy_lora", ("self", "lora_id", "rank", "embedding_modules")),
+    Hook(f"{_CACHE}.cache"),
+    Hook(f"{_CACHE}.touch", ("self", "key")),
+    Hook(f"{_CACHE}.remove_oldest", ("self",)),
+    Hook(f"{_CACHE}._on_remove", ("self", "key", "value")),
+    Hook("vllm.lora.layers:LoRAMapping.index_mapping"),
+    Hook("vllm.lora.utils:get_adapter_absolute_path", ("lora_path",)),
+    Hook("vllm.lora.request:LoRARequest.lora_name"),
+    Hook("vllm.lora.request:LoRARequest.lora_int_id"),
+    Hook("vllm.lora.request:LoRARequest.lora_path"),
+    Hook("vllm.lora.request:LoRARequest.base_model_name"),
+    Hook("vllm.lora.request:LoRARequest.load_inplace"),
+    Hook("vllm.model_executor.models.utils:WeightsMapper._map_name", ("self", "key")),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.language_model"),
+    Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
+)
+_LAYERS = (
+    Hook(
+        f"{_LINEAR}:LinearBase.__init__",
+        ("self", "input_size", "output_size", "skip_bias_add", "params_dtype", "quant_config"),
+        sets=("input_size", "output_size", "skip_bias_add", "params_dtype", "quant_method", "tp_rank"),
+    ),
+    Hook(
+        f"{_LINEAR}:ColumnParallelLinear.__init__",
+        ("self", "input_size", "output_size", "bias"),
+        sets=("output_partition_sizes", "bias"),
+    ),
+    Hook(f"{_LINEAR}:MergedColumnParallelLinear.__init__", ("self", "output_sizes"), sets=("output_sizes",)),
+    Hook(
+        f"{_LINEAR}:QKVParallelLinear.__init__",
+        ("self", "head_size", "total_num_heads", "total_num_kv_heads"),
+        sets=("head_size", "total_num_heads", "total_num_kv_heads", "v_head_size", "num_kv_head_replicas"),
+    ),
+    Hook(
+        f"{_LINEAR}:RowParallelLinear.__init__",
+        ("self", "input_size", "output_size", "input_is_parallel"),
+        sets=("input_size_per_partition", "output_partition_sizes", "input_is_parallel", "bias"),
+    ),
+    Hook(f"{_LINEAR}:ReplicatedLinear.__init__", ("self", "input_size"), sets=("output_partition_sizes", "bias")),
+    Hook(f"{_LINEAR}:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
+    Hook(f"{_LINEAR}:UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
+    Hook(f"{_LINEAR}:UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
+    Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
+    Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "cpu"),
+    Hook("vllm.model_executor.layers.utils:cpu_unquantized_gemm", ("layer", "x", "weight", "bias"), "cpu"),
+    Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch", ("self", "num_tokens"), "cuda"),
+    Hook(f"{_GRAPHS}.dispatch", ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"), "cuda"),
+    Hook(f"{_GRAPHS}.__init__", ("self",), "cuda", sets=("_graphs_captured",)),
+    Hook("vllm.forward_context:BatchDescriptor.num_tokens", None, "cuda"),
+    Hook("vllm.config:CUDAGraphMode.NONE", None, "cuda"),
+)
+_ENGINES = (
+    Hook(f"{_ASYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),
+    Hook(f"{_ASYNC}.add_lora", ("self", "lora_request")),
+    Hook(f"{_ASYNC}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_ASYNC}.__init__", ("self", "vllm_config"), sets=("vllm_config", "output_processor")),
+    Hook(f"{_SYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),
+    Hook(f"{_SYNC}.add_lora", ("self", "lora_request")),
+    Hook(f"{_SYNC}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_SYNC}.__init__", ("self", "vllm_config"), sets=("vllm_config",)),
+    Hook("vllm.v1.engine:EngineCoreRequest.lora_request"),
+    Hook("vllm.v1.engine.output_processor:OutputProcessor.__init__", ("self",), sets=("request_states",)),
+    Hook("vllm.v1.engine.output_processor:RequestState.__init__", ("self",), sets=("lora_name",)),
 )
 _SERVER = (
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter", ("self", "request")),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter", ("self", "request")),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels.resolve_lora", ("self", "lora_name")),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name", ("self", "lora_request")),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models", ("self",)),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels.init_static_loras", ("self",)),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_load_lora_adapter_request", ("self",)),
-    Hook("vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_unload_lora_adapter_request", ("self",)),
-    Hook("vllm.entrypoints.openai.models.serving:create_error_response", ("message",)),
+    Hook(
+        f"{_SERVING}.__init__",
+        ("self", "engine_client"),
+        sets=(
+            "engine_client",
+            "lora_requests",
+            "lora_id_counter",
+            "lora_resolvers",
+            "lora_resolver_lock",
+            "model_config",
+            "static_lora_modules",
+        ),
+    ),
+    Hook(f"{_SERVING}.load_lora_adapter", ("self", "request", "base_model_name")),
+    Hook(f"{_SERVING}.unload_lora_adapter", ("self", "request")),
+    Hook(f"{_SERVING}.resolve_lora", ("self", "lora_name")),
+    Hook(f"{_SERVING}.model_name", ("self", "lora_request")),
+    Hook(f"{_SERVING}.is_base_model", ("self", "model_name")),
+    Hook(f"{_SERVING}.show_available_models", ("self",)),
+    Hook(f"{_SERVING}.init_static_loras", ("self",)),
+    Hook(f"{_SERVING}._check_load_lora_adapter_request", ("self", "request"), unless=_ADMISSION),
+    Hook(f"{_SERVING}._check_unload_lora_adapter_request", ("self", "request")),
+    Hook(
+        "vllm.entrypoints.openai.models.serving:create_error_response",
+        ("message", "err_type", "status_code"),
+    ),
+    Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_name"),
+    Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_path"),
+    Hook("vllm.entrypoints.serve.lora.protocol:UnloadLoRAAdapterRequest.lora_name"),
+    Hook("vllm.entrypoints.openai.models.protocol:LoRAModulePath.path"),
+    Hook("vllm.utils.counter:AtomicCounter.inc", ("self", "num")),
     Hook("vllm.lora.resolver:LoRAResolver.resolve_lora", ("self", "base_model_name", "lora_name")),
     Hook("vllm.lora.resolver:LoRAResolverRegistry"),
+    Hook("vllm.lora.resolver:_LoRAResolverRegistry.register_resolver", ("self", "resolver_name", "resolver")),
 )
-HOOKS = _EXECUTION + _SERVER
+HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER
 
 
 def vllm_version() -> str:
@@ -111,26 +240,61 @@ def version_fault(version: str) -> str | None:
 
 
 def hook_faults(device: str, hooks: Sequence[Hook] = HOOKS) -> list[str]:
-    """One line for each hook that is missing or whose parameters have changed."""
+    """One line for each hook that is missing or is not what we rely on."""
     return [fault for hook in hooks if hook.device in (None, device) and (fault := _fault(hook)) is not None]
 
 
 def _fault(hook: Hook) -> str | None:
-    module_name, _, path = hook.symbol.partition(":")
+    if hook.unless is not None and _find(hook.unless)[1] is None:
+        return None
+    found, missing = _find(hook.symbol)
+    if missing is not None:
+        return f"{hook.symbol}: {missing}"
+    if hook.parameters is not None:
+        parameters = list(inspect.signature(inspect.unwrap(found)).parameters)
+        wanted = [p for p in hook.parameters if not (p == "self" and inspect.ismethod(found))]
+        if fault := parameter_fault(wanted, parameters):
+            return f"{hook.symbol}: {fault}"
+    if hook.sets and (fault := source_fault(hook.sets, _source(found))):
+        return f"{hook.symbol}: {fault}"
+    return None
+
+
+def _find(symbol: str) -> tuple[Any, str | None]:
+    """(what the symbol names, None) or (None, what is missing)."""
+    module_name, _, path = symbol.partition(":")
     try:
         found = importlib.import_module(module_name)
     except ImportError as error:
-        return f"{hook.symbol}: module cannot be imported ({error})"
+        return None, f"module cannot be imported ({error})"
     for part in path.split("."):
-        if not hasattr(found, part):
-            return f"{hook.symbol}: {part} is gone"
-        found = getattr(found, part)
-    if hook.parameters is None:
-        return None
-    parameters = iter(inspect.signature(inspect.unwrap(found)).parameters)
-    wanted = [p for p in hook.parameters if not (p == "self" and inspect.ismethod(found))]
-    missing = [p for p in wanted if p not in parameters]
-    return f"{hook.symbol}: parameters {missing} are gone or moved" if missing else None
+        declared = any(part in inspect.get_annotations(c) for c in getattr(found, "__mro__", ()))
+        if not hasattr(found, part) and not declared:
+            return None, f"{part} is gone"
+        found = getattr(found, part, None)
+    return found, None
+
+
+def _source(function: Any) -> str:
+    """The source of a method and, where it is inherited by way of super().__init__, of those it extends."""
+    owner = sys.modules[function.__module__]
+    for part in function.__qualname__.split(".")[:-1]:
+        owner = getattr(owner, part)
+    methods = [vars(c)[function.__name__] for c in owner.__mro__ if function.__name__ in vars(c)]
+    return "\n".join(inspect.getsource(inspect.unwrap(m)) for m in methods if inspect.isfunction(m))
+
+
+def parameter_fault(wanted: Sequence[str], parameters: Sequence[str]) -> str | None:
+    """What a signature lacks of the parameters wanted, in their order; None if nothing."""
+    rest = iter(parameters)
+    missing = [p for p in wanted if p not in rest]
+    return f"parameters {missing} are gone or moved" if missing else None
+
+
+def source_fault(sets: Sequence[str], source: str) -> str | None:
+    """The attributes that this source no longer mentions on `self`; None if all are there."""
+    missing = [name for name in sets if not re.search(rf"\bself\.{name}\b", source)]
+    return f"no longer sets {missing}" if missing else None
 
 
 def verify(device: str) -> None:
