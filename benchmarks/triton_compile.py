@@ -51,7 +51,7 @@ class Case:
     dtype: torch.dtype
     constants: dict[str, Any]
     warps: int
-    products: bool  # whether it must use the tensor core
+    tensor_core: bool = True  # whether it must use it
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Report:
     instructions: dict[str, int]
     compile_s: float
 
-    def faults(self, products: bool) -> list[str]:
+    def faults(self, tensor_core: bool) -> list[str]:
         """Why this build must not ship; empty if it may."""
         faults = []
         if self.stack_bytes or self.local_bytes:
             faults.append(f"spills: {self.stack_bytes} B stack, {self.local_bytes} B local")
         if self.shared_bytes > SHARED_BYTES[self.sm]:
             faults.append(f"{self.shared_bytes} B of shared memory, the chip has {SHARED_BYTES[self.sm]}")
-        if products and not self.instructions[TENSOR_CORE[self.sm]]:
+        if tensor_core and not self.instructions[TENSOR_CORE[self.sm]]:
             faults.append(f"no {TENSOR_CORE[self.sm]} instruction")
         return [f"{self.kernel} on sm_{self.sm}: {fault}" for fault in faults]
 
@@ -140,60 +140,62 @@ def _read_cubin(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
     return {name: int(value) for name, value in fields}, counts
 
 
-def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Every kernel as `launch_config` launches it."""
-    dot = "ieee" if dtype == torch.float32 else "tf32"
-    for max_rank in (16, 32):
-        for rows in (16, 1024):
-            config = launch_config(dtype, max_rank, 4096, 4096, rows, 132)
-            for split, finish in ((1, True), (2, False)):
-                constants = {
-                    "BM": config.stacked_m, "BN": config.stacked_n, "BK": config.stacked_k, "SPLIT": split,
-                    "STAGES": config.stacked_stages, "FINISH": finish, "HAS_BIAS": finish, "ALIGNED": True,
-                    "DOT": dot, "EXACT_SUM": dtype == torch.float32,
-                }  # fmt: skip
-                name = f"stacked {config.stacked_m}x{config.stacked_n}x{config.stacked_k} split={split}"
-                if max_rank == 16 or config.stacked_m == 64:
-                    yield Case(name, triton_kernels.flora_stacked, dtype, constants, config.stacked_warps, True)
-        config = launch_config(dtype, max_rank, 4096, 4096, 1024, 132)
-        constants = {
-            "BM": config.modulated_m, "BN": config.modulated_n, "BK": config.modulated_k, "RANK": config.rank,
-            "STAGES": config.modulated_stages, "FINISH": True, "HAS_BIAS": True, "ALIGNED": True, "DOT": dot,
-        }  # fmt: skip
+def cases(dtype: torch.dtype, sm: int) -> Iterator[Case]:
+    """Every kernel as `launch_config` launches it on that target."""
+    wide = dtype == torch.float32
+    common = {"HAS_BIAS": True, "ALIGNED": True}
+    dot = {"DOT": "tf32x3" if wide else "tf32"}
+    for max_rank, rows in ((16, 16), (16, 1024), (64, 1024)):
+        config = launch_config(dtype, max_rank, 4096, 4096, rows, capability=sm // 10)
+        tile = {"BM": config.stacked_m, "BN": config.stacked_n, "BK": config.stacked_k, "STAGES": config.stacked_stages}
+        name = f"stacked {config.stacked_m}x{config.stacked_n}x{config.stacked_k}"
+        if not (wide and rows == 1024 and max_rank == 16) and not (max_rank == 64 and not wide):
+            for split in (1, 2):
+                constants = {**common, **dot, **tile, "SPLIT": split, "FINISH": split == 1, "EXACT_SUM": wide}
+                yield Case(
+                    f"{name} split={split}", triton_kernels.flora_stacked, dtype, constants, config.stacked_warps
+                )
+    for max_rank in (16, 32, 64):
+        config = launch_config(dtype, max_rank, 4096, 4096, 1024, capability=sm // 10)
+        tile = {"BM": config.modulated_m, "BN": config.modulated_n, "BK": config.modulated_k}
+        constants = {**common, **dot, **tile, "RANK": config.rank, "STAGES": config.modulated_stages, "FINISH": True}
         name = f"modulated {config.modulated_n}x{config.modulated_m}x{config.modulated_k} rank={config.rank}"
-        yield Case(name, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps, True)
-    config = launch_config(dtype, 16, 4096, 4096, 1024, 132)
-    last = {"BN": config.sum_n, "FINISH": True, "HAS_BIAS": True, "ALIGNED": True}
+        yield Case(name, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps)
+    config = launch_config(dtype, 16, 4096, 4096, 1024)
+    last = {**common, "BN": config.sum_n, "FINISH": True}
     rows = {"BM": config.expand_m, "BK": config.expand_k, "ALIGNED": True}
-    yield Case("expand", triton_opaque.flora_expand, dtype, rows, 4, False)
-    yield Case("reduce", triton_opaque.flora_reduce, dtype, last, 4, False)
-    yield Case("sum 4 parts", triton_opaque.flora_sum, dtype, {**last, "PARTS": 4, "COUNT": 2}, 4, False)
-    yield Case("gain and bias", triton_opaque.flora_sum, dtype, {**last, "PARTS": 1, "COUNT": 3}, 4, False)
+    yield Case("expand", triton_opaque.flora_expand, dtype, rows, 4, tensor_core=False)
+    yield Case("reduce", triton_opaque.flora_reduce, dtype, last, 4, tensor_core=False)
+    for parts, count in ((4, 2), (1, 3)):
+        constants = {**last, "PARTS": parts, "COUNT": count}
+        yield Case(f"sum of {parts}", triton_opaque.flora_sum, dtype, constants, 4, tensor_core=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-record", action="store_true", help="print only, append no rows")
     parser.add_argument("--sm", type=int, nargs="*", default=list(TENSOR_CORE), help="targets (default: all)")
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--only", default="", help="only kernels whose name (with its dtype) contains this")
     options = parser.parse_args()
-    print(f"{'kernel':32} sm  warps regs stack  shared  instructions")
+    print(f"{'kernel':34} sm warps regs stack shared  instructions")
     rows, faults = [], []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for case in cases(dtype):
-            for sm in options.sm:
-                if options.only not in f"{NAMES[dtype]} {case.name}":
+    for dtype in NAMES:
+        for sm in options.sm:
+            for case in cases(dtype, sm):
+                name = f"{NAMES[dtype]} {case.name}"
+                if options.only not in name:
                     continue
                 report = compile_case(case, sm)
-                faults += report.faults(case.products and dtype != torch.float32)
+                faults += report.faults(case.tensor_core)
                 counts = " ".join(f"{name}={count}" for name, count in report.instructions.items() if count)
                 print(
-                    f"{NAMES[dtype]} {case.name:27} {sm:3} {case.warps:3} {report.registers:5}"
-                    f" {report.stack_bytes:5} {report.shared_bytes:7}  {counts}",
+                    f"{name:34}{sm:4}{case.warps:4}{report.registers:6}{report.stack_bytes:5}"
+                    f"{report.shared_bytes:8}  {counts}",
                     flush=True,
                 )
                 rows.append({"triton": triton.__version__, "machine": platform.machine(), **asdict(report)})
     if not options.no_record:
+        RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     for fault in faults:

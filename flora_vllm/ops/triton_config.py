@@ -34,27 +34,38 @@ class LaunchConfig:
 
 
 def launch_config(
-    dtype: torch.dtype, max_rank: int, in_features: int, out_features: int, rows: int, processors: int
+    dtype: torch.dtype,
+    max_rank: int,
+    in_features: int,
+    out_features: int,
+    rows: int,
+    processors: int = 132,
+    capability: int = 9,
 ) -> LaunchConfig:
-    """Parameters for a step with `rows` stacked rows (or a budget of them) on a GPU with `processors` SMs.
+    """Parameters for a step with `rows` stacked rows (or a budget of them).
 
-    `split` depends on the layer's shape alone, so a token's sum does not depend on what else is in the step.
+    `processors`: the GPU's SMs; `capability`: its major compute capability. `split` depends on the layer's shape
+    alone, so a token's sum does not depend on what else is in the step.
     """
+    # float32 takes three tensor-core products for one; smaller tiles keep their operands in registers.
     wide = dtype == torch.float32
-    few = rows <= 64 - max_rank and max_rank <= 32
-    stacked_n = 64
-    # A decode step is one or two row tiles: without a split, 576 out features would keep 9 of 132 processors busy.
+    few = max_rank <= 32 and (wide or rows <= 64 - max_rank)
+    stacked_n = 32 if wide else 64
+    # A decode step is one or two row tiles: without a split, 576 out features would keep 9 of 132 processors busy
+    # (kernels.md, section 8).
     programs = -(-out_features // stacked_n)
-    split = max(1, min(processors // max(programs, 1), in_features // 512, 8))
+    split = max(1, min(processors // programs, in_features // 512, 8))
     return LaunchConfig(
         stacked_m=64 if few else 128,
         stacked_n=stacked_n,
         stacked_k=32 if wide else 64,
-        stacked_warps=4 if few else 8,
-        stacked_stages=2 if wide else 3,
+        stacked_warps=8,
+        # A third stage of 128 rows spills on sm_80, where the sum's operands are in registers too.
+        stacked_stages=2 if wide or (capability < 9 and not few) else 3,
+        # The tile whose modulation hides behind its product and that leaves registers for it (kernels.md, section 8).
         modulated_m=64 if wide else 128,
         modulated_n=64 if wide else 128,
-        modulated_k=32 if wide else 64,
+        modulated_k=16 if wide else 64,
         modulated_warps=8,
         modulated_stages=2 if wide else 3,
         rank=16 if max_rank <= 16 else 32 if max_rank <= 32 else 64,

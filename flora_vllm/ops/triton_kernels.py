@@ -202,7 +202,7 @@ def flora_stacked(
                 out = p0 + tl.arange(0, TOKENS)
                 member = (out[:, None] == position[None, :]) & live[None, :]
                 if EXACT_SUM:
-                    sum_TN = tl.dot(member.to(tl.float32), acc, input_precision="ieee")
+                    sum_TN = tl.dot(member.to(tl.float32), acc, input_precision=DOT)
                 else:
                     sum_TN = tl.dot(member.to(tl.bfloat16), high, tl.dot(member.to(tl.bfloat16), low))
                 spoilt = tl.max(tl.where(member, lost[None, :], 0), axis=1)

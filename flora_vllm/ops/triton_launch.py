@@ -45,19 +45,21 @@ def launch_stacked(
     tiles: ColumnTiles,
     config: LaunchConfig,
     rows: int,
+    most_rows: int,
     finish: bool,
 ) -> None:
     """Stacked segments into `out`, written in place: y_TO, or (split, T, O) float32 if config.split > 1.
 
-    `rows`: stacked rows of the step, or a budget of them; more rows than that take longer.
+    `rows`: stacked rows of the step, or a budget of them; more rows than that take longer. `most_rows`: of any token
+    of any slice, for as long as this launch may be replayed: a token with more would lose some.
     """
     _check_product(x_TI, weight_OI, bias_O, step, slots)
     parts = config.split
     _check_output(out, (parts, *_shape(x_TI, slots)) if parts > 1 else _shape(x_TI, slots), x_TI.device)
     assert not (finish and parts > 1), "gain and bias belong to the sum of the parts"
     exact = x_TI.dtype == torch.float32
-    window = config.stacked_m - max(slots.most_rows(), 1) + 1
-    assert window > 0, f"{slots.most_rows()} rows of a token do not fit a tile of {config.stacked_m}"
+    assert slots.most_rows() <= most_rows <= config.stacked_m, f"{most_rows} rows a token, tiles of {config.stacked_m}"
+    window = config.stacked_m - most_rows + 1
     tile_table = tiles.of(config.stacked_n)
     grid = (triton.cdiv(max(rows, 1), window), tile_table.shape[0], parts)
     triton_kernels.flora_stacked[grid](
@@ -222,7 +224,8 @@ def _present(bias_O: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def _precision(exact: bool) -> str:
-    return "ieee" if exact else "tf32"
+    """Of float32 products: three tensor-core products of split operands, as close as plain float32 to rounding."""
+    return "tf32x3" if exact else "tf32"
 
 
 def _is_aligned(x_TI: torch.Tensor, weight_OI: torch.Tensor, out: torch.Tensor, slots: SlotTable) -> bool:

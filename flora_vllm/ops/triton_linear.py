@@ -7,6 +7,7 @@ correct, not fast; an engine with its own batched low-rank kernels calls `produc
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from flora_vllm.ops.triton_step import DeviceSteps, StepBuffers
 # A segment of plain W x this long is worth whole row tiles of its own.
 PLAIN_TOKENS = 64
 _steps = DeviceSteps()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a run of launches is sized by: the step's own numbers, or a budget that holds for many steps."""
+
+    step: StepBuffers
+    config: LaunchConfig
+    rows: int  # stacked rows
+    most_rows: int  # of one token
+    tiles: int  # row tiles of modulated segments
 
 
 def why_unavailable() -> str | None:
@@ -77,9 +89,10 @@ class TritonLinear:
         self.parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
         self.out_features = sum(sizes)
         self._tiles = triton_launch.ColumnTiles(self.slots.sizes, self.device)
-        self._processors = 1
+        self._machine: dict[str, int] = {}
         if self.device.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            properties = torch.cuda.get_device_properties(self.device)
+            self._machine = {"processors": properties.multi_processor_count, "capability": properties.major}
         self._is_fused = False
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
@@ -103,12 +116,11 @@ class TritonLinear:
         step = _steps.get(segments, modulates, self.device)
         rows = self.stacked_rows(segments, modulates)
         config = self._config(x_TI, rows)
-        tokens = sum(n for n, modulated in zip(counts, modulates, strict=True) if modulated)
         tiles = sum(-(-n // config.modulated_m) for n, modulated in zip(counts, modulates, strict=True) if modulated)
-        assert (tokens == 0) == (tiles == 0), "segments without tokens are never built"
+        plan = _Plan(step, config, rows, self.slots.most_rows(), tiles)
         if not any(_has_low_rank(self.slots.terms(slot)) for slot in segments.slots):
-            return self._run(x_TI, bias_O, step, config, rows, tiles, x_TI.dtype)
-        y_TO = self._run(x_TI, None, step, config, rows, tiles, torch.float32, finish=False)
+            return self._run(x_TI, bias_O, plan, x_TI.dtype)
+        y_TO = self._run(x_TI, None, plan, torch.float32, finish=False)
         self._add_low_rank(y_TO, x_TI, segments)
         return self.finish(y_TO, bias_O, step, x_TI.dtype)
 
@@ -124,20 +136,19 @@ class TritonLinear:
         if any(_has_low_rank(self.slots.terms(slot)) for slot in range(1, self.slots.max_slots + 1)):
             raise StepError("a slot has a low-rank term, which this form of the layer does not add")
         self._is_fused = True
-        config, tiles = self._budget(x_TI, step, row_budget, modulated)
-        return self._run(x_TI, bias_O, step, config, row_budget, tiles, x_TI.dtype)
+        return self._run(x_TI, bias_O, self._budget(x_TI, step, row_budget, modulated), x_TI.dtype)
 
     def products(self, x_TI: torch.Tensor, step: StepBuffers, row_budget: int, modulated: bool) -> torch.Tensor:
         """Σ_j b[j] ∘ W(a[j] ∘ x) alone, float32 (T, O): `forward_step` without gain and bias."""
-        config, tiles = self._budget(x_TI, step, row_budget, modulated)
-        return self._run(x_TI, None, step, config, row_budget, tiles, torch.float32, finish=False)
+        plan = self._budget(x_TI, step, row_budget, modulated)
+        return self._run(x_TI, None, plan, torch.float32, finish=False)
 
     def finish(
         self, sum_TO: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, dtype: torch.dtype
     ) -> torch.Tensor:
         """g ∘ sum + h ∘ bias, in `dtype`; `sum_TO` float32."""
         y_TO = torch.empty_like(sum_TO, dtype=dtype)
-        config = launch_config(dtype, self.slots.max_rank, self.slots.in_features, self.out_features, 0, 1)
+        config = self._config(y_TO, 0)
         self._launch.launch_sum(
             sum_TO[None], y_TO, bias_O, step, self.slots, self._tiles, config, finish=True, stacked_only=False
         )
@@ -165,40 +176,33 @@ class TritonLinear:
 
     def _config(self, x_TI: torch.Tensor, rows: int) -> LaunchConfig:
         slots = self.slots
-        return launch_config(x_TI.dtype, slots.max_rank, slots.in_features, self.out_features, rows, self._processors)
+        return launch_config(x_TI.dtype, slots.max_rank, slots.in_features, self.out_features, rows, **self._machine)
 
-    def _budget(
-        self, x_TI: torch.Tensor, step: StepBuffers, row_budget: int, modulated: bool
-    ) -> tuple[LaunchConfig, int]:
+    def _budget(self, x_TI: torch.Tensor, step: StepBuffers, row_budget: int, modulated: bool) -> _Plan:
         config = self._config(x_TI, row_budget)
-        return config, -(-x_TI.shape[0] // config.modulated_m) + step.max_segments if modulated else 0
+        tiles = -(-x_TI.shape[0] // config.modulated_m) + step.max_segments if modulated else 0
+        # Slots may hold any rank when the launches are replayed.
+        return _Plan(step, config, row_budget, self.slots.max_rank + 1, tiles)
 
     def _run(
-        self,
-        x_TI: torch.Tensor,
-        bias_O: torch.Tensor | None,
-        step: StepBuffers,
-        config: LaunchConfig,
-        rows: int,
-        tiles: int,
-        dtype: torch.dtype,
-        finish: bool = True,
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, plan: _Plan, dtype: torch.dtype, finish: bool = True
     ) -> torch.Tensor:
         y_TO = torch.empty(x_TI.shape[0], self.out_features, dtype=dtype, device=x_TI.device)
-        around = (step, self.slots, self._tiles, config)
+        config, rows = plan.config, plan.rows
+        around = (plan.step, self.slots, self._tiles, config)
         if self.weight_OI is None:
             expanded_VI = torch.empty(rows, x_TI.shape[1], dtype=x_TI.dtype, device=x_TI.device)
-            self._launch.launch_expand(x_TI, expanded_VI, step, self.slots, config)
+            self._launch.launch_expand(x_TI, expanded_VI, plan.step, self.slots, config)
             self._launch.launch_reduce(self.base(expanded_VI), y_TO, bias_O, *around, finish)
             return y_TO
         if rows and config.split == 1:
-            self._launch.launch_stacked(x_TI, self.weight_OI, y_TO, bias_O, *around, rows, finish)
+            self._launch.launch_stacked(x_TI, self.weight_OI, y_TO, bias_O, *around, rows, plan.most_rows, finish)
         elif rows:
             parts = torch.empty(config.split, *y_TO.shape, dtype=torch.float32, device=x_TI.device)
-            self._launch.launch_stacked(x_TI, self.weight_OI, parts, None, *around, rows, finish=False)
+            self._launch.launch_stacked(x_TI, self.weight_OI, parts, None, *around, rows, plan.most_rows, finish=False)
             self._launch.launch_sum(parts, y_TO, bias_O, *around, finish, stacked_only=True)
-        if tiles:
-            self._launch.launch_modulated(x_TI, self.weight_OI, y_TO, bias_O, *around, tiles, finish)
+        if plan.tiles:
+            self._launch.launch_modulated(x_TI, self.weight_OI, y_TO, bias_O, *around, plan.tiles, finish)
         return y_TO
 
     def _add_low_rank(self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: Segments) -> None:
