@@ -109,6 +109,8 @@ def _create_verified(engine_args: Any, create: Any) -> Any:
             "fully_sharded_loras cuts the rank axis across ranks, which elementwise adapters cannot be served from; "
             "start without --fully-sharded-loras"
         )
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ConfigError("adapters are not served with pipeline parallelism yet; use --tensor-parallel-size instead")
     if config.model_config.is_encoder_decoder:
         raise ConfigError("encoder-decoder models cannot be served with adapters yet; start without --enable-flora")
     config.additional_config = {**config.additional_config, KEY: carried(options)}
