@@ -3,7 +3,7 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -73,7 +73,7 @@ def save_peft_adapter(model: PreTrainedModel, config: PeftConfig, path: Path, se
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    wrapped.save_pretrained(path)
+    wrapped.save_pretrained(str(path))
     return wrapped.merge_and_unload().state_dict()
 
 
@@ -84,7 +84,8 @@ def linear_layout(model: PreTrainedModel) -> ModelLayout:
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
         elif type(module).__name__ == "Conv1D":
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+            rows, columns = cast(torch.Tensor, module.weight).shape
+            shapes[name] = (columns, rows)
     return ModelLayout(shapes)
 
 

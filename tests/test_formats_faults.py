@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from formats_support import edit_config, edit_tensors, linear_layout, save_peft_adapter, tiny_model
-from peft import HiraConfig, IA3Config, LoraConfig
+from peft import HiraConfig, IA3Config, LoraConfig, PeftType
 from safetensors.torch import load_file, save_file
 
 from flora_vllm.adapter import ModelLayout
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats import examine, read_adapter, write_flora
+from flora_vllm.formats import FAMILIES, examine, read_adapter, write_flora
 
 torch.set_num_threads(1)
 
@@ -50,6 +50,12 @@ def the_fault(path: Path, **options) -> str:
     faults = faults_of(path, **options)
     assert len(faults) == 1, faults
     return faults[0]
+
+
+@pytest.mark.parametrize("name", sorted({kind.value for kind in PeftType} - set(FAMILIES)))
+def test_every_other_family_of_peft_is_refused_by_name(name: str, flora: Path) -> None:
+    edit_config(flora, peft_type=name)
+    assert f"family '{name}' is not supported yet; supported: FLORA, HIRA, IA3, LORA" in the_fault(flora)
 
 
 CONFIG_CASES = {

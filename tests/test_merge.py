@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def merge(base: Path, adapter: Path, out: Path) -> int:
 
 
 def loaded_state(path: Path) -> dict[str, torch.Tensor]:
-    model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    model, report = cast(tuple, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True))
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.state_dict()
 
@@ -95,7 +96,7 @@ def test_flora_sharded_and_tied(reduction: str, tmp_path: Path) -> None:
 
 
 def test_dtype_is_kept_and_rounded_once(tmp_path: Path) -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
+    model = tiny_model("llama").bfloat16()
     model.save_pretrained(tmp_path / "base")
     pairs = flora_for(model, tmp_path / "adapter", reduction="sum")
     assert merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out") == 0
@@ -124,7 +125,7 @@ def test_only_what_serving_needs_is_copied(tmp_path: Path) -> None:
 def test_a_checkpoint_without_its_head(tmp_path: Path) -> None:
     """Hub checkpoints such as gpt2 name `h.0…` what the full model calls `transformer.h.0…`."""
     model = tiny_model("gpt2")
-    model.base_model.save_pretrained(tmp_path / "base")
+    cast(PreTrainedModel, model.base_model).save_pretrained(tmp_path / "base")
     wanted = save_peft_adapter(model, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True), tmp_path / "a")
     assert merge(tmp_path / "base", tmp_path / "a", tmp_path / "out") == 0
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():

@@ -5,6 +5,7 @@ sharding stay as they were, tied and unknown tensors included, and memory stays 
 """
 
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress
         raise AdapterError(f"{out} exists and is not an empty directory; give a new one")
     plan = _plan(base, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.parent / f".{out.name}.new-{os.getpid()}"
+    fresh = out.parent / f".{out.name}.new-{secrets.token_hex(4)}"
     fresh.mkdir()
     try:
         _copy_side_files(base.directory, fresh)

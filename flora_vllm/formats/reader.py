@@ -80,38 +80,17 @@ def examine(
     """`read_adapter` without the raise."""
     files, faults = collect_files(path)
     found = examine_files(files, layout, {"flora": max_flora_rank, "lora": max_lora_rank})
-    faults = [*faults, *found.faults]
-    if len(faults) > MAX_FAULTS:
-        faults = [*faults[:MAX_FAULTS], f"and {len(faults) - MAX_FAULTS} more faults"]
     digest = digest_of(files) if len(files) == 2 else None
-    adapter = replace(found.adapter, digest=digest) if found.adapter is not None and digest and not faults else None
-    return Examination(adapter, tuple(faults), found.family, digest)
+    if faults or found.adapter is None or digest is None:
+        return Examination(None, (*faults, *found.faults), found.family, digest)
+    return replace(found, adapter=replace(found.adapter, digest=digest), digest=digest)
 
 
 def examine_files(
     files: Mapping[str, bytearray], layout: ModelLayout | None, limits: Mapping[str, int | None]
 ) -> Examination:
     """Judge the content of the files that there are; the digest is left to the caller."""
-    faults: list[str] = []
-    family: Family | None = None
-    family_name: str | None = None
-    config = CheckedConfig({}, frozenset(), ())
-    if CONFIG_NAME in files:
-        try:
-            raw = load_json_object(bytes(files[CONFIG_NAME]))
-        except AdapterError as error:
-            faults.append(f"{CONFIG_NAME}: {error}")
-        else:
-            family_name = _family_name(raw)
-            family = FAMILIES.get(family_name or "")
-            if family is None:
-                faults.append(
-                    f"{CONFIG_NAME}: family {shown(family_name or raw.get('peft_type'))} is not supported yet; "
-                    f"supported: {', '.join(FAMILIES)}"
-                )
-            else:
-                config = check_config(raw, family.keys)
-                faults += [*config.faults, *_rank_faults(config, family, limits)]
+    name, family, config, faults = _examine_config(files, limits)
     records: list[TensorRecord] = []
     if WEIGHTS_NAME in files:
         try:
@@ -122,12 +101,32 @@ def examine_files(
             faults += _value_faults(files[WEIGHTS_NAME], records)
             if family is not None:
                 faults += _module_faults(family, config, records, layout)
+    if len(faults) > MAX_FAULTS:
+        faults = [*faults[:MAX_FAULTS], f"and {len(faults) - MAX_FAULTS} more faults"]
     if faults or family is None or WEIGHTS_NAME not in files:
-        return Examination(None, tuple(faults), family_name)
+        return Examination(None, tuple(faults), name)
+    return Examination(_build(family, config, files[WEIGHTS_NAME], records), (), name)
+
+
+def _examine_config(
+    files: Mapping[str, bytearray], limits: Mapping[str, int | None]
+) -> tuple[str | None, Family | None, CheckedConfig, list[str]]:
+    """The family's name as the config has it, the family if we read it, the config's keys, and the faults."""
+    nothing = CheckedConfig({}, frozenset(), ())
+    if CONFIG_NAME not in files:
+        return None, None, nothing, []
     try:
-        return Examination(_build(family, config, files[WEIGHTS_NAME], records), (), family_name)
+        raw = load_json_object(bytes(files[CONFIG_NAME]))
     except AdapterError as error:
-        return Examination(None, (str(error),), family_name)
+        return None, None, nothing, [f"{CONFIG_NAME}: {error}"]
+    name = _family_name(raw)
+    family = FAMILIES.get(name or "")
+    if family is None:
+        asked = shown(name or raw.get("peft_type"))
+        supported = ", ".join(FAMILIES)
+        return name, None, nothing, [f"{CONFIG_NAME}: family {asked} is not supported yet; supported: {supported}"]
+    config = check_config(raw, family.keys)
+    return name, family, config, [*config.faults, *_rank_faults(config, family, limits)]
 
 
 def _family_name(raw: Mapping[str, object]) -> str | None:

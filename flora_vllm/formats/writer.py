@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
@@ -49,8 +51,6 @@ def write_flora(
         for module, pair in modules.items()
         for part, tensor in zip((FLORA_A, FLORA_B), pair, strict=True)
     }
-    from safetensors.torch import save
-
     files = {
         CONFIG_NAME: bytearray(json.dumps(config, indent=2, sort_keys=True).encode()),
         WEIGHTS_NAME: bytearray(save(tensors, metadata={"format": "pt"})),
@@ -70,8 +70,7 @@ def publish(path: Path, files: Mapping[str, bytearray]) -> None:
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - set(files)):
         raise AdapterError(f"{path} exists and holds more than an adapter's {' and '.join(files)}; use a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.parent / f".{path.name}.new-{os.getpid()}"
-    stale = path.parent / f".{path.name}.old-{os.getpid()}"
+    fresh, stale = (path.parent / f".{path.name}.{kind}-{secrets.token_hex(4)}" for kind in ("new", "old"))
     fresh.mkdir()
     try:
         for name, content in files.items():
