@@ -9,14 +9,20 @@ import importlib
 from typing import Any
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.plugin.options import KEY, FloraOptions, carried
+from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.options import KEY, FloraOptions, carried, options_of
 
 _WRAPPED = "_flora_wrapped"
 
 
 def install() -> None:
-    """Wraps three methods of vLLM's EngineArgs, once."""
-    engine_args = importlib.import_module("vllm.engine.arg_utils").EngineArgs
+    """Wraps three methods of vLLM's EngineArgs, once; or registers hooks where vLLM takes them."""
+    arg_utils = importlib.import_module("vllm.engine.arg_utils")
+    if offers("vllm.engine.arg_utils:register_engine_args_hooks"):  # patches/0007
+        own = arg_utils.EngineArgsHooks(_add_flags, _fold, _before_config, _after_config)
+        arg_utils.register_engine_args_hooks(KEY, own)
+        return
+    engine_args = arg_utils.EngineArgs
     if hasattr(engine_args, _WRAPPED):
         return
     add_cli_args = engine_args.__dict__["add_cli_args"].__func__
@@ -33,9 +39,10 @@ def install() -> None:
 
     @functools.wraps(create_engine_config)
     def create_with_flora(self, *args, **kwargs):
-        if KEY not in (self.additional_config or {}):
-            return create_engine_config(self, *args, **kwargs)
-        return _create_verified(self, lambda: create_engine_config(self, *args, **kwargs))
+        _before_config(self)
+        config = create_engine_config(self, *args, **kwargs)
+        _after_config(config)
+        return config
 
     engine_args.add_cli_args = staticmethod(add_with_flora)
     engine_args.from_cli_args = classmethod(from_args_with_flora)
@@ -95,15 +102,22 @@ def _fold(args: argparse.Namespace) -> argparse.Namespace:
     return folded
 
 
-def _create_verified(engine_args: Any, create: Any) -> Any:
-    """The engine config for a FLoRA engine. Raises ConfigError or HookError rather than serve the wrong thing."""
+def _before_config(engine_args: Any) -> None:
+    """Make vLLM ready for a FLoRA engine. Raises ConfigError or HookError rather than serve the wrong thing."""
+    if options_of(engine_args.additional_config) is None:
+        return
     from flora_vllm.plugin import install, require_registered
 
     require_registered()
-    options = FloraOptions.from_mapping(engine_args.additional_config[KEY])
     engine_args.enable_lora = True
     install.install_all()
-    config = create()
+
+
+def _after_config(config: Any) -> None:
+    """Refuse what a FLoRA engine cannot serve, and have its options installed wherever the config arrives."""
+    options = options_of(config.additional_config)
+    if options is None:
+        return
     if config.lora_config.fully_sharded_loras:
         raise ConfigError(
             "fully_sharded_loras cuts the rank axis across ranks, which elementwise adapters cannot be served from; "
@@ -114,4 +128,3 @@ def _create_verified(engine_args: Any, create: Any) -> Any:
     if config.model_config.is_encoder_decoder:
         raise ConfigError("encoder-decoder models cannot be served with adapters yet; start without --enable-flora")
     config.additional_config = {**config.additional_config, KEY: carried(options)}
-    return config

@@ -16,6 +16,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under
+from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.loader import identity, split_identity
 from flora_vllm.plugin.options import FloraOptions, options_of
 
@@ -31,10 +32,16 @@ def install() -> None:
     if hasattr(serving, "_flora_wrapped"):
         return
     serving._flora_wrapped = True
-    for name, replacement in _REPLACEMENTS.items():
-        original = getattr(serving, name)
-        setattr(serving, name, _if_flora(original, replacement))
-    _preload_on_add_request()
+    for name, (replacement, hook) in _REPLACEMENTS.items():
+        if not offers(hook):
+            original = getattr(serving, name)
+            setattr(serving, name, _if_flora(original, replacement))
+    if offers(_ADMISSION):
+        serving.admit_lora = _admit_offered
+    if not offers("vllm.v1.engine.async_llm:AsyncLLM._preload_lora"):  # patches/0009
+        _preload_on_add_request()
+    if not offers(_INVALID):
+        _name_faults_of_add_lora()
     _register_resolver()
 
 
@@ -79,13 +86,9 @@ async def _show_available_models(original: Any, self: Any) -> Any:
     return models
 
 
-async def _init_static_loras(original: Any, self: Any) -> None:
-    # Paths on the command line are the operator's: not confined to the adapter root.
-    self._flora_operator = True
-    try:
-        await original(self)
-    finally:
-        self._flora_operator = False
+def _is_operators(self: Any, name: str, path: str) -> bool:
+    """Whether the command line names this adapter: such a path is not confined to the adapter root."""
+    return any(static.name == name and static.path == path for static in self.static_lora_modules or ())
 
 
 async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_name: str | None = None) -> Any:
@@ -93,7 +96,7 @@ async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_
         refused = await self._check_load_lora_adapter_request(request)
         if refused is not None:
             return refused
-        confined = not getattr(self, "_flora_operator", False)
+        confined = not _is_operators(self, request.lora_name, request.lora_path)
         result = await _admit(self, request.lora_name, request.lora_path, base_model_name, confined)
     if isinstance(result, str):
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
@@ -127,13 +130,18 @@ async def _resolve_lora(original: Any, self: Any, lora_name: str) -> Any:
         return _error(f"adapter {lora_name!r} does not exist", HTTPStatus.NOT_FOUND)
 
 
+_SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+_UNLOADS = f"{_SERVING}._release_lora"  # patches/0003
+_INVALID = "vllm.exceptions:LoRAAdapterInvalidError"  # patches/0004
+_NAMED = "vllm.lora.request:LoRARequest.served_name"  # patches/0008
+_ADMISSION = f"{_SERVING}.admit_lora"  # patches/0011
+# Method -> ours, and what vLLM would have to offer to make it needless.
 _REPLACEMENTS = {
-    "model_name": _model_name,
-    "show_available_models": _show_available_models,
-    "init_static_loras": _init_static_loras,
-    "load_lora_adapter": _load_lora_adapter,
-    "unload_lora_adapter": _unload_lora_adapter,
-    "resolve_lora": _resolve_lora,
+    "model_name": (_model_name, _NAMED),
+    "show_available_models": (_show_available_models, _NAMED),
+    "load_lora_adapter": (_load_lora_adapter, _ADMISSION),
+    "unload_lora_adapter": (_unload_lora_adapter, _UNLOADS),
+    "resolve_lora": (_resolve_lora, _ADMISSION),
 }
 
 
@@ -145,24 +153,22 @@ def _error(message: str, status: HTTPStatus) -> Any:
 
 async def _admit(self: Any, name: str, path: str, base_model_name: str | None, confined: bool) -> Any:
     """Have the engine load the content now at `path` under `name`; its identity, or an error response."""
-    root = _options(self.engine_client).adapter_root
+    request = importlib.import_module("vllm.lora.request").LoRARequest(name, 1, path)
     try:
-        local = await asyncio.to_thread(_resolve, path, root if confined else None)
-        digest = await asyncio.to_thread(content_digest, local)
+        await _identify(self, request, confined)
     except AdapterError as error:
-        missing = not os.path.exists(path) and root is None
+        missing = _is_missing(self, path)
         return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
-    known = identity(name, digest)
+    known = request.lora_name
     current = self.lora_requests.get(name)
     if current is not None and current.lora_name == known:
         return known
-    request = _request(self, known, local)
     if base_model_name is not None and self.is_base_model(base_model_name):
         request.base_model_name = base_model_name
     try:
         await self.engine_client.add_lora(request)
     except Exception as error:  # the engine's errors arrive as text, of whatever class its transport uses
-        message = our_message(str(error))
+        message = _refusal(error)
         if message is None:
             return _error(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
         return _error(message, HTTPStatus.BAD_REQUEST)
@@ -178,18 +184,49 @@ def _resolve(path: str, root: str | None) -> str:
     return importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(path)
 
 
-def _request(self: Any, known: str, path: str) -> Any:
+def _is_missing(self: Any, path: str) -> bool:
+    return not os.path.exists(path) and _options(self.engine_client).adapter_root is None
+
+
+async def _identify(self: Any, request: Any, confined: bool) -> None:
+    """Give the request the identity of the content now at its path. Raises AdapterError."""
+    root = _options(self.engine_client).adapter_root
+    name = request.lora_name
+    request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
+    known = identity(name, await asyncio.to_thread(content_digest, request.lora_path))
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1)
-    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
-    return lora_request(lora_name=known, lora_int_id=ids[known], lora_path=path)
+    request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
+    if offers(_NAMED):
+        request.served_name = name
+
+
+async def _admit_offered(self: Any, request: Any) -> None:
+    """What vLLM calls where it takes an admission hook."""
+    if _options(self.engine_client) is None:
+        return
+    errors = importlib.import_module("vllm.exceptions")
+    path = request.lora_path
+    try:
+        await _identify(self, request, not _is_operators(self, request.lora_name, path))
+    except AdapterError as error:
+        kind = errors.VLLMNotFoundError if _is_missing(self, path) else errors.VLLMValidationError
+        raise kind(str(error)) from error
 
 
 def our_message(text: str) -> str | None:
     """Our refusal inside an engine's error text, or None if the error is not ours."""
     match = _OUR_MESSAGE.search(text.replace("\\n", "\n"))
     return _END_OF_RPC_ERROR.sub("", match[0]) if match else None
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why an adapter was refused, if that is what an engine's error says."""
+    if offers(_INVALID):
+        invalid = importlib.import_module("vllm.exceptions").LoRAAdapterInvalidError
+        return error.reason if isinstance(error, invalid) else None
+    return our_message(str(error))
 
 
 async def _release(self: Any, request: Any) -> None:
@@ -249,7 +286,7 @@ def _preload_on_add_request() -> None:
 
     @functools.wraps(sync_lora)
     def add_lora(self: Any, lora_request: Any) -> Any:
-        result = _raising_ours(lambda: sync_lora(self, lora_request))
+        result = sync_lora(self, lora_request)
         _known(self).add(lora_request.lora_int_id)
         return result
 
@@ -274,14 +311,22 @@ def _preload_on_add_request() -> None:
     sync_engine.add_lora, async_engine.add_lora = add_lora, add_lora_async
 
 
-def _raising_ours(action: Any) -> Any:
-    try:
-        return action()
-    except Exception as error:  # see _OUR_MESSAGE
-        message = our_message(str(error))
-        if message is None:
-            raise
-        raise AdapterError(message) from error
+def _name_faults_of_add_lora() -> None:
+    """The offline engine raises AdapterError for an adapter that cannot be served."""
+    engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
+    original = engine.add_lora
+
+    @functools.wraps(original)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        try:
+            return original(self, lora_request)
+        except Exception as error:  # see _OUR_MESSAGE
+            message = _refusal(error)
+            if message is None:
+                raise
+            raise AdapterError(message) from error
+
+    engine.add_lora = add_lora
 
 
 def _unknown(engine: Any, args: tuple, kwargs: dict) -> list[Any]:

@@ -245,7 +245,7 @@ def hook_faults(device: str, hooks: Sequence[Hook] = HOOKS) -> list[str]:
 
 
 def _fault(hook: Hook) -> str | None:
-    if hook.unless is not None and _find(hook.unless)[1] is None:
+    if hook.unless is not None and offers(hook.unless):
         return None
     found, missing = _find(hook.symbol)
     if missing is not None:
@@ -258,6 +258,11 @@ def _fault(hook: Hook) -> str | None:
     if hook.sets and (fault := source_fault(hook.sets, _source(found))):
         return f"{hook.symbol}: {fault}"
     return None
+
+
+def offers(symbol: str) -> bool:
+    """Whether this vLLM has a symbol that one of the diffs in patches/ adds."""
+    return _find(symbol)[1] is None
 
 
 def _find(symbol: str) -> tuple[Any, str | None]:

@@ -49,7 +49,8 @@ def _once(name: str, action: Callable[[], Any]) -> None:
 
 def _replace_worker_manager() -> None:
     mixin = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
-    stock = mixin.LRUCacheWorkerLoRAManager
+    factories = importlib.import_module("vllm.lora.worker_manager")
+    stock = getattr(mixin, "LRUCacheWorkerLoRAManager", factories.LRUCacheWorkerLoRAManager)
 
     def make_worker_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if options_of(vllm_config.additional_config) is None:
@@ -57,8 +58,7 @@ def _replace_worker_manager() -> None:
         manager = importlib.import_module("flora_vllm.plugin.manager")
         return manager.FloraWorkerManager(vllm_config, *args, **kwargs)
 
-    factories = importlib.import_module("vllm.lora.worker_manager")
-    if hasattr(factories, "set_worker_lora_manager_factory"):  # patches/0001
+    if hooks.offers("vllm.lora.worker_manager:set_worker_lora_manager_factory"):  # patches/0001
         factories.set_worker_lora_manager_factory(make_worker_manager)
     else:
         mixin.LRUCacheWorkerLoRAManager = make_worker_manager
@@ -67,8 +67,11 @@ def _replace_worker_manager() -> None:
 def _keep_compile_on_cpu() -> None:
     """vLLM turns torch.compile off on CPU when LoRA is on, for its own kernels' sake; our op does not need that."""
     platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform
-    if hasattr(platform, "lora_supports_compile"):  # patches/0005
-        platform.lora_supports_compile = True
+    if hooks.offers("vllm.platforms.cpu:CpuPlatform.lora_supports_compile"):  # patches/0005
+        others = platform.lora_supports_compile
+        platform.lora_supports_compile = staticmethod(
+            lambda config: options_of(config.additional_config) is not None or others(config)
+        )
         return
     original = platform.__dict__["check_and_update_config"].__func__
 
@@ -92,17 +95,29 @@ def _keep_cpu_weights() -> None:
     current_config = importlib.import_module("vllm.config").get_current_vllm_config_or_none
     original = utils.dispatch_cpu_unquantized_gemm
 
-    @functools.wraps(original)
-    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+    def is_kept(layer: Any) -> bool:
         config = current_config()
-        keeps = (
+        return (
             config is not None
             and options_of(config.additional_config) is not None
             and isinstance(layer, linear_base)
             and layer.weight.ndim == 2
             and not layer.weight.is_meta
         )
-        if not keeps:
+
+    def keep(layer: Any) -> bool:
+        if is_kept(layer):
+            layer._flora_pack = functools.partial(original, layer, remove_weight=True, keep_weight=False)
+            return True
+        return False
+
+    if hooks.offers("vllm.model_executor.layers.utils:set_cpu_weight_keeper"):  # patches/0006
+        utils.set_cpu_weight_keeper(keep)
+        return
+
+    @functools.wraps(original)
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        if not is_kept(layer):
             return original(layer, remove_weight)
         layer.cpu_linear = torch.nn.functional.linear  # also serves layers that are never attached (draft models)
         layer._flora_pack = functools.partial(original, layer, remove_weight)
@@ -117,6 +132,11 @@ def _run_adapter_steps_without_graphs() -> None:
     forward = importlib.import_module("vllm.forward_context")
     mode_none = importlib.import_module("vllm.config").CUDAGraphMode.NONE
     dispatcher = importlib.import_module("vllm.v1.cudagraph_dispatcher").CudagraphDispatcher
+    graphs = importlib.import_module("vllm.v1.worker.gpu.cudagraph_utils").CudaGraphManager
+    if hooks.offers("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.runs_eager"):  # patches/0010
+        dispatcher.runs_eager = staticmethod(lambda _: manager.adapter_step_pending())
+        graphs.runs_eager = staticmethod(lambda num_loras: num_loras > 0 and manager.is_managing())
+        return
     v1_dispatch = dispatcher.dispatch
 
     @functools.wraps(v1_dispatch)
@@ -127,7 +147,6 @@ def _run_adapter_steps_without_graphs() -> None:
 
     dispatcher.dispatch = dispatch_v1
 
-    graphs = importlib.import_module("vllm.v1.worker.gpu.cudagraph_utils").CudaGraphManager
     v2_dispatch = graphs.dispatch
 
     @functools.wraps(v2_dispatch)
