@@ -6,7 +6,7 @@ import peft.tuners.tuners_utils
 import pytest
 import torch
 from formats_support import edit_config, linear_layout, save_peft_adapter, tiny_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
@@ -208,6 +208,9 @@ patterns = st.none() | st.sampled_from(["layers", "h", "experts"]) | st.lists(st
 
 
 @settings(max_examples=300, deadline=None)
+@example(["q_proj"], None, 1, "layers")
+@example(["q_proj"], None, [1], None)
+@example(["q_proj", "model.layers.1.self_attn.q_proj"], None, [2], "experts")
 @given(name_lists | regexes, st.none() | name_lists | regexes, layer_choice, patterns)
 def test_targets_match_as_in_peft(target: list | str, exclude: list | str | None, layers, pattern) -> None:
     if isinstance(target, str):
