@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from flora_vllm.errors import ConfigError, FloraError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from flora_vllm.training.checkpoint import Settings
     from flora_vllm.training.data import Blocks
-    from flora_vllm.training.loop import Job
 
 EXAMPLES = """\
 examples:
@@ -114,7 +115,7 @@ def _train(args: argparse.Namespace) -> None:
     print(f"adapter: {args.out}\nserve it:\n  {serve_line(args)}")
 
 
-def _read_blocks(args: argparse.Namespace, tokenizer) -> "Blocks":
+def _read_blocks(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Blocks":
     from flora_vllm.training.data import make_blocks, read_documents
 
     documents = read_documents(args.data, tokenizer)
@@ -154,7 +155,7 @@ class Measured:
     adapter: float
 
 
-def _attach(args: argparse.Namespace, model: "PreTrainedModel"):
+def _attach(args: argparse.Namespace, model: "PreTrainedModel") -> "PeftModel":
     import torch
 
     from flora_vllm.training.build import METHODS, add_adapter, parse_targets
@@ -226,7 +227,7 @@ def _kept(out: Path, settings: "Settings") -> str:
     return f"The checkpoint after step {state['step']} was kept; the same command with a lower --lr goes on from it"
 
 
-def _round_factors(model, dtype) -> None:
+def _round_factors(model: "PeftModel", dtype: "torch.dtype") -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
@@ -270,7 +271,7 @@ def serve_line(args: argparse.Namespace) -> str:
     if args.method == "flora" and args.rank > 16:
         words += ["--max-flora-rank", str(args.rank)]
     if args.method == "lora" and args.rank > 16:
-        words += ["--max-lora-rank", str(next(r for r in (32, 64, 128, 256, 320, 512) if r >= args.rank))]
+        words += ["--max-lora-rank", str(next((r for r in (32, 64, 128, 256, 320) if r >= args.rank), 512))]
     return shlex.join([*words, "--lora-modules", f"{args.out.name}={args.out}"])
 
 

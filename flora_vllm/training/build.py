@@ -31,11 +31,11 @@ class Method:
     config: Callable[[int, Targets, str], PeftConfig]
 
 
-def _flora(rank: int, targets: Targets, model_type: str) -> PeftConfig:
+def _flora(rank: int, targets: Targets, _model_type: str) -> PeftConfig:
     return FloraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
 
 
-def _lora(rank: int, targets: Targets, model_type: str) -> PeftConfig:
+def _lora(rank: int, targets: Targets, _model_type: str) -> PeftConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
 
 

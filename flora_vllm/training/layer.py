@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
@@ -139,17 +138,20 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         dropped = [self.flora_dropout[name](x) for name in names]
-        weight_OI = self._readable_weight(x)
+        weight_OI = self._readable_weight()
         if weight_OI is None:
             base, bias, dtype = self._opaque_base(x, *args, **kwargs)
         else:
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            base, bias = lambda z: F.linear(z, weight_OI), self.get_base_layer().bias
+            base, bias = lambda z: nn.functional.linear(z, weight_OI), self.get_base_layer().bias
         products = [self._product(name, x_s, base, weight_OI) for name, x_s in zip(names, dropped, strict=True)]
         y = sum(products[1:], start=products[0])
-        if len(names) > 1 or self.training and any(not isinstance(self.flora_dropout[n], nn.Identity) for n in names):
+        if len(names) > 1 or self._drops(names):
             y = y + base(x - sum(dropped[1:], start=dropped[0]))
         return (y if bias is None else y + bias).to(dtype or y.dtype)
+
+    def _drops(self, names: Sequence[str]) -> bool:
+        return self.training and not all(isinstance(self.flora_dropout[name], nn.Identity) for name in names)
 
     def _product(
         self, name: str, x: torch.Tensor, base: Callable[[torch.Tensor], torch.Tensor], weight_OI: torch.Tensor | None
@@ -163,7 +165,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return modulated_product(weight_OI, x, a_RI, b_OR)
 
-    def _readable_weight(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _readable_weight(self) -> torch.Tensor | None:
         """W as (O, I) if the base layer is nothing but `x W.T + bias` with a weight we can read, else None."""
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
@@ -182,7 +184,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         The bias is taken off again in float32, so what is left of it is the rounding of the base call's own output.
         """
         bias = getattr(self.get_base_layer(), "bias", "unknown")
-        if not (bias is None or isinstance(bias, torch.Tensor) and not bias.is_meta):
+        if not (bias is None or (isinstance(bias, torch.Tensor) and not bias.is_meta)):
             with torch.no_grad():  # an affine layer tells its bias at zero
                 bias = self.base_layer(torch.zeros_like(x.reshape(-1, x.shape[-1])[:1]), *args, **kwargs)[0]
         if bias is None:

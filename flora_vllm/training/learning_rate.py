@@ -32,7 +32,11 @@ class FloraLearningRateCallback(TrainerCallback):
     """For transformers' Trainer and TRL's: warns once, as training begins, if a FLoRA adapter gets LoRA's rate."""
 
     def on_train_begin(
-        self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs: Any
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",  # noqa: ARG002  (the Trainer's signature)
+        control: "TrainerControl",  # noqa: ARG002  (the Trainer's signature)
+        **kwargs: Any,
     ) -> None:
         configs = getattr(kwargs.get("model"), "peft_config", {})
         if any(str(getattr(c.peft_type, "value", c.peft_type)) == "FLORA" for c in configs.values()):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
@@ -61,7 +60,7 @@ def train(
     jobs: Sequence[Job],
     *,
     save_every: int = 0,
-    seen: Callable[[dict[str, float], int], None] = lambda losses, tokens: None,
+    seen: Callable[[dict[str, float], int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Train every job to its last step; returns the losses of the steps run here, by job name.
 
@@ -76,7 +75,8 @@ def train(
             losses, tokens = _step(model, active, mixed=len(jobs) > 1)
             for run in active:
                 _keep(run, losses[run.job.name], save_every)
-            seen(losses, tokens)
+            if seen is not None:
+                seen(losses, tokens)
     except KeyboardInterrupt:
         for run in runs:
             _save(run)
@@ -148,7 +148,7 @@ def example_adapters(model: PeftModel, names: Sequence[str]) -> AbstractContextM
 
 def cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss of predicting token t + 1, in nats, in float32."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def schedule(step: int, steps: int) -> float:
@@ -166,7 +166,7 @@ def _keep(run: Progress, loss: float, save_every: int) -> None:
     if run.job.out is None:
         return
     log_row(run.job.out, {"step": run.step, "loss": loss, "rate": run.optimizer.param_groups[0]["lr"]})
-    if run.is_done or save_every and run.step % save_every == 0:
+    if run.is_done or (save_every and run.step % save_every == 0):
         _save(run)
 
 

@@ -60,7 +60,7 @@ class FloraModel(BaseTuner):
         if faults:
             raise ConfigError(f"FLoRA can't adapt {len(faults)} of the target modules:\n  " + "\n  ".join(faults))
 
-    def _check_target_module_compatiblity(self, peft_config: FloraConfig, model: nn.Module, target_name: str) -> None:
+    def _check_target_module_compatiblity(self, _peft_config: FloraConfig, model: nn.Module, target_name: str) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in MAMBA_TYPES and target_name in ("out_proj", "conv1d"):
             raise ConfigError(
@@ -75,7 +75,7 @@ class FloraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
+        parameter_name: str | None = None,  # noqa: ARG002  (PEFT's signature)
     ) -> None:
         rank = rank_of(peft_config, current_key)
         if isinstance(target, FloraLinear):
@@ -87,7 +87,7 @@ class FloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Generator[None]:
         """PEFT's door for `adapter_names=` in `forward` and `generate`; refused while training, as for LoRA."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
@@ -131,7 +131,7 @@ def rank_of(config: FloraConfig, module_name: str) -> int:
 
 
 def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
 

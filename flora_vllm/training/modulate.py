@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 # What one pass over an (O, I) buffer costs, in multiply-adds per element of the base product; the ratio of arithmetic
@@ -67,7 +66,7 @@ class _Modulated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI, x_TI, a_RI, b_OR)
         with torch.autocast(x_TI.device.type, enabled=False):
-            return F.linear(x_TI, modulated_weight(weight_OI, a_RI, b_OR).to(x_TI.dtype))
+            return torch.nn.functional.linear(x_TI, modulated_weight(weight_OI, a_RI, b_OR).to(x_TI.dtype))
 
     @staticmethod
     @once_differentiable

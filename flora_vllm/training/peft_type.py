@@ -37,4 +37,4 @@ def register(config_cls: type, model_cls: type) -> None:
 
     if PEFT_TYPE_TO_TUNER_MAPPING.get(add_peft_type()) is model_cls:
         return
-    register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX, is_mixed_compatible=True)
+    register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)

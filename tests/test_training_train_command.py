@@ -1,0 +1,215 @@
+"""`flora-vllm train`: what it reads, what it leaves, how it goes on, and what it says to bad input."""
+
+import argparse
+import errno
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_support import WORDS, sentences, tiny_llama, tiny_tokenizer
+
+from flora_vllm import train_command
+from flora_vllm.errors import ConfigError
+from flora_vllm.formats import read_adapter
+from flora_vllm.training import build, checkpoint, loop
+from flora_vllm.training.data import batches, make_blocks, read_documents
+from flora_vllm.training.learning_rate import DEFAULT_LEARNING_RATE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(200)))
+    return path
+
+
+def command(base, data, out, *options: str) -> int:
+    parser = argparse.ArgumentParser()
+    train_command.add_arguments(parser)
+    words = [str(base), str(data), str(out), "--length", "16", "--batch", "4", "--targets", "all-linear", *options]
+    return train_command.run(parser.parse_args(words))
+
+
+@pytest.mark.parametrize("method", ["flora", "lora", "ia3"])
+def test_trains_and_leaves_what_the_server_reads(method, base, data, tmp_path, capsys):
+    options = ["--targets", "q_proj,down_proj"] if method == "ia3" else ["--rank", "2"]
+    assert command(base, data, tmp_path / "out", "--method", method, "--steps", "12", *options) == 0
+    adapter = read_adapter(tmp_path / "out")
+    assert adapter.family == method.upper()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    printed = capsys.readouterr().out
+    assert f"vllm serve {base} --enable-flora --lora-modules out={tmp_path / 'out'}" in printed
+    rows = [json.loads(line) for line in (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows[:-1]] == list(range(1, 13))
+    assert rows[-1]["held_out_adapter"] < rows[-1]["held_out_base"]
+
+
+def test_interrupted_run_goes_on_to_the_same_end(base, data, tmp_path, monkeypatch):
+    options = ["--steps", "6", "--rank", "2"]
+    assert command(base, data, tmp_path / "whole", *options) == 0
+    step = loop._step
+
+    def interrupted(model, runs, mixed):
+        if runs[0].step == 3:
+            raise KeyboardInterrupt
+        return step(model, runs, mixed)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+    assert command(base, data, tmp_path / "parts", *options) == 130
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(loop, "_step", step)
+    assert command(base, data, tmp_path / "parts", *options) == 0
+    whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_other_settings_are_not_mixed_into_a_run(base, data, tmp_path, capsys):
+    assert command(base, data, tmp_path / "out", "--steps", "2") == 0
+    assert command(base, data, tmp_path / "out", "--steps", "2", "--rank", "2") == 1
+    assert "rank was 1, now 2" in capsys.readouterr().err
+    assert command(base, data, tmp_path / "out", "--steps", "2", "--rank", "2", "--restart") == 0
+    assert read_adapter(tmp_path / "out").rank == 2
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base, data, tmp_path, monkeypatch, capsys):
+    real = loop.cross_entropy
+    calls = []
+
+    def breaking(logits, ids):
+        calls.append(1)
+        return real(logits, ids) * (torch.nan if logits.requires_grad and len(calls) > 12 else 1)
+
+    monkeypatch.setattr(loop, "cross_entropy", breaking)
+    assert command(base, data, tmp_path / "out", "--steps", "60", "--save-every", "2") == 1
+    message = capsys.readouterr().err
+    assert "loss nan" in message
+    assert "of 60 with learning rate 0.00" in message
+    assert "same command with a lower --lr goes on from it" in message
+    state = torch.load(tmp_path / "out.training" / "state.pt", weights_only=True)
+    assert state["step"] % 2 == 0
+    assert all(torch.isfinite(factor).all() for factor in state["factors"].values())
+    monkeypatch.setattr(loop, "cross_entropy", real)
+    assert command(base, data, tmp_path / "out", "--steps", "60", "--save-every", "2", "--lr", "0.004") == 0
+
+
+def test_full_disk_keeps_the_last_checkpoint(base, data, tmp_path, monkeypatch, capsys):
+    real = checkpoint.os.fsync
+    calls = []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    assert command(base, data, tmp_path / "out", "--steps", "4", "--save-every", "2") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    names = {p.name for p in (tmp_path / "out.training").iterdir()}
+    assert names == {"state.pt", "log.jsonl"}
+    assert torch.load(tmp_path / "out.training" / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_sweep_takes_the_best_rate(base, data, tmp_path, capsys):
+    assert command(base, data, tmp_path / "out", "--steps", "10", "--sweep") == 0
+    printed = capsys.readouterr().out
+    tried = {float(line.split()[2]): float(line.split()[6]) for line in printed.splitlines() if "sweep: rate" in line}
+    assert sorted(tried) == [DEFAULT_LEARNING_RATE * factor for factor in train_command.SWEEP_FACTORS]
+    row = json.loads((tmp_path / "out.training" / "log.jsonl").read_text().splitlines()[0])
+    assert row["rate"] == min(tried, key=tried.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        ("", [], "no text in it"),
+        ('{"text": "the cat sat"}\n', [], "tokens in 1 document\\(s\\) are too few"),
+        ('{"txt": "the cat"}\nnot json\n', [], "2 line\\(s\\) can't be used"),
+        (None, [], "no such file"),
+        ("ok", ["--targets", "q_proj,nope"], "'nope' matches no module; linear layers here: .*q_proj"),
+        ("ok", ["--targets", ".*nope"], "not found in the base model.*Linear layers here"),
+        ("ok", ["--rank", "33"], "too small for rank 33"),
+        ("ok", ["--rank", "0"], "--rank is 0"),
+        ("ok", ["--lr", "-1"], "--lr is -1.0"),
+        ("ok", ["--lr", "0.1", "--sweep"], "leave one out"),
+        ("ok", ["--method", "ia3", "--rank", "2"], "IA3 has no rank"),
+    ],
+)
+def test_bad_input_is_named(content, options, words, base, tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    if content == "ok":
+        content = "".join(json.dumps({"text": text}) + "\n" for text in sentences(200))
+    if content is not None:
+        path.write_text(content)
+    assert command(base, path, tmp_path / "out", "--steps", "2", *options) == 1
+    message = capsys.readouterr().err
+    assert re.search(words, message), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_there_is_named(data, tmp_path, capsys):
+    assert command(tmp_path / "nothing", data, tmp_path / "out") == 1
+    assert "can't be loaded" in capsys.readouterr().err
+
+
+def test_reads_chats_directories_and_text_files(tmp_path):
+    tokenizer = tiny_tokenizer()
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "the cat"}]}) + "\n\n")
+    assert read_documents(chat, tokenizer) == ["user the cat "]
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "b.txt").write_text("dog")
+    (tmp_path / "texts" / "deep" / "a.txt").write_text("cat")
+    (tmp_path / "texts" / ".hidden").write_text("no")
+    assert sorted(read_documents(tmp_path / "texts", tokenizer)) == ["cat", "dog"]
+    assert read_documents(tmp_path / "texts" / "b.txt", tokenizer) == ["dog"]
+    (tmp_path / "texts" / "image.png").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ConfigError, match=r"image\.png: not UTF-8"):
+        read_documents(tmp_path / "texts", tokenizer)
+
+
+def test_held_out_text_is_never_trained_on():
+    documents = [f"{word} " * 20 for word in WORDS[:14]] * 3
+    blocks = make_blocks(documents, tiny_tokenizer(), 21, 0.1, 0, "here")
+    assert len(blocks.held_out) == 4
+    assert len(blocks.train) == 38
+    assert all(len(set(row.tolist())) == 2 for row in torch.cat([blocks.train, blocks.held_out]))
+
+
+def test_batches_pass_over_all_blocks_and_resume_where_they_were():
+    blocks = torch.arange(10).view(10, 1)
+    stream = batches(blocks, 4, seed=3, first_step=0)
+    first = [next(stream) for _ in range(10)]
+    seen = torch.cat(first).flatten().tolist()
+    assert all(sorted(seen[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
+    resumed = batches(blocks, 4, seed=3, first_step=7)
+    assert all(torch.equal(next(resumed), batch) for batch in first[7:])
+
+
+def test_help_states_the_rates_that_are_used(capsys):
+    parser = argparse.ArgumentParser()
+    train_command.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    rates = ", ".join(f"{name} {build.METHODS[name].rate:g}" for name in ("flora", "lora", "ia3"))
+    assert rates.replace("0.008", "8e-3").replace("0.0002", "2e-4").replace("0.005", "5e-3") in text
+
+
+def test_serve_line_raises_the_rank_limits():
+    def line(**fields):
+        values = {"base": "B", "out": checkpoint.Path("o/x"), "method": "flora", "rank": 1, **fields}
+        return train_command.serve_line(argparse.Namespace(**values))
+
+    assert line() == "vllm serve B --enable-flora --lora-modules x=o/x"
+    assert "--max-flora-rank 20" in line(rank=20)
+    assert "--max-lora-rank 32" in line(rank=20, method="lora")
