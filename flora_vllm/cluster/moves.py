@@ -139,7 +139,9 @@ def guarantee(p: Placement, budget: Budget, open_replicas: OpenReplicas) -> None
     chains = 0
     for a in short[np.lexsort((short, -p.load[short]))].tolist():
         while p.count[a] < p.low[a]:
-            r = open_replicas.best(a, None)
+            taken = p.nodes_of(a)
+            warm = [r for r in p.resident_at.get(a, ()) if p.can_take(a, r) and p.spec_of(r).node not in taken]
+            r = min(warm, key=lambda r: (p.busy[r], r)) if warm else open_replicas.best(a, None)
             if r is None or p.spec_of(r).node in p.nodes_of(a):
                 room = cheapest_room(p, budget, a)
                 if room is not None and (r is None or p.spec_of(room[0]).node not in p.nodes_of(a)):

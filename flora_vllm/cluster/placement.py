@@ -99,7 +99,7 @@ class Placement:
     """Adapters, replicas and copies. Letters: A adapter rows, R replica rows, C copy rows.
 
     adapters (A,): nbytes, rank, tenant, low, high (copies), load (mean requests in flight), count (copies now)
-    replicas (R,): lists of slots (without the reserve), nbytes, max_rank, node, free_slots, free_bytes, busy, is_warming
+    replicas (R,), as lists: replica (its spec), free_slots (without the reserve), free_bytes, busy, held, resident
     `busy` is the load a replica carries if each adapter's load is split evenly over its copies; refreshed by `settle`.
     """
 
@@ -196,8 +196,11 @@ class Placement:
 
     def set_resident(self, replica_id: str, names: Iterable[str]) -> None:
         """What the replica says it has in memory now, planned or loaded on demand; unknown names are ignored."""
-        r = self.replicas.row[replica_id]
-        rows = frozenset(self.adapters.row[n] for n in names if n in self.adapters.row)
+        row = self.adapters.row
+        self.set_resident_rows(self.replicas.row[replica_id], frozenset(row[n] for n in names if n in row))
+
+    def set_resident_rows(self, r: int, rows: frozenset[int]) -> None:
+        """`set_resident` with rows for names."""
         for a in self.resident[r] - rows:
             self.resident_at[a].discard(r)
         for a in rows - self.resident[r]:

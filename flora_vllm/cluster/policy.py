@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flora_vllm.cluster import moves, trades
+from flora_vllm.cluster.demand import Demand
 from flora_vllm.cluster.placement import AdapterSpec, Placement, ReplicaSpec
 from flora_vllm.errors import ConfigError
 
@@ -34,9 +35,11 @@ class PolicyOptions:
     up: float = 1.2
     down: float = 0.6
     swap_gain: float = 1.5
-    balance_band: float = 0.25
+    balance_band: float = 0.5
     moves_per_replica: int = 2
     reserve_slots: int = 1
+    fast_half_life_s: float = 5.0
+    slow_half_life_s: float = 60.0
     tenant_shares: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +56,11 @@ class PolicyOptions:
             faults.append(
                 f"need moves_per_replica >= 1 and reserve_slots >= 0, got {self.moves_per_replica} "
                 f"and {self.reserve_slots}"
+            )
+        if not 0 < self.fast_half_life_s <= self.slow_half_life_s:
+            faults.append(
+                "need 0 < fast_half_life_s <= slow_half_life_s, got "
+                f"{self.fast_half_life_s} and {self.slow_half_life_s}"
             )
         for tenant, share in (self.tenant_shares or {}).items():
             if not 0 <= share <= 1:
@@ -88,6 +96,7 @@ class Planner:
     def __init__(self, options: PolicyOptions | None = None) -> None:
         self.options = options or PolicyOptions()
         self.placement = Placement(self.options.reserve_slots)
+        self.demand = Demand(self.options.fast_half_life_s, self.options.slow_half_life_s)
         self._joined = False
 
     def put_adapters(self, specs: Iterable[AdapterSpec]) -> None:
@@ -95,7 +104,10 @@ class Planner:
             self.placement.put_adapter(spec)
             self._joined = self._joined or spec.min_copies > 1
 
-    def remove_adapter(self, name: str) -> None:
+    def remove_adapter(self, name: str, heir: str | None = None) -> None:
+        """Forgets the adapter; `heir`, its new version if there is one, inherits its demand."""
+        row = self.placement.adapters.row
+        self.demand.move(row[name], None if heir is None else row[heir])
         self.placement.remove_adapter(name)
 
     def put_replica(self, spec: ReplicaSpec, resident: Iterable[str] = ()) -> None:
@@ -115,6 +127,16 @@ class Planner:
                 if not (load >= 0 and math.isfinite(load)):
                     raise ConfigError(f"load of {name} must be a finite number >= 0, got {load}")
                 self.placement.load[row[name]] = load
+
+    def observe(self, busy_s: Mapping[str, float]) -> None:
+        """Adds request-seconds per adapter since the last `refresh_load`; unknown names are ignored."""
+        row = self.placement.adapters.row
+        known = [n for n in busy_s if n in row]
+        self.demand.observe([row[n] for n in known], [busy_s[n] for n in known])
+
+    def refresh_load(self, now_s: float) -> None:
+        """Takes every adapter's load from what was observed."""
+        self.placement.load[:] = self.demand.level(now_s, len(self.placement.load))
 
     def load_per_copy(self) -> float:
         """The load one copy should carry now."""

@@ -139,7 +139,7 @@ def _relieve(
 ) -> bool:
     """Moves the largest copy that brings the two closer; a copy too small to matter is not worth a load."""
     gap, limit = p.busy[source] - p.busy[target], p.spec_of(target).max_rank
-    fitting = (a for a in p.held[source] - p.held[target] if band / 32 <= share[a] <= 0.75 * gap)
+    fitting = (a for a in p.held[source] - p.held[target] if band / 8 <= share[a] <= 0.75 * gap)
     a = max((a for a in fitting if p.rank[a] <= limit), key=lambda a: (share[a], -a), default=None)
     if a is None:
         return False

@@ -1,0 +1,114 @@
+"""The part of a replica that carries out the plan: reports, prewarms, tells the routers, ends with its engine."""
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from flora_vllm.cluster.memory import AdapterMemory
+from flora_vllm.cluster.messages import Orders, Report
+
+log = logging.getLogger("ray.serve")
+
+# Exit code of a replica whose engine died; Serve starts another one.
+ENGINE_DIED = 17
+# At most this often routers are told of changes.
+TELL_S = 0.05
+
+
+class ReplicaAgent:
+    """sync: reports to the controller and returns its orders; raises ConnectionError while there is none.
+
+    tell: gives the routers the ids in memory. is_dead: whether the engine can never serve again.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[[], Report],
+        memory: AdapterMemory,
+        sync: Callable[[Report], Awaitable[Orders]],
+        tell: Callable[[list[str]], None],
+        is_dead: Callable[[], bool],
+        sync_s: float,
+    ) -> None:
+        self._describe, self._memory, self._sync, self._tell = describe, memory, sync, tell
+        self._is_dead, self._sync_s = is_dead, sync_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._told: list[str] | None = None
+        self._telling = self._warming = None
+        self.is_warming = True
+        self.replicas_wanted = 0
+
+    def changed(self) -> None:
+        """The set in memory changed: routers hear of it soon."""
+        if self._telling is None or self._telling.done():
+            self._telling = self._spawn(self._tell_soon())
+
+    def _spawn(self, work: Awaitable[None]) -> "asyncio.Task[None]":
+        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[assignment]  # a coroutine gives a Task
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("replica agent: a task failed", exc_info=task.exception())
+
+    async def _tell_soon(self) -> None:
+        await asyncio.sleep(TELL_S)
+        now = sorted(self._memory.announced())
+        if now != self._told:
+            self._told = now
+            self._tell(now)
+
+    async def start(self, patience_s: float) -> None:
+        """Loads the wanted set before the replica takes traffic, then keeps in step in the background.
+
+        Without a controller or a plan within `patience_s` it starts empty: serving late is worse than serving cold.
+        """
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            orders = await self._exchange()
+            if orders is not None and orders.wanted is not None:
+                await self._memory.prewarm(orders.wanted)
+                break
+            await asyncio.sleep(0.2)
+        self.is_warming = False
+        self._spawn(self._watch())
+        self._spawn(self._follow())
+
+    async def _watch(self) -> None:
+        """Ends the process when the engine died: a dead engine with a live actor would answer errors at once and look
+        idle, so routers would prefer it until enough health checks failed."""
+        while True:
+            if self._is_dead():
+                log.error("engine died; replica exits")
+                os._exit(ENGINE_DIED)
+            await asyncio.sleep(min(0.25, self._sync_s))
+
+    async def _follow(self) -> None:
+        while True:
+            # Spread out, so that replicas started together do not report together.
+            await asyncio.sleep(self._sync_s * random.uniform(0.8, 1.2))
+            orders = await self._exchange()
+            if orders is None:
+                continue
+            if orders.stale:
+                stale = set(orders.stale)
+                await self._memory.drop_stale(lambda i, stale=stale: i not in stale)
+            if orders.wanted is not None and (self._warming is None or self._warming.done()):
+                self._warming = self._spawn(self._memory.prewarm(orders.wanted))
+
+    async def _exchange(self) -> Orders | None:
+        try:
+            orders = await self._sync(self._describe())
+        except (ConnectionError, TimeoutError) as error:
+            log.info("no placement controller now: %s", error)
+            return None
+        self.replicas_wanted = orders.replicas_wanted
+        if orders.wanted is not None:
+            self._memory.wanted = tuple(e.id for e in orders.wanted)
+        return orders

@@ -1,0 +1,194 @@
+"""The adapters one engine has in memory: loads, pins, awaited unloads. Knows neither Ray nor vLLM.
+
+Rules: never more than `slots` adapters in the engine; one in use is never unloaded; one that the plan wants gives way
+only if nothing else can; the engine has let go of a slot before it is filled again; one id means one content for ever.
+One load at a time, because each one pauses the engine.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from flora_vllm.cluster.store import Cache, Entry
+from flora_vllm.errors import AdapterError, FloraError
+
+
+class NoRoomError(FloraError, RuntimeError):
+    """Every slot is in use by running requests."""
+
+
+class Engine(Protocol):
+    """What an engine must offer. `load` may be called again for an id that was unloaded; ids are permanent."""
+
+    async def load(self, entry: Entry, path: Path) -> None:
+        """Raises AdapterError if the adapter cannot be served."""
+        ...
+
+    async def unload(self, adapter_id: str) -> None:
+        """Returns once the engine holds it no more."""
+        ...
+
+
+@dataclass
+class _Held:
+    entry: Entry
+    path: Path
+    users: int = 0
+    used_s: float = field(default_factory=time.monotonic)
+    since_s: float = field(default_factory=time.monotonic)
+
+
+class AdapterMemory:
+    """Owns the table of what this replica's engine holds."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        cache: Cache,
+        slots: int,
+        changed: Callable[[], None],
+        wait_s: float = 30.0,
+        limit_bytes: int | None = None,
+    ) -> None:
+        self._engine, self._cache, self._slots, self._changed = engine, cache, slots, changed
+        self._wait_s, self._limit_bytes = wait_s, limit_bytes
+        self._held: dict[str, _Held] = {}
+        self._loading: str | None = None
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Condition()
+        self._busy_s: dict[str, float] = {}
+        self.wanted: tuple[str, ...] = ()
+        # Adapters the engine refused, for good, and adapters that could not be had the last time.
+        self.faults: dict[str, str] = {}
+        self.troubles: dict[str, str] = {}
+        self.loads = self.unloads = 0
+
+    def resident(self) -> list[str]:
+        """Ids in the engine now."""
+        return list(self._held)
+
+    def announced(self) -> list[str]:
+        """Ids that routers may send here: in the engine, or about to be."""
+        return [*self._held, *([self._loading] if self._loading else [])]
+
+    def in_use(self) -> int:
+        return sum(held.users for held in self._held.values())
+
+    def paths(self) -> list[Path]:
+        return [held.path for held in self._held.values()]
+
+    @asynccontextmanager
+    async def using(self, entry: Entry) -> AsyncIterator[None]:
+        """Holds the adapter in the engine while a request runs; loads it first if need be.
+
+        Raises AdapterError if it cannot be served, StaleVersionError, StoreError or NoRoomError if it cannot be had now.
+        """
+        held = self._held.get(entry.id)
+        if held is None:
+            held = await self._load(entry, reserve=True)
+        else:
+            self._count(held, 1)
+        try:
+            yield
+        finally:
+            self._count(held, -1)
+            if not held.users:
+                async with self._freed:
+                    self._freed.notify_all()
+
+    def _count(self, held: _Held, step: int) -> None:
+        now = time.monotonic()
+        key = held.entry.id
+        self._busy_s[key] = self._busy_s.get(key, 0.0) + held.users * (now - held.since_s)
+        held.users += step
+        held.used_s = held.since_s = now
+
+    def take_busy_s(self) -> dict[str, float]:
+        """Request-seconds per adapter since the last call."""
+        for held in self._held.values():
+            if held.users:
+                self._count(held, 0)
+        busy, self._busy_s = self._busy_s, {}
+        return {k: v for k, v in busy.items() if v > 0}
+
+    async def prewarm(self, entries: Iterable[Entry]) -> None:
+        """Loads what is missing, in order; an adapter that fails is noted and passed over."""
+        for entry in entries:
+            if entry.id in self._held or entry.id in self.faults:
+                continue
+            try:
+                await self._load(entry, reserve=False)
+            except AdapterError:
+                continue
+            except FloraError as error:
+                # Not held against the adapter: the next sync asks again.
+                self.troubles[entry.id] = str(error)
+
+    async def _load(self, entry: Entry, reserve: bool) -> _Held:
+        """Brings it into the engine; with `reserve` it is counted as in use before anyone can evict it."""
+        if entry.id in self.faults:
+            raise AdapterError(self.faults[entry.id])
+        path = await asyncio.to_thread(self._cache.fetch, entry)
+        async with self._turn:
+            held = self._held.get(entry.id)
+            if held is None:
+                await self._make_room(entry, patient=reserve)
+                self._loading = entry.id
+                self._changed()
+                try:
+                    await self._engine.load(entry, path)
+                except AdapterError as error:
+                    self.faults[entry.id] = str(error)
+                    raise
+                finally:
+                    self._loading = None
+                    self._changed()
+                held = self._held[entry.id] = _Held(entry, path)
+                self.loads += 1
+                self.troubles.pop(entry.id, None)
+                self._changed()
+            if reserve:
+                self._count(held, 1)
+            return held
+
+    async def _make_room(self, entry: Entry, patient: bool) -> None:
+        """Unloads until the adapter fits. Waits for running requests only if `patient`."""
+        limit = self._limit_bytes
+        if limit is not None and entry.nbytes > limit:
+            raise AdapterError(f"adapter {entry.name} has {entry.nbytes} bytes, a replica allows {limit}")
+        deadline = time.monotonic() + self._wait_s
+        while len(self._held) >= self._slots or (
+            limit is not None and sum(h.entry.nbytes for h in self._held.values()) + entry.nbytes > limit
+        ):
+            wanted = set(self.wanted)
+            idle = [h for h in self._held.values() if not h.users]
+            if idle and (patient or any(h.entry.id not in wanted for h in idle)):
+                victim = min(idle, key=lambda h: (h.entry.id in wanted, h.used_s))
+                await self._evict(victim)
+                continue
+            left = deadline - time.monotonic()
+            if not patient or left <= 0:
+                raise NoRoomError(f"all {self._slots} adapter slots are in use; {entry.name} has to wait")
+            try:
+                async with asyncio.timeout(left), self._freed:
+                    await self._freed.wait()
+            except TimeoutError:
+                continue
+
+    async def _evict(self, held: _Held) -> None:
+        # Out of the table first: a request that comes meanwhile waits for its turn and loads it again.
+        del self._held[held.entry.id]
+        self._changed()
+        await self._engine.unload(held.entry.id)
+        self.unloads += 1
+
+    async def drop_stale(self, keep: Callable[[str], bool]) -> None:
+        """Unloads idle adapters for which `keep(id)` is false: versions that the catalogue no longer has."""
+        async with self._turn:
+            for held in [h for h in self._held.values() if not h.users and not keep(h.entry.id)]:
+                if not held.users:
+                    await self._evict(held)

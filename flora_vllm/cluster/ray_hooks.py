@@ -1,0 +1,237 @@
+"""The only module that uses alpha or internal names of Ray. Checked against ray 2.60.0.
+
+`check_hooks` imports every name listed in HOOKS and tells all that are missing at once; `up` and a test call it.
+Names of ray.serve.llm import vLLM, so this module imports them when somebody asks for them.
+"""
+
+import asyncio
+import importlib
+import inspect
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.serve._private.common import RequestRoutingInfo
+from ray.serve._private.constants import SERVE_DEPLOYMENT_ACTOR_PREFIX, SERVE_NAMESPACE
+from ray.serve.config import AutoscalingContext, DeploymentActorConfig, RequestRouterConfig
+from ray.serve.context import _get_global_client
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.util import metrics
+
+from flora_vllm.cluster.streams import LostError
+from flora_vllm.errors import HookError
+
+if TYPE_CHECKING:
+    from flora_vllm.cluster.messages import CatalogueNews, Orders, Report
+
+__all__ = [
+    "AutoscalingContext",
+    "ControllerMetrics",
+    "DeploymentActorConfig",
+    "PendingRequest",
+    "RequestRouter",
+    "RequestRouterConfig",
+    "RunningReplica",
+    "call_controller",
+    "check_hooks",
+    "controller_link",
+    "controller_names",
+    "find_controller",
+    "own_controller",
+    "replica_identity",
+    "tell_routers",
+    "until_lost",
+]
+
+CONTROLLER = "flora_placement"
+
+# (module, attribute path, parameters that must be there, what for)
+HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("ray.serve", "get_deployment_actor", ("actor_name",), "a replica finds the controller"),
+    ("ray.serve.request_router", "RequestRouter.choose_replicas", ("candidate_replicas", "pending_request"), "routing"),
+    ("ray.serve.request_router", "RequestRouter.update_replicas", ("replicas",), "routing"),
+    ("ray.serve.request_router", "RequestRouter.replica_queue_len_cache", (), "queues as the router knows them"),
+    ("ray.serve.request_router", "RunningReplica.multiplexed_model_ids", (), "what is in memory where"),
+    ("ray.serve._private.common", "RequestRoutingInfo", ("replica_id", "multiplexed_model_ids"), "tell the routers"),
+    ("ray.serve._private.client", "ServeControllerClient.record_request_routing_info", ("info",), "tell the routers"),
+    ("ray.serve.config", "DeploymentActorConfig", ("name", "actor_class", "init_kwargs"), "the controller"),
+    ("ray.serve.config", "AutoscalingContext.total_num_requests", (), "scaling by requests"),
+    ("ray.serve.config", "AutoscalingContext.aggregated_metrics", (), "scaling by adapters"),
+)
+LLM_HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("ray.serve.llm", "build_openai_app", ("llm_serving_args",), "the application"),
+    ("ray.serve.llm.deployment", "LLMServer.__init__", ("llm_config",), "our server"),
+    ("ray.serve.llm.deployment", "LLMServer._maybe_resolve_lora_from_multiplex", (), "we resolve adapters"),
+    ("ray.serve.llm.deployment", "LLMServer._init_multiplex_loader", (), "we load adapters"),
+    ("ray.serve.llm.ingress", "OpenAiIngress._get_response", ("body", "call_method", "raw_request"), "retry, errors"),
+    ("ray.serve.llm.ingress", "OpenAiIngress.models", (), "the catalogue in /v1/models"),
+    ("ray.llm._internal.serve.core.protocol", "RawRequestInfo.from_starlette_request", ("request",), "headers"),
+    ("ray.llm._internal.serve.core.ingress.utils", "_sanitize_chat_completion_request", ("request",), "pickling"),
+    ("ray.llm._internal.serve.core.configs.openai_api_models", "ErrorResponse", ("error",), "errors as answers"),
+    ("ray.llm._internal.serve.core.configs.openai_api_models", "OpenAIHTTPException", ("status_code",), "HTTP errors"),
+    ("ray.llm._internal.common.callbacks.base", "CallbackBase.on_before_node_init", (), "no download task"),
+)
+
+
+# Names of ray.serve.llm that other modules import from here.
+_LLM_NAMES = {
+    "CallbackBase": "ray.llm._internal.common.callbacks.base",
+    "ErrorInfo": "ray.llm._internal.serve.core.configs.openai_api_models",
+    "ErrorResponse": "ray.llm._internal.serve.core.configs.openai_api_models",
+    "LLMConfig": "ray.serve.llm",
+    "LLMServer": "ray.serve.llm.deployment",
+    "ModelCard": "ray.llm._internal.serve.core.configs.openai_api_models",
+    "ModelList": "ray.llm._internal.serve.core.configs.openai_api_models",
+    "OpenAIHTTPException": "ray.llm._internal.serve.core.configs.openai_api_models",
+    "OpenAiIngress": "ray.serve.llm.ingress",
+    "RawRequestInfo": "ray.llm._internal.serve.core.protocol",
+    "build_openai_app": "ray.serve.llm",
+    "_sanitize_chat_completion_request": "ray.llm._internal.serve.core.ingress.utils",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LLM_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LLM_NAMES[name]), name)
+
+
+def check_hooks(with_llm: bool = True) -> None:
+    """Raises HookError naming every name of Ray that is missing or takes other arguments."""
+    faults = []
+    for module, path, parameters, purpose in (*HOOKS, *(LLM_HOOKS if with_llm else ())):
+        try:
+            found: Any = importlib.import_module(module)
+            for part in path.split("."):
+                found = getattr(found, part)
+            known = set(inspect.signature(found).parameters) if parameters else set()
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            faults.append(f"{module}.{path} (for {purpose}): {error}")
+            continue
+        faults += [f"{module}.{path} (for {purpose}) has no {p!r}" for p in parameters if p not in known]
+    if faults:
+        raise HookError(f"ray {ray.__version__} is not the Ray we checked:\n" + "\n".join(f"  - {f}" for f in faults))
+
+
+def replica_identity() -> tuple[str, str]:
+    """(replica id, node id) of the Serve replica this runs in."""
+    return serve.get_replica_context().replica_id.unique_id, ray.get_runtime_context().get_node_id()
+
+
+def tell_routers(adapter_ids: list[str]) -> None:
+    """Announces what this replica has in memory to every router, the way serve.multiplexed does."""
+    info = RequestRoutingInfo(
+        replica_id=serve.get_replica_context().replica_id, multiplexed_model_ids=list(adapter_ids)
+    )
+    client = _get_global_client()
+    if client is not None:
+        client.record_request_routing_info(info)
+
+
+async def call_controller(actor: Any, method: str, *args: Any, timeout_s: float = 10.0) -> Any:
+    """Awaits a method of the controller. Raises ConnectionError if the actor is gone."""
+    try:
+        return await asyncio.wait_for(getattr(actor, method).remote(*args), timeout_s)
+    except ray.exceptions.RayActorError as error:
+        raise ConnectionError(f"the placement controller is gone: {error}") from error
+
+
+class _ControllerLink:
+    """Keeps a handle and looks for the actor again after it went away. `find` raises ValueError while there is none."""
+
+    def __init__(self, find: Any) -> None:
+        self._find, self._actor = find, None
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        if self._actor is None:
+            try:
+                self._actor = self._find()
+            except ValueError as error:
+                raise ConnectionError(f"there is no placement controller now: {error}") from error
+        try:
+            return await call_controller(self._actor, method, *args)
+        except (ConnectionError, TimeoutError):
+            self._actor = None
+            raise
+
+    async def sync(self, report: "Report") -> "Orders":
+        return await self._call("sync", report)
+
+    async def news(self, born: str, number: int) -> "CatalogueNews":
+        return await self._call("news", born, number)
+
+    async def rescan(self, born: str, number: int) -> "CatalogueNews":
+        return await self._call("rescan", born, number)
+
+    async def leave(self, replica: str) -> None:
+        await self._call("leave", replica)
+
+
+def own_controller() -> _ControllerLink:
+    """The controller of the deployment whose replica asks."""
+    return _ControllerLink(lambda: serve.get_deployment_actor(CONTROLLER))
+
+
+def controller_names(app: str) -> dict[str, str]:
+    """Deployment name -> actor name of its controller, for one application."""
+    prefix, suffix = f"{SERVE_DEPLOYMENT_ACTOR_PREFIX}{app}::", f"::{CONTROLLER}"
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name = actor["name"]
+        if actor["namespace"] == SERVE_NAMESPACE and name.startswith(prefix) and name.endswith(suffix):
+            found[name[len(prefix) : -len(suffix)].rsplit("::", 1)[0]] = name
+    return found
+
+
+def find_controller(app: str, deployment: str) -> Any:
+    """The controller of any deployment. Raises ValueError while there is none."""
+    names = controller_names(app)
+    if deployment not in names:
+        raise ValueError(f"no {CONTROLLER} for deployment {deployment} of application {app}")
+    return ray.get_actor(names[deployment], namespace=SERVE_NAMESPACE)
+
+
+def controller_link(app: str, deployment: str) -> _ControllerLink:
+    return _ControllerLink(lambda: find_controller(app, deployment))
+
+
+async def until_lost(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The chunks of a handle's response; a replica that went away shows as LostError."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except ray.exceptions.RayTaskError as error:
+        # The user code in the replica raised: trying again elsewhere would repeat it.
+        raise error
+    except (ray.exceptions.RayActorError, ray.exceptions.RayError) as error:
+        first = str(error).strip().splitlines()
+        raise LostError(f"{type(error).__name__}: {first[0] if first else 'replica gone'}") from error
+
+
+class ControllerMetrics:
+    """What the controller shows on Ray's metrics endpoint."""
+
+    def __init__(self, model: str) -> None:
+        tags = {"model": model}
+        self._gauges = {
+            name: metrics.Gauge(f"flora_cluster_{name}", description=text, tag_keys=("model",))
+            for name, text in (
+                ("copies", "planned adapter copies"),
+                ("adapters", "adapters in the catalogue"),
+                ("replicas", "replicas that report"),
+                ("plan_ms", "time of the last plan in milliseconds"),
+                ("short", "adapters without their minimum copies or without a place"),
+            )
+        }
+        self._moves = metrics.Counter(
+            "flora_cluster_moves", description="adapter loads asked for by plans", tag_keys=("model",)
+        )
+        for metric in (*self._gauges.values(), self._moves):
+            metric.set_default_tags(tags)
+
+    def record(self, *, moves: int, **gauges: float) -> None:
+        for name, value in gauges.items():
+            self._gauges[name].set(value)
+        if moves:
+            self._moves.inc(moves)

@@ -1,0 +1,163 @@
+"""Server and ingress for ray.serve.llm: its engine and endpoints, our adapters. Importing it imports vLLM."""
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flora_vllm.cluster.ingress import Directory, Target, UnknownModelError, answer
+from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.ray_hooks import (
+    CallbackBase,
+    ErrorInfo,
+    ErrorResponse,
+    LLMServer,
+    ModelCard,
+    ModelList,
+    OpenAIHTTPException,
+    OpenAiIngress,
+    RawRequestInfo,
+    _sanitize_chat_completion_request,
+)
+from flora_vllm.cluster.replica import ReplicaRuntime
+from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
+from flora_vllm.cluster.streams import LostError
+from flora_vllm.cluster.vllm_engine import VllmEngineAdapters
+from flora_vllm.errors import AdapterError, ConfigError
+
+# Key of our settings among LLMConfig.experimental_configs.
+SETTINGS = "flora_cluster"
+_STATUS = {AdapterError: 400, StaleVersionError: 409, StoreError: 503, NoRoomError: 503}
+
+
+class LocalModel(CallbackBase):
+    """Skips Ray's download task where the base model is a directory: it would load vLLM once more for nothing."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+def _refusal(error: Exception) -> Any:
+    status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
+    return ErrorResponse(error=ErrorInfo(message=str(error), type=type(error).__name__, code=status))
+
+
+class FloraLLMServer(LLMServer):
+    """A replica: ray.serve.llm's engine, with adapters held by AdapterMemory and placed by the controller."""
+
+    async def __init__(self, llm_config: Any, **options: Any) -> None:
+        settings = llm_config.experimental_configs[SETTINGS]
+        source = settings["model"]["source"]
+        if Path(source).is_absolute() and not Path(source).is_dir():
+            raise ConfigError(f"model {settings['model']['name']}: {source} is not a directory on this node")
+        await super().__init__(llm_config, **options)
+        engine = VllmEngineAdapters(self.engine)
+        self._runtime = ReplicaRuntime(settings, engine, engine.is_dead)
+        await self._runtime.start()
+
+    def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
+        """Ray's loader never unloads and keeps its own eviction order; ours is AdapterMemory."""
+
+    async def _maybe_resolve_lora_from_multiplex(self) -> None:
+        """Done by `_with_adapter`, which also holds the adapter while the request runs."""
+
+    async def _with_adapter(self, method: Any, request: Any, raw: Any, adapter: Entry | None) -> AsyncIterator[Any]:
+        """The method's chunks while the adapter is held; one ErrorResponse if it cannot be had."""
+        async with contextlib.AsyncExitStack() as held:
+            if adapter is not None:
+                try:
+                    await held.enter_async_context(self._runtime.memory.using(adapter))
+                except (AdapterError, StaleVersionError, StoreError, NoRoomError) as error:
+                    yield _refusal(error)
+                    return
+            async for chunk in await method(request, raw):
+                yield chunk
+
+    async def chat(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().chat, request, raw_request_info, adapter)
+
+    async def completions(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().completions, request, raw_request_info, adapter)
+
+    async def embeddings(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().embeddings, request, raw_request_info, adapter)
+
+    async def transcriptions(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().transcriptions, request, raw_request_info, adapter)
+
+    async def score(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().score, request, raw_request_info, adapter)
+
+    async def tokenize(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().tokenize, request, raw_request_info, adapter)
+
+    async def detokenize(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
+        return self._with_adapter(super().detokenize, request, raw_request_info, adapter)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook for custom scaling signals."""
+        return self._runtime.signals()
+
+
+class FloraIngress(OpenAiIngress):
+    """ray.serve.llm's endpoints; adapters by plain name, retry before the first byte, no silent end after it."""
+
+    def __init__(
+        self,
+        llm_deployments: Mapping[str, Any],
+        model_cards: Mapping[str, Any],
+        *,
+        lora_paths: Mapping[str, str] | None = None,
+        retry_s: float = 60.0,
+        refresh_s: float = 2.0,
+    ) -> None:
+        super().__init__(dict(llm_deployments), dict(model_cards), lora_paths=dict(lora_paths or {}))
+        self._cards = dict(model_cards)
+        self._handles, self._refresh_s, self._retry_s = dict(llm_deployments), refresh_s, retry_s
+        self._directory: Directory | None = None
+
+    def _names(self) -> Directory:
+        # Not in the constructor: it needs the event loop that serves requests.
+        if self._directory is None:
+            self._directory = Directory(self._handles, self._refresh_s)
+        return self._directory
+
+    async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> AsyncIterator[Any]:
+        """The one way of every endpoint to a replica."""
+        if hasattr(body, "messages"):
+            body = _sanitize_chat_completion_request(body)
+        raw = None if raw_request is None else RawRequestInfo.from_starlette_request(raw_request)
+
+        def call(handle: Any, target: Target) -> AsyncIterator[Any]:
+            model = target.base if target.adapter is None else target.adapter.id
+            request = body.model_copy(update={"model": model})
+            return getattr(handle, call_method).remote(request, raw, target.adapter)
+
+        def refusal(chunk: Any) -> int | None:
+            return chunk.error.code if isinstance(chunk, ErrorResponse) else None
+
+        try:
+            async for chunk in answer(self._names(), body.model, call, refusal, self._retry_s):
+                yield chunk
+        except UnknownModelError as error:
+            raise OpenAIHTTPException(404, str(error.args[0]), "NotFoundError") from error
+        except LostError as error:
+            raise OpenAIHTTPException(503, f"no replica could serve the request: {error}", "Unavailable") from error
+
+    async def model(self, model_id: str) -> Any:
+        if model_id in self._cards:
+            return self._cards[model_id]
+        try:
+            target = await self._names().find(model_id)
+        except UnknownModelError:
+            return None
+        assert target.adapter is not None, "base models are answered above"
+        return self._card(model_id, target.base, target.adapter)
+
+    def _card(self, name: str, base: str, adapter: Entry) -> Any:
+        metadata = {"parent": base, "version": adapter.version, "rank": adapter.rank, "bytes": adapter.nbytes}
+        return ModelCard(id=name, object="model", owned_by="flora-vllm", permission=[], metadata=metadata)
+
+    async def models(self) -> Any:
+        listing = await self._names().listing()
+        return ModelList(data=[*self._cards.values(), *(self._card(*row) for row in listing)])

@@ -1,0 +1,235 @@
+"""Adapter sources and the node's cache: what there is, in which version, and a private copy of it.
+
+A source is a directory, local or on any file system that fsspec opens (s3://, gs://, ...), with one adapter per
+sub-directory. An adapter's version is a digest over its files' names, sizes and the store's own change marks (ETag,
+checksum or modification time), so a scan reads no tensors. A fetch copies exactly the version asked for: it compares
+the version before and after and fails with StaleVersionError if the source changed. Copies are never written again, so a
+request that runs keeps its weights while the source moves on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from flora_vllm.cluster.config import name_fault
+from flora_vllm.errors import AdapterError, FloraError
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+VERSION_LETTERS = 12
+# Change marks that stores give, most telling first.
+_MARKS = ("ETag", "etag", "md5Hash", "crc32c", "contentHash", "mtime", "LastModified", "updated", "created")
+
+
+class StoreError(FloraError, OSError):
+    """A source cannot be reached or read now."""
+
+
+class StaleVersionError(FloraError, RuntimeError):
+    """The source no longer has the version asked for; ask the catalogue again."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter in one version. `rank` as its config says; `uri` of its directory."""
+
+    name: str
+    version: str
+    uri: str
+    nbytes: int
+    rank: int
+
+    @property
+    def id(self) -> str:
+        """The name under which replicas know this version."""
+        return f"{self.name}@{self.version}"
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise StoreError(f"cannot open {uri}: {error}") from error
+    return fs, path
+
+
+def _listing(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """The adapter's files by name, as the store describes them."""
+    infos = fs.ls(path, detail=True)
+    return {n: i for i in infos if (n := PurePosixPath(i["name"]).name) in FILES and i["type"] == "file"}
+
+
+def _version(files: dict[str, dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        info = files[name]
+        marks = [str(info[m]) for m in _MARKS if info.get(m) is not None]
+        # A file swapped in by rename may keep size and time; its inode tells.
+        digest.update(repr((name, info["size"], marks[:1], info.get("ino"))).encode())
+    return digest.hexdigest()[:VERSION_LETTERS]
+
+
+class Source:
+    """One directory of adapters. Remembers what it read of unchanged versions."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._ranks: dict[tuple[str, str], int] = {}
+
+    def scan(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """(entries by name, faults by name). Raises StoreError if the source itself cannot be listed."""
+        fs, root = _open(self.uri)
+        entries: dict[str, Entry] = {}
+        faults: dict[str, str] = {}
+        try:
+            directories = sorted(i["name"] for i in fs.ls(root, detail=True) if i["type"] == "directory")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot list {self.uri}: {error}") from error
+        for directory in directories:
+            name = PurePosixPath(directory).name
+            try:
+                files = _listing(fs, directory)
+                fault = self._fault(name, files)
+                if fault is None:
+                    entries[name] = self._entry(fs, name, directory, files)
+                elif fault:
+                    faults[name] = fault
+            except (OSError, ValueError, AdapterError) as error:
+                faults[name] = f"{directory}: {error}"
+        current = {(e.name, e.version) for e in entries.values()}
+        self._ranks = {k: v for k, v in self._ranks.items() if k in current}
+        return entries, faults
+
+    @staticmethod
+    def _fault(name: str, files: Collection[str]) -> str | None:
+        """Why it is not servable; "" for a directory that is no adapter at all."""
+        if FILES[0] not in files:
+            return ""
+        if FILES[1] not in files:
+            return f"has no {FILES[1]}"
+        return name_fault(name)
+
+    def _entry(self, fs: Any, name: str, directory: str, files: dict[str, dict[str, Any]]) -> Entry:
+        version = _version(files)
+        if (name, version) not in self._ranks:
+            config = json.loads(fs.cat_file(files[FILES[0]]["name"]))
+            ranks = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
+            if not all(isinstance(r, int) and r > 0 for r in ranks):
+                raise AdapterError(f"adapter_config.json: r and rank_pattern must be whole numbers > 0, got {ranks}")
+            self._ranks[name, version] = max(ranks)
+        uri = fs.unstrip_protocol(directory)
+        return Entry(name, version, uri, int(files[FILES[1]]["size"]), self._ranks[name, version])
+
+
+class Cache:
+    """Private copies on this node, one directory per adapter version; several processes may share the root."""
+
+    def __init__(self, root: str | Path, limit_bytes: int) -> None:
+        self.root = Path(root).expanduser()
+        self.limit_bytes = limit_bytes
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, entry: Entry) -> Path:
+        # The source belongs to the key: two sources may hold the same name, and modification times may agree.
+        where = hashlib.sha256(entry.uri.encode()).hexdigest()[:8]
+        return self.root / f"{entry.id}-{where}"
+
+    def fetch(self, entry: Entry) -> Path:
+        """The copy of exactly this version. Raises StaleVersionError or StoreError."""
+        target = self.path(entry)
+        if target.is_dir():
+            os.utime(target)
+            return target
+        fs, path = _open(entry.uri)
+        scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.root))
+        try:
+            self._check(fs, path, entry)
+            for name in FILES:
+                fs.get_file(f"{path}/{name}", str(scratch / name))
+            self._check(fs, path, entry)
+            try:
+                scratch.rename(target)
+            except OSError:
+                # Another process of this node was first with the same version.
+                if not target.is_dir():
+                    raise
+        except FileNotFoundError as error:
+            raise StaleVersionError(f"{entry.uri} is gone: {error}") from error
+        except OSError as error:
+            raise StoreError(f"cannot fetch {entry.uri}: {error}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    @staticmethod
+    def _check(fs: Any, path: str, entry: Entry) -> None:
+        files = _listing(fs, path)
+        if set(files) != set(FILES) or _version(files) != entry.version:
+            raise StaleVersionError(f"{entry.uri} no longer has version {entry.version}")
+
+    def clean(self, keep: Iterable[Path], spare_s: float = 600.0) -> int:
+        """Removes the longest unused copies until the limit holds; bytes removed.
+
+        Copies in `keep` stay and count as used now; so do those used within `spare_s`, because other processes of the
+        node keep theirs the same way.
+        """
+        kept = {path for path in keep if path.is_dir()}
+        for path in kept:
+            os.utime(path)
+        copies = []
+        for directory in self.root.iterdir():
+            try:
+                nbytes = sum(f.stat().st_size for f in directory.iterdir())
+                copies.append((directory.stat().st_mtime, nbytes, directory))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        excess = sum(nbytes for _, nbytes, _ in copies) - self.limit_bytes
+        removed = 0
+        for used_s, nbytes, directory in sorted(copies):
+            if removed >= excess:
+                break
+            if directory in kept or time.time() - used_s < spare_s:
+                continue
+            shutil.rmtree(directory, ignore_errors=True)
+            removed += nbytes
+        return removed
+
+
+class Catalogue:
+    """All sources of one base model together; a name in two sources belongs to the first."""
+
+    def __init__(self, uris: Iterable[str]) -> None:
+        self._sources = [Source(uri) for uri in uris]
+        self._last: dict[str, tuple[dict[str, Entry], dict[str, str]]] = {}
+        self.entries: dict[str, Entry] = {}
+        self.faults: dict[str, str] = {}
+        self.store_faults: dict[str, str] = {}
+
+    def scan(self) -> tuple[list[Entry], list[Entry]]:
+        """(new or changed, removed) since the last scan. An unreachable source keeps what it had."""
+        store_faults: dict[str, str] = {}
+        for source in self._sources:
+            try:
+                self._last[source.uri] = source.scan()
+            except StoreError as error:
+                store_faults[source.uri] = str(error)
+        entries: dict[str, Entry] = {}
+        faults: dict[str, str] = {}
+        for source in self._sources:
+            found, wrong = self._last.get(source.uri, ({}, {}))
+            for name, entry in found.items():
+                entries.setdefault(name, entry)
+            for name, fault in wrong.items():
+                faults.setdefault(name, fault)
+        added = [e for n, e in entries.items() if self.entries.get(n) != e]
+        removed = [e for n, e in self.entries.items() if n not in entries]
+        self.entries, self.faults, self.store_faults = entries, faults, store_faults
+        return added, removed

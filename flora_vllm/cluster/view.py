@@ -1,0 +1,68 @@
+"""An ingress's view of the catalogues: which name is which adapter version now. Survives the controller's absence."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from flora_vllm.cluster.messages import CatalogueNews
+from flora_vllm.cluster.store import Entry
+
+log = logging.getLogger("ray.serve")
+
+# A name nobody knows makes the controller look at its sources at most this often.
+RESCAN_S = 1.0
+
+
+class CatalogueView:
+    """Adapters of one base model. `link` offers `news` and `rescan` and raises ConnectionError or TimeoutError."""
+
+    def __init__(self, link: Any, refresh_s: float) -> None:
+        self._link, self._refresh_s = link, refresh_s
+        self._born, self._number = "", -1
+        self._entries: dict[str, Entry] = {}
+        self._rescanned_s = -RESCAN_S
+        self._asking = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    async def refresh(self) -> None:
+        """Takes what is new; keeps what it has while there is no controller."""
+        try:
+            self._take(await self._link.news(self._born, self._number))
+        except (ConnectionError, TimeoutError) as error:
+            log.info("catalogue not refreshed: %s", error)
+
+    async def _refresh_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_s)
+            await self.refresh()
+
+    def _take(self, news: CatalogueNews) -> None:
+        if news.is_full:
+            self._entries = {}
+        elif news.born != self._born or news.number < self._number:
+            return
+        self._born, self._number = news.born, news.number
+        for name in news.removed:
+            self._entries.pop(name, None)
+        self._entries.update({e.name: e for e in news.entries})
+
+    async def get(self, name: str, *, newer_than: Entry | None = None) -> Entry | None:
+        """The present version of an adapter, None if there is none; `newer_than` was found to be out of date."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._refresh_loop())
+            await self.refresh()
+        entry = self._entries.get(name)
+        if (entry is None or entry == newer_than) and time.monotonic() - self._rescanned_s >= RESCAN_S:
+            async with self._asking:
+                if time.monotonic() - self._rescanned_s >= RESCAN_S:
+                    self._rescanned_s = time.monotonic()
+                    try:
+                        self._take(await self._link.rescan(self._born, self._number))
+                    except (ConnectionError, TimeoutError) as error:
+                        log.info("catalogue not refreshed: %s", error)
+            entry = self._entries.get(name)
+        return entry

@@ -1,0 +1,60 @@
+"""The engine's side of adapter memory, for vLLM inside ray.serve.llm: load, unload, dead or alive.
+
+An adapter's engine name is name@content-digest and its integer id belongs to that identity for ever: the same name with
+two live ids ends vLLM's engine. Two catalogue versions with equal content share one identity.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from flora_vllm.cluster.store import Entry
+from flora_vllm.errors import AdapterError, HookError, adapter_error
+
+
+class VllmEngineAdapters:
+    """`engine` is ray.serve.llm's VLLMEngine, started."""
+
+    def __init__(self, engine: Any) -> None:
+        missing = [n for n in ("_engine_client", "_oai_models") if not hasattr(engine, n)]
+        if missing:
+            raise HookError(f"ray.serve.llm's engine has no {' and no '.join(missing)}; this is not the Ray we checked")
+        self._client, self._models = engine._engine_client, engine._oai_models
+        self._ids: dict[str, int] = {}
+        # Identity -> catalogue ids that use it now.
+        self._users: dict[str, set[str]] = {}
+
+    def is_dead(self) -> bool:
+        return bool(self._client.errored)
+
+    async def load(self, entry: Entry, path: Path) -> None:
+        """Puts the adapter into the engine, where requests find it under `entry.id`. Raises AdapterError."""
+        from vllm.lora.request import LoRARequest
+
+        from flora_vllm.formats import content_digest
+        from flora_vllm.plugin.frontend import our_message
+        from flora_vllm.plugin.loader import identity
+
+        known = identity(entry.name, await asyncio.to_thread(content_digest, path))
+        if known not in self._ids:
+            self._ids[known] = self._models.lora_id_counter.inc(1)
+        request = LoRARequest(lora_name=known, lora_int_id=self._ids[known], lora_path=str(path))
+        try:
+            await self._client.add_lora(request)
+        except Exception as error:
+            # The engine's errors arrive as text, of whatever class its transport uses; a dead engine is no fault of
+            # the adapter.
+            if self.is_dead():
+                raise
+            message = our_message(str(error))
+            raise (AdapterError(message) if message else adapter_error(entry.name, [str(error)])) from error
+        self._users.setdefault(known, set()).add(entry.id)
+        self._models.lora_requests[entry.id] = request
+
+    async def unload(self, adapter_id: str) -> None:
+        request = self._models.lora_requests.pop(adapter_id)
+        users = self._users[request.lora_name]
+        users.discard(adapter_id)
+        if not users:
+            del self._users[request.lora_name]
+            await self._client.remove_lora(request.lora_int_id)
