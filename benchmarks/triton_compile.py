@@ -37,7 +37,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "LDG.E.U16", 
 
 INDICES = ("tokens", "token_slots", "segments", "counts", "layout", "tiles")
 ADDRESSES = ("table", "gains")
-# Numbers that are multiples of 16 for every layer the wide loads are meant for; Triton sees the same at a launch.
+# Numbers that are multiples of 16 where a layer's sizes are; Triton sees the same at a launch.
 MULTIPLES_OF_16 = ("in_features", "out_features", "x_stride", "w_stride", "y_stride", "split_stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -85,7 +85,8 @@ def compile_case(case: Case, sm: int) -> Report:
     """Compile one case for one target and read its cubin. Raises what Triton raises if it does not compile."""
     names = case.kernel.arg_names
     signature = {name: _argument_type(name, case) for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in MULTIPLES_OF_16]
+    multiples = MULTIPLES_OF_16 if case.constants["ALIGNED"] else ()
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in multiples]
     source = ASTSource(
         fn=case.kernel,
         signature=signature,
@@ -143,28 +144,25 @@ def _read_cubin(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
 def cases(dtype: torch.dtype, sm: int) -> Iterator[Case]:
     """Every kernel as `launch_config` launches it on that target."""
     wide = dtype == torch.float32
-    common = {"HAS_BIAS": True, "ALIGNED": True}
     dot = {"DOT": "tf32x3" if wide else "tf32"}
-    for max_rank, rows in ((16, 16), (16, 1024), (64, 1024)):
-        config = launch_config(dtype, max_rank, 4096, 4096, rows, capability=sm // 10)
+    for aligned, rows in ((True, 16), (True, 1024), (False, 16)):
+        config = launch_config(dtype, 16, 4096, 4096, rows, aligned, capability=sm // 10)
+        common = {"HAS_BIAS": True, "ALIGNED": aligned, **dot}
         tile = {"BM": config.stacked_m, "BN": config.stacked_n, "BK": config.stacked_k, "STAGES": config.stacked_stages}
-        name = f"stacked {config.stacked_m}x{config.stacked_n}x{config.stacked_k}"
-        if not (wide and rows == 1024 and max_rank == 16) and not (max_rank == 64 and not wide):
-            for split in (1, 2):
-                constants = {**common, **dot, **tile, "SPLIT": split, "FINISH": split == 1, "EXACT_SUM": wide}
-                yield Case(
-                    f"{name} split={split}", triton_kernels.flora_stacked, dtype, constants, config.stacked_warps
-                )
-    for max_rank in (16, 32, 64):
-        config = launch_config(dtype, max_rank, 4096, 4096, 1024, capability=sm // 10)
+        name = f"stacked {config.stacked_m}x{config.stacked_n}x{config.stacked_k}{'' if aligned else ' odd'}"
+        for split in (1, 2) if rows == 16 or not wide else ():
+            constants = {**common, **tile, "SPLIT": split, "FINISH": split == 1, "EXACT_SUM": wide}
+            yield Case(f"{name} split={split}", triton_kernels.flora_stacked, dtype, constants, config.stacked_warps)
         tile = {"BM": config.modulated_m, "BN": config.modulated_n, "BK": config.modulated_k}
-        constants = {**common, **dot, **tile, "RANK": config.rank, "STAGES": config.modulated_stages, "FINISH": True}
-        name = f"modulated {config.modulated_n}x{config.modulated_m}x{config.modulated_k} rank={config.rank}"
-        yield Case(name, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps)
+        name = f"modulated {config.modulated_n}x{config.modulated_m}x{config.modulated_k}{'' if aligned else ' odd'}"
+        for rank in (16, 32) if rows == 16 else ():
+            constants = {**common, **tile, "RANK": rank, "STAGES": config.modulated_stages, "FINISH": True}
+            name_of_rank = f"{name} rank={rank}"
+            yield Case(name_of_rank, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps)
     config = launch_config(dtype, 16, 4096, 4096, 1024)
-    last = {**common, "BN": config.sum_n, "FINISH": True}
-    rows = {"BM": config.expand_m, "BK": config.expand_k, "ALIGNED": True}
-    yield Case("expand", triton_opaque.flora_expand, dtype, rows, 4, tensor_core=False)
+    last = {"HAS_BIAS": True, "ALIGNED": True, "BN": config.sum_n, "FINISH": True}
+    expand = {"BM": config.expand_m, "BK": config.expand_k, "ALIGNED": True}
+    yield Case("expand", triton_opaque.flora_expand, dtype, expand, 4, tensor_core=False)
     yield Case("reduce", triton_opaque.flora_reduce, dtype, last, 4, tensor_core=False)
     for parts, count in ((4, 2), (1, 3)):
         constants = {**last, "PARTS": parts, "COUNT": count}

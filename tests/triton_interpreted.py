@@ -362,8 +362,8 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
         StepBuffers(2, 2, CPU).fill(segments, [False, False])
     with pytest.raises(ConfigError, match="needs the layer's weight"):
         layer.kernel("modulated", opaque=True)
-    with pytest.raises(ConfigError, match="ranks up to 64"):
-        layer.kernel(max_rank=65)
+    with pytest.raises(ConfigError, match="ranks up to 32"):
+        layer.kernel(max_rank=33)
 
 
 def test_captured_steps_and_low_rank_terms_exclude_each_other() -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-# A token's rows must fit a row tile with room for others.
-MAX_RANK = 64
+# Of Hadamard terms, identity not counted: a token's rows must fit half a row tile, and above 32 the modulation's
+# operands spill.
+MAX_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,39 @@ def launch_config(
     in_features: int,
     out_features: int,
     rows: int,
+    is_aligned: bool = True,
     processors: int = 132,
     capability: int = 9,
 ) -> LaunchConfig:
     """Parameters for a step with `rows` stacked rows (or a budget of them).
 
-    `processors`: the GPU's SMs; `capability`: its major compute capability. `split` depends on the layer's shape
-    alone, so a token's sum does not depend on what else is in the step.
+    `is_aligned`: every feature count is a multiple of 16. `processors`: the GPU's SMs; `capability`: its major compute
+    capability. `split` depends on the layer's shape alone, so a token's sum does not depend on what else is in the
+    step.
     """
-    # float32 takes three tensor-core products for one; smaller tiles keep their operands in registers.
+    # float32 takes three tensor-core products for one, and element-wise loads an address each: both want registers.
     wide = dtype == torch.float32
-    few = max_rank <= 32 and (wide or rows <= 64 - max_rank)
-    stacked_n = 32 if wide else 64
+    small = wide or not is_aligned
+    few = small or rows <= 64 - max_rank
+    stacked_n = 32 if small else 64
     # A decode step is one or two row tiles: without a split, 576 out features would keep 9 of 132 processors busy
     # (kernels.md, section 8).
     programs = -(-out_features // stacked_n)
-    split = max(1, min(processors // programs, in_features // 512, 8))
     return LaunchConfig(
         stacked_m=64 if few else 128,
         stacked_n=stacked_n,
-        stacked_k=32 if wide else 64,
+        stacked_k=32 if small else 64,
         stacked_warps=8,
         # A third stage of 128 rows spills on sm_80, where the sum's operands are in registers too.
-        stacked_stages=2 if wide or (capability < 9 and not few) else 3,
+        stacked_stages=2 if small or (capability < 9 and not few) else 3,
         # The tile whose modulation hides behind its product and that leaves registers for it (kernels.md, section 8).
-        modulated_m=64 if wide else 128,
-        modulated_n=64 if wide else 128,
-        modulated_k=16 if wide else 64,
+        modulated_m=64 if small else 128,
+        modulated_n=64 if small else 128,
+        modulated_k=16 if wide else 32 if small else 64,
         modulated_warps=8,
-        modulated_stages=2 if wide else 3,
-        rank=16 if max_rank <= 16 else 32 if max_rank <= 32 else 64,
-        split=split,
+        modulated_stages=2 if small else 3,
+        rank=16 if max_rank <= 16 else 32,
+        split=max(1, min(processors // programs, in_features // 512, 8)),
         sum_n=256,
         expand_m=16,
         expand_k=256,

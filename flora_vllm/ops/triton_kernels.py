@@ -56,7 +56,7 @@ def _locate(row, segments, n_segments, rows, rows_stride, BM: tl.constexpr):
         segment += tl.sum(ended.to(tl.int32), axis=1)
         start = tl.maximum(start, tl.max(tl.where(ended, end[None, :], 0), axis=1))
         before += tl.sum(size)
-    segment = tl.minimum(segment, n_segments - 1)
+    segment = tl.maximum(tl.minimum(segment, n_segments - 1), 0)
     slot = tl.load(segments + segment * 3)
     token_rows = tl.load(rows + slot * rows_stride)
     index = (row - start) // token_rows

@@ -68,7 +68,7 @@ def launch_stacked(
         len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out.stride(-2),
         out.stride(0) if parts > 1 else 0, window,
         BM=config.stacked_m, BN=config.stacked_n, BK=config.stacked_k, SPLIT=parts, STAGES=config.stacked_stages,
-        FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=_is_aligned(x_TI, weight_OI, out, slots),
+        FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=slots.is_aligned,
         DOT=_precision(exact), EXACT_SUM=exact or INTERPRETED,
         num_warps=config.stacked_warps,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def launch_modulated(
         len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0),
         BM=config.modulated_m, BN=config.modulated_n, BK=config.modulated_k, RANK=config.rank,
         STAGES=config.modulated_stages, FINISH=finish, HAS_BIAS=finish and bias_O is not None,
-        ALIGNED=_is_aligned(x_TI, weight_OI, out_TO, slots), DOT=_precision(x_TI.dtype == torch.float32),
+        ALIGNED=slots.is_aligned, DOT=_precision(x_TI.dtype == torch.float32),
         num_warps=config.modulated_warps,
     )  # fmt: skip
 
@@ -209,9 +209,6 @@ def _check_x(x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers,
 def _check_output(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if tuple(out.shape) != shape or out.stride(-1) != 1 or out.device != device:
         raise ConfigError(f"the output is {tuple(out.shape)} {out.stride()} on {out.device}; needed is {shape}")
-    # Offsets of a part are formed in 64 bits, strides are passed in 32.
-    if out.stride(0) >= 2**31:
-        raise ConfigError(f"a stride of {out.stride(0)} elements is beyond the kernels' reach; use smaller steps")
 
 
 def _shape(x_TI: torch.Tensor, slots: SlotTable) -> tuple[int, int]:
@@ -226,7 +223,3 @@ def _present(bias_O: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 def _precision(exact: bool) -> str:
     """Of float32 products: three tensor-core products of split operands, as close as plain float32 to rounding."""
     return "tf32x3" if exact else "tf32"
-
-
-def _is_aligned(x_TI: torch.Tensor, weight_OI: torch.Tensor, out: torch.Tensor, slots: SlotTable) -> bool:
-    return slots.is_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in (x_TI, weight_OI, out))

@@ -65,7 +65,7 @@ class TritonLinear:
         rule: DispatchRule,
         in_features: int,
         *,
-        max_slots: int = 64,
+        max_slots: int = 256,
         max_rank: int = 16,
         device: torch.device | None = None,
     ) -> None:
@@ -176,7 +176,9 @@ class TritonLinear:
 
     def _config(self, x_TI: torch.Tensor, rows: int) -> LaunchConfig:
         slots = self.slots
-        return launch_config(x_TI.dtype, slots.max_rank, slots.in_features, self.out_features, rows, **self._machine)
+        return launch_config(
+            x_TI.dtype, slots.max_rank, slots.in_features, self.out_features, rows, slots.is_aligned, **self._machine
+        )
 
     def _budget(self, x_TI: torch.Tensor, step: StepBuffers, row_budget: int, modulated: bool) -> _Plan:
         config = self._config(x_TI, row_budget)

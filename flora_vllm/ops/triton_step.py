@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flora_vllm.errors import ConfigError
+from flora_vllm.errors import ConfigError, StepError
 from flora_vllm.ops.terms import Segments
 
 
@@ -40,8 +40,10 @@ class StepBuffers:
         """Make these the buffers of a step; `modulates[i]` says how segment i is computed.
 
         Rows of x that are in no segment get no output: give padding rows slot 0. Raises ConfigError if the step does
-        not fit.
+        not fit, StepError inside a CUDA graph's capture, which would keep this step's numbers for ever.
         """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise StepError("a step was written while a CUDA graph is captured; write it before the graph's replay")
         if segments.tokens > self.max_tokens or len(segments.slots) > self.max_segments:
             raise ConfigError(
                 f"a step of {segments.tokens} tokens in {len(segments.slots)} segments does not fit buffers for "
