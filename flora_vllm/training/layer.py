@@ -9,6 +9,7 @@ output factor differs by row anyway), which is what `flora_A (r, d_in)` of the c
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         has a zero output factor, which adds nothing, and a random input factor, which makes its gradient its own:
         components that start equal stay equal for ever. Otherwise: random factors around 1.
         """
-        a_RI, b_OR = self.flora_A[adapter_name].weight, self.flora_B[adapter_name].weight
+        a_RI, b_OR = (self._factor(side, adapter_name).weight for side in (self.flora_A, self.flora_B))
         product = self.r[adapter_name] if self.reduction[adapter_name] == "mean" else 1
         if identity:
             nn.init.normal_(a_RI, std=NOISE)
@@ -97,6 +98,12 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         """
         a_RI, b_OR = self.flora_A[adapter_name](), self.flora_B[adapter_name]()
         return a_RI, b_OR / self.r[adapter_name] if self.reduction[adapter_name] == "mean" else b_OR
+
+    @staticmethod
+    def _factor(side: nn.ModuleDict, adapter_name: str) -> Factor:
+        factor = side[adapter_name]
+        assert isinstance(factor, Factor)
+        return factor
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -143,7 +150,8 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             base, bias, dtype = self._opaque_base(x, *args, **kwargs)
         else:
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            base, bias = lambda z: nn.functional.linear(z, weight_OI), self.get_base_layer().bias
+            base = partial(nn.functional.linear, weight=weight_OI)
+            bias = self.get_base_layer().get_parameter("bias") if self.get_base_layer().bias is not None else None
         products = [self._product(name, x_s, base, weight_OI) for name, x_s in zip(names, dropped, strict=True)]
         y = sum(products[1:], start=products[0])
         if len(names) > 1 or self._drops(names):
@@ -170,11 +178,13 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
             return None  # quantised, another tuner's layer, or accelerate's offloading forward
-        if base._forward_hooks or base._forward_pre_hooks or type(base.weight) not in (nn.Parameter, torch.Tensor):
+        weight = base.weight
+        if base._forward_hooks or base._forward_pre_hooks or type(weight) not in (nn.Parameter, torch.Tensor):
             return None
-        if not base.weight.is_floating_point() or base.weight.is_meta:
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_floating_point() or weight.is_meta:
             return None
-        return base.weight.T if isinstance(base, Conv1D) else base.weight
+        return weight.T if isinstance(base, Conv1D) else weight
 
     def _opaque_base(
         self, x: torch.Tensor, *args: Any, **kwargs: Any
@@ -254,7 +264,8 @@ def linear_features(layer: nn.Module) -> tuple[int, int]:
     Raises ConfigError for anything that isn't a linear layer, by the name of its class.
     """
     if isinstance(layer, Conv1D):
-        return tuple(getattr(layer.weight, "ds_shape", layer.weight.shape))
+        rows, columns = getattr(layer.weight, "ds_shape", layer.weight.shape)
+        return rows, columns
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ConfigError(
             "the output projection inside torch.nn.MultiheadAttention is never called, its weight is read directly: "

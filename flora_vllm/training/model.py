@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -36,7 +36,7 @@ class FloraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Refuse, before anything is replaced, every target that can't be adapted: one error with all of them."""
-        config = _maybe_include_all_linear_layers(copy(peft_config), model)
+        config = cast(FloraConfig, _maybe_include_all_linear_layers(copy(peft_config), model))
         heads = {id(head) for head in [getattr(model, "get_output_embeddings", lambda: None)()] if head is not None}
         inside: list[str] = []
         faults = []
@@ -127,7 +127,7 @@ class FloraModel(BaseTuner):
 
 def rank_of(config: FloraConfig, module_name: str) -> int:
     """The rank `config` gives the module, `rank_pattern` first."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module_name), config.r)
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
 
 
 def _pass_adapter_names(
@@ -137,7 +137,7 @@ def _pass_adapter_names(
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    encoder = getattr(model, "get_encoder", lambda: None)()
     # transformers 5 gives every model a get_encoder that returns the model itself if it has none.
     return None if encoder is model or not isinstance(encoder, torch.nn.Module) else encoder
 
