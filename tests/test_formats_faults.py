@@ -341,6 +341,7 @@ def test_weights_at_an_odd_offset(flora: Path) -> None:
     hadamard = read_adapter(flora).modules[Q0].hadamard
     assert hadamard is not None
     assert torch.equal(hadamard.input_factor, load_file(weights(flora))[A.format(Q0)])
+    assert hadamard.input_factor.data_ptr() % 4 == 0
 
 
 def test_paths(tmp_path: Path, flora: Path) -> None:

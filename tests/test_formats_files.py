@@ -41,6 +41,12 @@ def test_files_and_digest_belong_together(tmp_path: Path) -> None:
         content_digest(tmp_path / "b")
 
 
+def test_digest_tells_files_apart() -> None:
+    contents = [{"a": b"xy", "b": b"z"}, {"a": b"x", "b": b"yz"}, {"a": b"xy", "c": b"z"}, {"a": b"z", "b": b"xy"}]
+    digests = {files.digest_of({n: bytearray(c) for n, c in content.items()}) for content in contents}
+    assert len(digests) == len(contents)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("how", ["rewrite", "replace", "grow", "shrink", "delete"])
 def test_a_file_that_changes_while_it_is_read(name: str, how: str, tmp_path: Path, monkeypatch) -> None:

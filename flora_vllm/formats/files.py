@@ -104,6 +104,7 @@ def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
             faults.append(f"{name}: cannot be read ({error.strerror})")
         except AdapterError as error:
             faults.append(f"{name}: {error}")
+    # Through the name, after all reading: this sees a change of either file, and a file that took its place.
     for name, state in states.items():
         try:
             if _state(os.stat(name, dir_fd=directory)) != state:
@@ -139,8 +140,6 @@ def _read_one(directory: int, name: str) -> tuple[bytearray, tuple[int, ...]]:
             if not count:
                 raise AdapterError(_CHANGED)
             filled += count
-        if _state(os.fstat(descriptor)) != _state(before):
-            raise AdapterError(_CHANGED)
     return data, _state(before)
 
 
