@@ -127,10 +127,10 @@ class Stock:
 
 
 class RoundRobin:
-    def __init__(self, traffic: Traffic, fleet: Fleet) -> None:
+    def __init__(self, traffic: Traffic, _fleet: Fleet) -> None:
         self.replicas, self.turn = traffic.replicas, -1
 
-    def route(self, a: int, now: float) -> int:
+    def route(self, _a: int, _now: float) -> int:
         self.turn = (self.turn + 1) % self.replicas
         return self.turn
 
@@ -178,7 +178,7 @@ class Punica:
         if self.size[r] < LANES:
             self.buckets[self.size[r]].add(r)
 
-    def route(self, a: int, now: float) -> int:
+    def route(self, _a: int, now: float) -> int:
         while self.ends and self.ends[0][0] <= now:
             self._shift(heapq.heappop(self.ends)[1], -1)
         r = next((min(self.buckets[n]) for n in range(LANES - 1, -1, -1) if self.buckets[n]), None)

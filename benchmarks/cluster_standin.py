@@ -5,7 +5,6 @@ ingress rules around an engine that only waits. Never used to show that serving 
 import asyncio
 import json
 import os
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ class StandIn:
         self._runtime = ReplicaRuntime(settings, self._engine, lambda: self._engine.is_dead)
         await self._runtime.start()
 
-    async def completions(self, body: dict[str, Any], raw: Any, adapter: Entry | None) -> AsyncIterator[str]:
+    async def completions(self, _body: dict[str, Any], _raw: Any, adapter: Entry | None) -> AsyncIterator[str]:
         if adapter is None:
             async for chunk in self._engine.generate(None, self._service_s):
                 yield chunk
@@ -93,7 +92,7 @@ class StockStandIn:
 
         self._load = serve.multiplexed(max_num_models_per_replica=slots)(load)
 
-    async def completions(self, body: dict[str, Any], raw: Any, adapter: Entry | None) -> AsyncIterator[str]:
+    async def completions(self, _body: dict[str, Any], _raw: Any, adapter: Entry | None) -> AsyncIterator[str]:
         if adapter is not None:
             await self._load(adapter.id)
         async for chunk in self._engine.generate(None, self._service_s):
@@ -120,7 +119,7 @@ class Front:
             self._directory,
             body.get("model"),
             lambda handle, target: handle.completions.remote(body, None, target.adapter),
-            lambda chunk: None,
+            lambda _chunk: None,
             self._retry_s,
         )
         try:

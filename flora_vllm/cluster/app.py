@@ -6,6 +6,7 @@ from typing import Any
 from flora_vllm.cluster.config import ClusterConfig, ModelConfig, parse, to_data
 from flora_vllm.errors import ConfigError
 
+ROUTER = "flora_vllm.cluster.router.AdapterAffinityRouter"
 IMPORT_PATH = "flora_vllm.cluster.app:build_from_data"
 
 
@@ -29,9 +30,8 @@ def deployment_options(config: ClusterConfig, model: ModelConfig) -> dict[str, A
         "health_check_timeout_s": 20,
         "graceful_shutdown_timeout_s": 30,
         "ray_actor_options": {"num_cpus": model.cpus},
-        "request_router_config": RequestRouterConfig(
-            request_router_class="flora_vllm.cluster.router.AdapterAffinityRouter",
-            request_router_kwargs=to_data(model.routing),
+        "request_router_config": RequestRouterConfig.model_validate(
+            {"request_router_class": ROUTER, "request_router_kwargs": to_data(model.routing)}
         ),
         "deployment_actors": [
             DeploymentActorConfig(

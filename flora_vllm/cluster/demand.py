@@ -29,12 +29,15 @@ class Demand:
         if not len(rows):
             return
         at, add = np.asarray(rows), np.asarray(seconds, dtype=np.float64)
-        for i, sums in enumerate(self._sums):
-            if at.max() >= len(sums):
-                grown = np.zeros(max(2 * len(sums), int(at.max()) + 1))
-                grown[: len(sums)] = sums
-                self._sums[i] = sums = grown
+        self._grow(int(at.max()) + 1)
+        for sums in self._sums:
             np.add.at(sums, at, add)
+
+    def _grow(self, size: int) -> None:
+        for i, sums in enumerate(self._sums):
+            if size > len(sums):
+                self._sums[i] = np.zeros(max(2 * len(sums), size))
+                self._sums[i][: len(sums)] = sums
 
     def level(self, now_s: float, size: int) -> np.ndarray:
         """(size,) mean requests in flight per adapter row, at time `now_s`.
@@ -58,8 +61,8 @@ class Demand:
 
     def move(self, source: int, target: int | None) -> None:
         """Gives the demand of one row to another (a new version of the adapter), or forgets it."""
+        self._grow(1 + max(source, target or 0))
         for sums in self._sums:
-            if source < len(sums):
-                value, sums[source] = sums[source], 0.0
-                if target is not None and target < len(sums):
-                    sums[target] += value
+            value, sums[source] = sums[source], 0.0
+            if target is not None:
+                sums[target] += value

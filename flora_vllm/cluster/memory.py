@@ -85,7 +85,7 @@ class AdapterMemory:
     async def using(self, entry: Entry) -> AsyncIterator[None]:
         """Holds the adapter in the engine while a request runs; loads it first if need be.
 
-        Raises AdapterError if it cannot be served, StaleVersionError, StoreError or NoRoomError if it cannot be had now.
+        Raises AdapterError if it cannot be served; StaleVersionError, StoreError or NoRoomError if not now.
         """
         held = self._held.get(entry.id)
         if held is None:

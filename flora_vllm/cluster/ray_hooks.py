@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray import serve
+from ray import exceptions, serve
 from ray.serve._private.common import RequestRoutingInfo
 from ray.serve._private.constants import SERVE_DEPLOYMENT_ACTOR_PREFIX, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingContext, DeploymentActorConfig, RequestRouterConfig
@@ -133,7 +133,7 @@ async def call_controller(actor: Any, method: str, *args: Any, timeout_s: float 
     """Awaits a method of the controller. Raises ConnectionError if the actor is gone."""
     try:
         return await asyncio.wait_for(getattr(actor, method).remote(*args), timeout_s)
-    except ray.exceptions.RayActorError as error:
+    except exceptions.RayActorError as error:
         raise ConnectionError(f"the placement controller is gone: {error}") from error
 
 
@@ -177,7 +177,8 @@ def controller_names(app: str) -> dict[str, str]:
     """Deployment name -> actor name of its controller, for one application."""
     prefix, suffix = f"{SERVE_DEPLOYMENT_ACTOR_PREFIX}{app}::", f"::{CONTROLLER}"
     found = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
+    actors: Any = ray.util.list_named_actors(all_namespaces=True)
+    for actor in actors:
         name = actor["name"]
         if actor["namespace"] == SERVE_NAMESPACE and name.startswith(prefix) and name.endswith(suffix):
             found[name[len(prefix) : -len(suffix)].rsplit("::", 1)[0]] = name
@@ -201,10 +202,10 @@ async def until_lost(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
     try:
         async for chunk in chunks:
             yield chunk
-    except ray.exceptions.RayTaskError as error:
+    except exceptions.RayTaskError as error:
         # The user code in the replica raised: trying again elsewhere would repeat it.
         raise error
-    except (ray.exceptions.RayActorError, ray.exceptions.RayError) as error:
+    except (exceptions.RayActorError, exceptions.RayError) as error:
         first = str(error).strip().splitlines()
         raise LostError(f"{type(error).__name__}: {first[0] if first else 'replica gone'}") from error
 

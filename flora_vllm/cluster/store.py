@@ -3,8 +3,8 @@
 A source is a directory, local or on any file system that fsspec opens (s3://, gs://, ...), with one adapter per
 sub-directory. An adapter's version is a digest over its files' names, sizes and the store's own change marks (ETag,
 checksum or modification time), so a scan reads no tensors. A fetch copies exactly the version asked for: it compares
-the version before and after and fails with StaleVersionError if the source changed. Copies are never written again, so a
-request that runs keeps its weights while the source moves on.
+the version before and after and fails with StaleVersionError if the source changed. Copies are never written again,
+so a request that runs keeps its weights while the source moves on.
 """
 
 import hashlib
