@@ -28,7 +28,7 @@ from flora_vllm.ops import triton_kernels, triton_opaque
 from flora_vllm.ops.triton_config import launch_config
 
 RESULTS = Path(__file__).parent / "results" / "triton_compile.jsonl"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 # Shared memory a program may have, bytes: CUDA C++ Programming Guide, technical specifications per capability.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The tensor-core instruction that the main loop must be made of.

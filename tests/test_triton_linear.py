@@ -10,10 +10,13 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels are tested where Triton is installed")
 
 
+FILES = ("triton_interpreted.py", "triton_interpreted_steps.py")
+
+
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_kernels_match_the_reference_in_the_interpreter(marked: str) -> None:
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", "triton_interpreted.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", *FILES]
     run = subprocess.run(
         command,
         cwd=here,

@@ -138,6 +138,44 @@ def _store_tokens(
     tl.store(out, acc.to(y.dtype.element_ty), mask=live[:, None] & in_slice[None, :])
 
 
+@triton.jit
+def _sum_and_store(
+    acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
+    n_slices, slice_index, column, in_slice, first,
+    FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    DOT: tl.constexpr, EXACT_SUM: tl.constexpr,
+):  # fmt: skip
+    """Sum the rows of each token, which lie side by side, and store the tokens."""
+    first_position = tl.min(tl.where(live, position, 2147483647))
+    last_position = tl.max(tl.where(live, position, -1))
+    if last_position - first_position + 1 == tl.sum(live.to(tl.int32)):
+        _store_tokens(
+            acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
+            n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED,
+        )  # fmt: skip
+    else:
+        # Sum each token's rows by a 0/1 matrix. 0 * inf would carry one token's overflow into the others, so
+        # what is not finite stays out of the product and is given back to its own token.
+        finite = tl.abs(acc) < float("inf")
+        lost = tl.max(tl.where(finite, 0, 1), axis=1)
+        acc = tl.where(finite, acc, 0.0)
+        high = acc.to(tl.bfloat16)
+        low = (acc - high.to(tl.float32)).to(tl.bfloat16)
+        for p0 in range(first_position, last_position + 1, TOKENS):
+            out = p0 + tl.arange(0, TOKENS)
+            member = (out[:, None] == position[None, :]) & live[None, :]
+            if EXACT_SUM:
+                sum_TN = tl.dot(member.to(tl.float32), acc, input_precision=DOT)
+            else:
+                sum_TN = tl.dot(member.to(tl.bfloat16), high, tl.dot(member.to(tl.bfloat16), low))
+            spoilt = tl.max(tl.where(member, lost[None, :], 0), axis=1)
+            sum_TN = tl.where(spoilt[:, None] != 0, float("nan"), sum_TN)
+            _store_tokens(
+                sum_TN, out, out <= last_position, y, tokens, token_slots, table, gains, bias, split_stride,
+                y_stride, n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["window"])
 def flora_stacked(
     x, w, y, bias, tokens, token_slots, segments, counts, table, gains, layout, tiles,
@@ -183,34 +221,10 @@ def flora_stacked(
         b_row = _factor(tl.load(entry + 1), component, last - first, ELEMENT, ALIGNED)
         b_ptr = b_row[:, None] + (column - first)[None, :]
         acc *= tl.load(b_ptr, mask=paired[:, None] & in_slice[None, :], other=1.0).to(tl.float32)
-        first_position = tl.min(tl.where(live, position, 2147483647))
-        last_position = tl.max(tl.where(live, position, -1))
-        if last_position - first_position + 1 == tl.sum(live.to(tl.int32)):
-            _store_tokens(
-                acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
-                n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED,
-            )  # fmt: skip
-        else:
-            # Sum each token's rows by a 0/1 matrix. 0 * inf would carry one token's overflow into the others, so
-            # what is not finite stays out of the product and is given back to its own token.
-            finite = tl.abs(acc) < float("inf")
-            lost = tl.max(tl.where(finite, 0, 1), axis=1)
-            acc = tl.where(finite, acc, 0.0)
-            high = acc.to(tl.bfloat16)
-            low = (acc - high.to(tl.float32)).to(tl.bfloat16)
-            for p0 in range(first_position, last_position + 1, TOKENS):
-                out = p0 + tl.arange(0, TOKENS)
-                member = (out[:, None] == position[None, :]) & live[None, :]
-                if EXACT_SUM:
-                    sum_TN = tl.dot(member.to(tl.float32), acc, input_precision=DOT)
-                else:
-                    sum_TN = tl.dot(member.to(tl.bfloat16), high, tl.dot(member.to(tl.bfloat16), low))
-                spoilt = tl.max(tl.where(member, lost[None, :], 0), axis=1)
-                sum_TN = tl.where(spoilt[:, None] != 0, float("nan"), sum_TN)
-                _store_tokens(
-                    sum_TN, out, out <= last_position, y, tokens, token_slots, table, gains, bias, split_stride,
-                    y_stride, n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED,
-                )  # fmt: skip
+        _sum_and_store(
+            acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
+            n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED, DOT, EXACT_SUM,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 Grids depend on what the caller passes as rows or budget, never on device data. Importing this module needs Triton.
 """
 
+from typing import Any
+
 import torch
 import triton
 
@@ -62,7 +64,8 @@ def launch_stacked(
     window = config.stacked_m - most_rows + 1
     tile_table = tiles.of(config.stacked_n)
     grid = (triton.cdiv(max(rows, 1), window), tile_table.shape[0], parts)
-    triton_kernels.flora_stacked[grid](
+    kernel: Any = triton_kernels.flora_stacked
+    kernel[grid](
         x_TI, weight_OI, out, _present(bias_O, x_TI), step.tokens, step.token_slots, step.stacked, step.counts,
         slots.table, slots.gains, slots.layout, tile_table,
         len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out.stride(-2),
@@ -91,7 +94,8 @@ def launch_modulated(
     _check_output(out_TO, _shape(x_TI, slots), x_TI.device)
     assert slots.max_rank <= config.rank, f"rank {slots.max_rank} does not fit a modulation of {config.rank}"
     tile_table = tiles.of(config.modulated_n)
-    triton_kernels.flora_modulated[(max(programs, 1), tile_table.shape[0])](
+    kernel: Any = triton_kernels.flora_modulated
+    kernel[(max(programs, 1), tile_table.shape[0])](
         x_TI, weight_OI, out_TO, _present(bias_O, x_TI), step.tokens, step.modulated, step.counts,
         slots.table, slots.gains, tile_table,
         len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0),
@@ -111,7 +115,8 @@ def launch_expand(
     if not out_VI.is_contiguous() or out_VI.dtype != x_TI.dtype:
         raise ConfigError(f"the rows must be contiguous {x_TI.dtype}, not {out_VI.dtype} {out_VI.stride()}")
     grid = (triton.cdiv(out_VI.shape[0], config.expand_m), triton.cdiv(slots.in_features, config.expand_k))
-    triton_opaque.flora_expand[grid](
+    kernel: Any = triton_opaque.flora_expand
+    kernel[grid](
         x_TI, out_VI, step.tokens, step.stacked, step.counts, slots.table, slots.layout,
         len(slots.sizes), slots.in_features, x_TI.stride(0), out_VI.shape[0],
         BM=config.expand_m, BK=config.expand_k, ALIGNED=slots.is_aligned, num_warps=4,
@@ -133,7 +138,8 @@ def launch_reduce(
     if products_VO.shape[1:] != y_TO.shape[1:] or not products_VO.is_contiguous():
         raise ConfigError(f"the base gave {tuple(products_VO.shape)} {products_VO.stride()}, not rows like y's")
     tile_table = tiles.of(config.sum_n)
-    triton_opaque.flora_reduce[(y_TO.shape[0], tile_table.shape[0])](
+    kernel: Any = triton_opaque.flora_reduce
+    kernel[(y_TO.shape[0], tile_table.shape[0])](
         products_VO, y_TO, _present(bias_O, products_VO), step.tokens, step.token_slots, step.stacked, step.counts,
         slots.table, slots.gains, slots.layout, tile_table,
         len(slots.sizes), y_TO.shape[1], y_TO.stride(0), products_VO.shape[0],
@@ -156,7 +162,8 @@ def launch_sum(
     """Sum of `parts` (P, T, O) float32, with gain and bias if `finish`, into `y_TO`, written in place."""
     _check_output(parts, (parts.shape[0], *y_TO.shape), y_TO.device)
     tile_table = tiles.of(config.sum_n)
-    triton_opaque.flora_sum[(y_TO.shape[0], tile_table.shape[0])](
+    kernel: Any = triton_opaque.flora_sum
+    kernel[(y_TO.shape[0], tile_table.shape[0])](
         parts, y_TO, _present(bias_O, y_TO), step.tokens, step.token_slots, step.counts,
         slots.table, slots.gains, tile_table,
         len(slots.sizes), parts.stride(0), parts.stride(1), y_TO.stride(0),

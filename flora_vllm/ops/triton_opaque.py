@@ -59,7 +59,7 @@ def flora_expand(
 @triton.jit
 def _first_row(position, segments, n_segments, layout, n_slices):
     """First row, over the opaque base, of the token at a list position."""
-    start = 0
+    start = tl.full((), 0, tl.int32)
     for chunk in range(0, n_segments, CHUNK):
         g = chunk + tl.arange(0, CHUNK)
         live = g < n_segments

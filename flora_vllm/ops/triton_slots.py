@@ -89,14 +89,12 @@ class SlotTable:
     def _write_rows(self, slot: int | slice, terms: LayerTerms) -> None:
         entries, gains = [], []
         for part in terms:
-            paired = part is not None and part.a_RI is not None
-            flags = _IDENTITY if not paired or part.identity else 0
-            flags |= _GAIN_BIAS if part is not None and part.gain_bias else 0
-            # Rank 0 never reads them, but an address that is computed with should be one.
-            a = part.a_RI.data_ptr() if paired else 0
-            b = part.b_RO.data_ptr() if paired else 0
-            entries.append([a, b, part.a_RI.shape[0] if paired else 0, flags])
-            gains.append(0 if part is None or part.gain_O is None else part.gain_O.data_ptr())
+            part = SliceTerms() if part is None else part
+            a, b = part.a_RI, part.b_RO
+            flags = _IDENTITY if a is None or part.identity else 0
+            flags |= _GAIN_BIAS if part.gain_bias else 0
+            entries.append([_address(a), _address(b), 0 if a is None else a.shape[0], flags])
+            gains.append(_address(part.gain_O))
         self.table[slot] = torch.tensor(entries, dtype=torch.int64).to(self.device)
         self.gains[slot] = torch.tensor(gains, dtype=torch.int64).to(self.device)
         self.layout[slot] = torch.tensor(self._layout(terms), dtype=torch.int32).to(self.device)
@@ -121,6 +119,10 @@ class SlotTable:
                 raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, this slice needs {shape}")
             placed[name] = _aligned(tensor.to(self.device, dtype))
         return SliceTerms(identity=part.identity, gain_bias=part.gain_bias, **placed)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,196 @@
+"""Steps, budgets, slots and refusals of the Triton layer; test_triton_linear.py runs this in a process of its own."""
+
+# ruff: noqa: E402 - the check comes before Triton is imported and decides how its kernels run.
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton_linear.py"
+
+import pytest
+import torch
+from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer
+
+from flora_vllm.errors import ConfigError, StepError
+from flora_vllm.ops import triton_kernels
+from flora_vllm.ops.reference import reference_linear
+from flora_vllm.ops.terms import SliceTerms
+from flora_vllm.ops.triton_step import StepBuffers
+
+__all__ = ["fresh_memory_is_nan"]
+
+
+class Recorder:
+    """Stands for a kernel: launches it and keeps the launch, as a CUDA graph would."""
+
+    def __init__(self, kernel, launches: list) -> None:
+        self._kernel = kernel
+        self._launches = launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            # A graph keeps numbers and addresses.
+            self._launches.append((self._kernel, grid, args, kwargs))
+            self._kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured graph does: the same launches on the same buffers, after slots and step were rewritten."""
+    launches: list = []
+    for name in ("flora_stacked", "flora_modulated"):
+        monkeypatch.setattr(triton_kernels, name, Recorder(getattr(triton_kernels, name), launches))
+    # Captured with empty slots, as at an engine's start.
+    layer = Layer((96, 64, 32), 200)
+    layer.slots += [None] * 4
+    kernel = layer.kernel("modulated" if modulated else "stacked")
+    step = StepBuffers(9, 6, CPU)
+    x_TI, segments = layer.step([9])
+    step.fill(segments, [modulated])
+    y_TO = kernel.forward_step(x_TI, layer.bias_O, step, row_budget=40, modulated=modulated)
+    assert layer.error(y_TO, x_TI, segments) <= 5e-6
+
+    filled = mixed_layer().slots
+    rewritten = [None, (None, layer.hadamard(6, 64, identity=True), None), None, layer.uniform(9), layer.uniform(1)]
+    for slots, counts in ((filled, [2, 1, 1, 4, 1]), (rewritten, [1, 4, 0, 1, 3])):
+        layer.slots = slots
+        for slot in range(1, 5):
+            kernel.write_slot(slot, slots[slot])
+        other_TI, segments = layer.step(counts)
+        x_TI.copy_(other_TI)
+        step.fill(segments, [modulated] * len(segments.slots))
+        y_TO.fill_(float("nan"))
+        for recorded, grid, args, kwargs in list(launches):
+            recorded[grid](*args, **kwargs)
+        assert layer.error(y_TO, x_TI, segments) <= 5e-6
+
+
+def test_a_grid_smaller_than_the_work_is_only_slower() -> None:
+    layer = Layer((40,), 48)
+    layer.slots += [layer.uniform(12), layer.uniform(1)]
+    x_TI, segments = layer.step([3, 12, 40])
+    step = StepBuffers(x_TI.shape[0], 3, CPU)
+    for kinds in ([False] * 3, [True] * 3, [True, False, True]):
+        step.fill(segments, kinds)
+        y_TO = layer.kernel().forward_step(x_TI, layer.bias_O, step, row_budget=1, modulated=True)
+        assert layer.error(y_TO, x_TI, segments) <= 5e-6
+
+
+def test_opaque_base_beyond_its_budget_gives_nan_not_other_rows() -> None:
+    layer = Layer((40,), 48)
+    layer.slots += [layer.uniform(4)]
+    x_TI, segments = layer.step([1, 3])
+    step = StepBuffers(4, 2, CPU)
+    step.fill(segments, [False] * 2)
+    kernel = layer.kernel(opaque=True)
+    assert kernel.stacked_rows(segments, [False] * 2) == 13
+    y_TO = kernel.forward_step(x_TI, layer.bias_O, step, row_budget=20, modulated=False)
+    assert layer.error(y_TO, x_TI, segments) <= 5e-6
+    y_TO = kernel.forward_step(x_TI, layer.bias_O, step, row_budget=12, modulated=False)
+    late = segments.rows_T[-1]
+    assert y_TO[late].isnan().all()
+    kept = torch.arange(4) != late
+    exact = reference_linear(x_TI, layer.weight_OI, layer.bias_O, layer.sizes, layer.slots, segments)
+    torch.testing.assert_close(y_TO[kept].double(), exact[kept], rtol=1e-5, atol=1e-5)
+
+
+# numpy warns of the products that the test is about.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_token_that_overflows_does_not_reach_the_others(bad: float) -> None:
+    layer = Layer((40,), 48)
+    layer.slots += [layer.uniform(3), layer.uniform(1)]
+    x_TI, segments = layer.step([2, 4, 2])
+    for path in ("stacked", "modulated"):
+        clean = layer.kernel(path).forward(x_TI, layer.bias_O, segments)
+        for token in (segments.rows_T[0], segments.rows_T[3]):
+            spoilt_TI = x_TI.clone()
+            spoilt_TI[token, 5] = bad
+            y_TO = layer.kernel(path).forward(spoilt_TI, layer.bias_O, segments)
+            others = torch.arange(x_TI.shape[0]) != token
+            assert torch.equal(y_TO[others], clean[others])
+            assert not y_TO[token].isfinite().any()
+
+
+def test_slots_are_cleared_and_limits_hold() -> None:
+    layer = Layer((40,), 48)
+    layer.slots += [layer.uniform(3)]
+    x_TI, segments = layer.step([1, 2])
+    kernel = layer.kernel("stacked", max_slots=1)
+    kernel.write_slot(1, None)
+    layer.slots[1] = None
+    layer.check(kernel, x_TI, segments)
+    with pytest.raises(ConfigError, match="slots are 1 to 1"):
+        kernel.write_slot(2, None)
+    with pytest.raises(ConfigError, match="slots are 1 to 1"):
+        kernel.write_slot(0, layer.uniform(1))
+    with pytest.raises(ConfigError, match="rank 17 is above this layer's maximum of 16"):
+        kernel.write_slot(1, layer.uniform(17))
+    with pytest.raises(ConfigError, match="come in pairs"):
+        kernel.write_slot(1, (SliceTerms(a_RI=layer.normal(1, 48)),))
+    with pytest.raises(ConfigError, match="2 slices of terms"):
+        kernel.write_slot(1, layer.uniform(1) * 2)
+
+
+def test_launches_refuse_what_kernels_cannot_do() -> None:
+    layer = Layer((40,), 48)
+    layer.slots += [layer.uniform(3)]
+    x_TI, segments = layer.step([1, 2])
+    kernel = layer.kernel()
+    cases = {
+        "contiguous rows": x_TI.T.contiguous().T,
+        "the slots' terms are torch.float32": x_TI.half(),
+        "interpreter does not multiply bfloat16": x_TI.bfloat16(),
+        "not torch.float64": x_TI.double(),
+        r"needed are \(T, 48\)": x_TI[:, :40],
+    }
+    for message, bad_TI in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            kernel.forward(bad_TI, None, segments)
+    with pytest.raises(ConfigError, match="they must agree"):
+        Layer((40,), 48).kernel().forward(x_TI.half(), None, segments)
+    with pytest.raises(ConfigError, match="the bias has shape"):
+        kernel.forward(x_TI, layer.bias_O[:8], segments)
+    with pytest.raises(ConfigError, match="does not fit buffers"):
+        StepBuffers(2, 2, CPU).fill(segments, [False, False])
+    with pytest.raises(ConfigError, match="needs the layer's weight"):
+        layer.kernel("modulated", opaque=True)
+    with pytest.raises(ConfigError, match="ranks up to 32"):
+        layer.kernel(max_rank=33)
+
+
+def test_captured_steps_and_low_rank_terms_exclude_each_other() -> None:
+    layer = Layer((40,), 48)
+    low = (SliceTerms(down_RI=layer.normal(2, 48), up_RO=layer.normal(2, 40)),)
+    x_TI, segments = layer.step([1, 1])
+    step = StepBuffers(2, 2, CPU)
+    step.fill(segments, [False, False])
+    kernel = layer.kernel()
+    kernel.forward_step(x_TI, None, step, 2, modulated=False)
+    with pytest.raises(ConfigError, match="would be left out"):
+        kernel.write_slot(1, low)
+    kernel = layer.kernel()
+    kernel.write_slot(1, low)
+    with pytest.raises(StepError, match="low-rank"):
+        kernel.forward_step(x_TI, None, step, 2, modulated=False)
+
+
+def test_no_adapter_at_all_is_the_base_call() -> None:
+    layer = Layer((40,), 48)
+    x_TI, _ = layer.step([3])
+    assert torch.equal(layer.kernel().forward(x_TI, layer.bias_O, None), layer.base(x_TI) + layer.bias_O)
+
+
+def test_views_with_strides_and_odd_addresses() -> None:
+    """x as a slice of a wider tensor, a weight that starts off a 16-byte boundary, terms that are views."""
+    layer = Layer((48,), 64)
+    buffer = torch.empty(48 * 64 + 1)
+    buffer[1:] = layer.weight_OI.flatten()
+    layer.weight_OI = buffer[1:].view(48, 64)
+    a_RI, b_RO = layer.factors(3, 48)
+    layer.slots += [(SliceTerms(a_RI=torch.cat([a_RI, a_RI], 1)[:, :64], b_RO=b_RO),)]
+    x_TI, segments = layer.step([1, 5])
+    wide_TI = torch.cat([x_TI, x_TI], 1)
+    for path in ("stacked", "modulated"):
+        layer.check(layer.kernel(path), wide_TI[:, :64], segments)
