@@ -9,7 +9,6 @@ import importlib.metadata
 import inspect
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -255,7 +254,7 @@ def _fault(hook: Hook) -> str | None:
         wanted = [p for p in hook.parameters if not (p == "self" and inspect.ismethod(found))]
         if fault := parameter_fault(wanted, parameters):
             return f"{hook.symbol}: {fault}"
-    if hook.sets and (fault := source_fault(hook.sets, _source(found))):
+    if hook.sets and (fault := source_fault(hook.sets, _source(hook.symbol))):
         return f"{hook.symbol}: {fault}"
     return None
 
@@ -280,13 +279,11 @@ def _find(symbol: str) -> tuple[Any, str | None]:
     return found, None
 
 
-def _source(function: Any) -> str:
-    """The source of a method and, where it is inherited by way of super().__init__, of those it extends."""
-    owner = sys.modules[function.__module__]
-    for part in function.__qualname__.split(".")[:-1]:
-        owner = getattr(owner, part)
-    methods = [vars(c)[function.__name__] for c in owner.__mro__ if function.__name__ in vars(c)]
-    return "\n".join(inspect.getsource(inspect.unwrap(m)) for m in methods if inspect.isfunction(m))
+def _source(symbol: str) -> str:
+    """The source of a method and of those it may extend by way of super()."""
+    owner, _, name = symbol.rpartition(".")
+    methods = [inspect.unwrap(vars(c)[name]) for c in _find(owner)[0].__mro__ if name in vars(c)]
+    return "\n".join(inspect.getsource(method) for method in methods if inspect.isfunction(method))
 
 
 def parameter_fault(wanted: Sequence[str], parameters: Sequence[str]) -> str | None:
