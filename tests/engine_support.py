@@ -73,12 +73,18 @@ class Engine:
         return [_answer(output.outputs[0]) for output in outputs]
 
     def manager(self) -> Any:
-        """The worker's model manager (slots, caches), in this process."""
-        runner = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        return runner.lora_manager._adapter_manager
+        """The worker's model manager (slots, caches)."""
+        return self._runner().lora_manager._adapter_manager
+
+    def model(self) -> torch.nn.Module:
+        """The worker's model."""
+        return self._runner().model
 
     def scheduler(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    def _runner(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def _answer(output: Any) -> Answer:
@@ -87,9 +93,12 @@ def _answer(output: Any) -> Answer:
 
 
 @contextlib.contextmanager
-def running(model: Path, *, flora: bool = True, **options: Any) -> Iterator[Engine]:
-    """An engine in this process serving `model` in float32; with `flora` False it is plain vLLM without adapters."""
-    with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
+def running(model: Path, *, flora: bool = True, own_process: bool = False, **options: Any) -> Iterator[Engine]:
+    """An engine serving `model` in float32; with `flora` False it is plain vLLM without adapters.
+
+    It runs in this process, where tests can look into it, unless `own_process`.
+    """
+    with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}):
         import vllm
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -171,15 +180,16 @@ def save_peft_adapter(base: Path, path: Path, config: peft.PeftConfig, seed: int
 
 
 class Oracle:
-    """transformers on given weights of the model at `base`."""
+    """transformers on given weights; None leaves `model` as it is."""
 
-    def __init__(self, base: Path) -> None:
-        self._model = load(base)
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        self._model = model
 
     @torch.no_grad()
-    def logprobs(self, state: State, tokens: Sequence[int]) -> torch.Tensor:
+    def logprobs(self, state: State | None, tokens: Sequence[int]) -> torch.Tensor:
         """(tokens, vocabulary) float64 logprobs of what follows each token."""
-        self._model.load_state_dict(dict(state))
+        if state is not None:
+            self._model.load_state_dict(dict(state))
         logits = self._model(torch.tensor([list(tokens)])).logits[0]
         return torch.log_softmax(logits.double(), -1)
 
@@ -189,7 +199,7 @@ class Oracle:
             tokens.append(int(self.logprobs(state, tokens)[-1].argmax()))
         return tuple(tokens[len(prompt) :])
 
-    def error(self, state: State, ask: Ask, answer: Answer) -> float:
+    def error(self, state: State | None, ask: Ask, answer: Answer) -> float:
         """Largest difference of a logprob; infinite if a served token is not the oracle's choice."""
         whole = self.logprobs(state, ask.prompt + answer.tokens)[len(ask.prompt) - 1 : -1]
         if answer.tokens != tuple(whole.argmax(-1).tolist()):

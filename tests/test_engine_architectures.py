@@ -54,6 +54,8 @@ PEFT_CONFIGS = {
 FLORA_LABELS = tuple(
     f"flora-r{rank}-{reduction}-{part}" for rank in RANKS for reduction in REDUCTIONS for part in ("all", "some")
 )
+# vLLM's Transformers backend changes transformers' own classes, which the oracle needs as they are.
+OWN_PROCESS = {"gptbigcode"}
 MERGED = "flora-r5-mean-all"
 SHARED_PROMPT = support.prompt(11, seed=1)
 
@@ -94,11 +96,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def _serve(architecture: str, folder: Path) -> Served:
     model = TINY_MODELS[architecture](folder / "model")
-    served = Served(architecture, model, Oracle(model))
+    served = Served(architecture, model, Oracle(support.load(model)))
     paths = _write_adapters(served, folder)
     asks = [(label, Ask(SHARED_PROMPT, path)) for label, path in paths.items()]
     asks += [(label, Ask(support.prompt(5 + i, seed=i), path)) for i, (label, path) in enumerate(paths.items())]
-    with support.running(model, max_loras=len(paths) - 1, max_lora_rank=8, max_flora_rank=8) as engine:
+    options = {"max_loras": len(paths) - 1, "max_lora_rank": 8, "own_process": architecture in OWN_PROCESS}
+    with support.running(model, max_flora_rank=8, **options) as engine:
         for (label, ask), answer in zip(asks, engine.ask([ask for _, ask in asks]), strict=True):
             served.answers.setdefault(label, []).append((ask, answer))
     return served
@@ -128,7 +131,7 @@ def test_the_merged_checkpoint_in_plain_vllm_answers_alike(served, tmp_path):
     merged = support.load(served.model)
     merged.load_state_dict(dict(served.states[MERGED]))
     merged.save_pretrained(tmp_path)
-    with support.running(tmp_path, flora=False) as engine:
+    with support.running(tmp_path, flora=False, own_process=served.architecture in OWN_PROCESS) as engine:
         answers = engine.ask([Ask(ask.prompt) for ask, _ in served.answers[MERGED]])
     for (_, adapted), plain in zip(served.answers[MERGED], answers, strict=True):
         assert support.difference(adapted, plain) < support.LOGPROB_TOLERANCE
@@ -137,7 +140,7 @@ def test_the_merged_checkpoint_in_plain_vllm_answers_alike(served, tmp_path):
 def test_swapping_the_two_factors_is_noticed(tmp_path):
     """On a square layer both orders of the factors fit, so only the numbers can tell; elsewhere the shapes do."""
     model = TINY_MODELS["llama"](tmp_path / "model")
-    oracle = Oracle(model)
+    oracle = Oracle(support.load(model))
     base = support.load(model)
     square = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]
     right = support.write_flora_adapter(base, tmp_path / "right", 3, "mean", seed=9, modules=square)
