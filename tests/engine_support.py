@@ -7,6 +7,7 @@ the one that was served, which for greedy decoding is the same as generating fro
 
 import contextlib
 import gc
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tiny_models import SPECIAL, VOCABULARY
 
 import flora_vllm
@@ -162,6 +164,20 @@ def write_flora_adapter(
             merged[f"{name}.weight"] = module.weight.detach() * (b @ a) * scale
     flora_vllm.write_flora(path, factors, reduction=reduction)
     return merged
+
+
+def write_unchecked(path: Path, modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """A FLoRA directory as another program might write it: with modules that our writer refuses."""
+    path.mkdir()
+    rank = next(iter(modules.values()))[0].shape[0]
+    config = {"peft_type": "FLORA", "r": rank, "target_modules": sorted(modules)}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        f"base_model.model.{name}.flora_{part}.weight": factor.clone()
+        for name, pair in modules.items()
+        for part, factor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
 
 
 def save_peft_adapter(base: Path, path: Path, config: peft.PeftConfig, seed: int) -> State:

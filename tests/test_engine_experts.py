@@ -1,0 +1,49 @@
+"""Mixture-of-experts and MLA's kv_b_proj cannot be adapted yet: refused by name, and their neighbours are served."""
+
+from pathlib import Path
+
+import engine_support as support
+import pytest
+import torch
+import transformers
+from engine_support import Ask
+from tiny_models import FEED_FORWARD, HEADS, KV_HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH, randomise
+
+import flora_vllm
+
+pytestmark = support.ENGINE_MARKS
+
+
+def _mixtral(path: Path) -> Path:
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=POSITIONS,
+        num_local_experts=4,
+        tie_word_embeddings=False,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    randomise(model, seed=0)
+    model.save_pretrained(path)
+    return path
+
+
+def test_experts_are_refused_and_attention_of_the_same_model_is_served(tmp_path):
+    model = _mixtral(tmp_path / "model")
+    base = support.load(model)
+    attention = [name for name in support.linear_modules(base) if "self_attn" in name]
+    merged = support.write_flora_adapter(base, tmp_path / "attention", 3, "mean", seed=1, modules=attention)
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
+    support.write_unchecked(tmp_path / "experts", {expert: (torch.ones(2, WIDTH), torch.ones(FEED_FORWARD, 2))})
+    asks = [Ask(support.prompt(9, seed=0), path) for path in (tmp_path / "attention", None)]
+    with support.running(model, max_loras=2) as engine:
+        with pytest.raises(flora_vllm.AdapterError, match=f"'{expert}' cannot be adapted: .*(MoE|experts)"):
+            engine.ask([Ask(support.prompt(9, seed=0), tmp_path / "experts")])
+        adapted, plain = engine.ask(asks)
+    oracle = support.Oracle(support.load(model))
+    assert oracle.error(merged, asks[0], adapted) < support.LOGPROB_TOLERANCE
+    assert oracle.error(base.state_dict(), asks[1], plain) < support.LOGPROB_TOLERANCE

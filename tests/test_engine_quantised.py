@@ -1,0 +1,201 @@
+"""A quantised base: the adapter is applied around the base's own product, whatever its format.
+
+The oracle is transformers' model whose every linear layer calls plain vLLM's quantised layer, taken from a plain
+engine, with the adapter's equation written out around that call. No weight is ever dequantised.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import engine_support as support
+import peft
+import pytest
+import torch
+import transformers
+from engine_support import Answer, Ask
+from safetensors.torch import load_file, save_file
+
+import flora_vllm
+from flora_vllm.adapter import ModuleTerms
+from flora_vllm.ops.terms import group_by_slot
+
+pytestmark = support.ENGINE_MARKS
+
+# Plain vLLM's layer (x to y, without bias) and the output features of one of the checkpoint's modules in it.
+PlainLayer = tuple[Callable[[torch.Tensor], torch.Tensor], slice]
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PEFT_CONFIGS = {
+    "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "hira": peft.HiraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"]),
+}
+FLORA_RANKS = (1, 5, 8)
+# A layer's input is rounded to 8 bits of its largest value. Where the engine's and the oracle's inputs, which differ by
+# float32 rounding, fall on two sides of a step, that input moves by 1/127 of the largest; the logprobs of 2 layers then
+# move by a few hundredths at most. The adapters move them by several units.
+END_TO_END_TOLERANCE = 5e-2
+# One layer on the same input takes the same steps: only the order of float32 sums differs.
+LAYER_TOLERANCE = 2e-5
+
+
+def quantise(model: Path, path: Path) -> Path:
+    """`model` with its linear layers (not the head) in 8 bits, one scale per output row, as compressed-tensors."""
+    path.mkdir()
+    tensors = load_file(model / "model.safetensors")
+    for name in [n for n, t in tensors.items() if t.ndim == 2 and "proj" in n]:
+        weight = tensors[name]
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[name] = (weight / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def adapted(
+    base: Callable[[torch.Tensor], torch.Tensor], rows: slice, x_TI: torch.Tensor, terms: ModuleTerms | None
+) -> torch.Tensor:
+    """g ∘ [s Σ_j b_j ∘ W(a_j ∘ x) + s U(V x)] of output features `rows`, W only through `base`."""
+    y_TO = base(x_TI)[:, rows]
+    if terms is None:
+        return y_TO
+    if terms.hadamard is not None:
+        h = terms.hadamard
+        b_OR = torch.ones(y_TO.shape[1], 1) if h.output_factor is None else h.output_factor
+        products = [b_OR[:, j] * base(h.input_factor[j] * x_TI)[:, rows] for j in range(h.rank)]
+        y_TO = (y_TO if h.identity else 0) + h.scale * sum(products)
+    if terms.low_rank is not None:
+        y_TO = y_TO + terms.low_rank.scale * (x_TI @ terms.low_rank.down.T) @ terms.low_rank.up.T
+    return y_TO if terms.gain is None else y_TO * terms.gain.gain
+
+
+def _parts(layer: str, sizes: Sequence[int]) -> list[tuple[str, slice]]:
+    """The checkpoint's modules in the engine's layer, with their output features."""
+    parent, _, own = layer.rpartition(".")
+    names = [f"{parent}.{child}" for child in PACKED.get(own, (own,))]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [(name, slice(start, start + size)) for name, start, size in zip(names, starts, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Served:
+    quantised: Path
+    adapters: Mapping[str, Path | None]
+    asks: Mapping[str, Ask]
+    answers: Mapping[str, Answer]
+    # Worst difference of one layer's output on the engine's own input, by layer.
+    layer_errors: Mapping[str, float]
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("quantised")
+    model = tiny_model("llama")
+    quantised = quantise(model, folder / "model")
+    adapters: dict[str, Path | None] = {"base": None}
+    for rank in FLORA_RANKS:
+        adapters[f"flora-{rank}"] = folder / f"flora-{rank}"
+        support.write_flora_adapter(
+            support.load(model), folder / f"flora-{rank}", rank, ("sum", "mean")[rank % 2], seed=rank
+        )
+    for seed, (name, config) in enumerate(PEFT_CONFIGS.items()):
+        adapters[name] = folder / name
+        support.save_peft_adapter(model, folder / name, config, seed)
+    asks = {name: Ask(support.prompt(6 + i, seed=i), path) for i, (name, path) in enumerate(adapters.items())}
+    with support.running(quantised, max_loras=len(adapters) - 1) as engine:
+        answers = dict(zip(asks, engine.ask(list(asks.values())), strict=True))
+        layer_errors = _layer_errors(engine, list(adapters.values()))
+    return Served(quantised, adapters, asks, answers, layer_errors)
+
+
+def _layer_errors(engine: support.Engine, adapters: Sequence[Path | None]) -> dict[str, float]:
+    """Each adapted layer of the running engine on one random batch of all adapters against the equation."""
+    manager = engine.manager()
+    slot_of = {i: slot + 1 for slot, i in enumerate(manager.lora_index_to_id)}
+    slots = [0 if path is None else slot_of[engine.request_for(path).lora_int_id] for path in adapters] * 3
+    read = [None if path is None else flora_vllm.read_adapter(path).modules for path in adapters] * 3
+    errors = {}
+    for name, layer in manager.attached.layers.items():
+        layout = manager.attached.layouts[name]
+        assert layer.kernel.implementation == "torch", "a quantised base shows no weight"
+        x_TI = torch.randn(len(slots), layout.in_features, generator=torch.Generator().manual_seed(0))
+        y_TO = layer.kernel.forward(x_TI, None, group_by_slot(slots))
+        wanted = torch.cat(
+            [
+                torch.cat(
+                    [
+                        adapted(
+                            layer.kernel.base, rows, x_TI[t : t + 1], None if modules is None else modules.get(part)
+                        )
+                        for part, rows in _parts(name, layout.sizes)
+                    ],
+                    1,
+                )
+                for t, modules in enumerate(read)
+            ]
+        )
+        errors[name] = float((y_TO - wanted).abs().max() / wanted.abs().max())
+    return errors
+
+
+def test_each_layer_is_the_equation_around_the_quantised_product(served, record_property):
+    record_property("worst", max(served.layer_errors.values()))
+    assert len(served.layer_errors) == 8
+    assert max(served.layer_errors.values()) < LAYER_TOLERANCE
+
+
+def test_answers_are_those_of_adapters_around_plain_vllms_quantised_layers(served, tiny_model, record_property):
+    errors = {}
+    with support.running(served.quantised, flora=False) as engine, torch.no_grad():
+        layers = _plain_layers(engine.model())
+        for name, ask in served.asks.items():
+            modules = {} if ask.adapter is None else flora_vllm.read_adapter(ask.adapter).modules
+            oracle = support.Oracle(_around(support.load(tiny_model("llama")), layers, modules))
+            errors[name] = oracle.error(None, ask, served.answers[name])
+    record_property("worst", errors)
+    assert max(errors.values()) < END_TO_END_TOLERANCE
+    assert len({answer.tokens for answer in served.answers.values()}) == len(served.answers)
+
+
+def _plain_layers(model: torch.nn.Module) -> dict[str, PlainLayer]:
+    """By checkpoint module."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            for part, rows in _parts(name, module.output_partition_sizes):
+                found[part] = (lambda x_TI, layer=module: layer.quant_method.apply(layer, x_TI, None), rows)
+    return found
+
+
+def _around(
+    model: transformers.PreTrainedModel, layers: Mapping[str, PlainLayer], modules: Mapping[str, ModuleTerms]
+) -> transformers.PreTrainedModel:
+    """`model` with every linear layer computed by `layers` and adapted by `modules`."""
+    for name, module in support.linear_modules(model).items():
+        base, rows = layers[name]
+        terms = modules.get(name)
+
+        def forward(x, base=base, rows=rows, terms=terms):
+            return adapted(base, rows, x.reshape(-1, x.shape[-1]), terms).view(*x.shape[:-1], -1)
+
+        module.forward = forward
+    return model
