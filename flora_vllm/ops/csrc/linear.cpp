@@ -7,6 +7,9 @@
 namespace flora {
 namespace {
 
+constexpr int kFetchRows = 48;
+// Finished rows that wait to be written out together: stores to rows far apart would stall the products between them.
+constexpr int kDone = 128;
 constexpr int kMargin = 16;  // lanes past the end that a full-register load may touch
 
 // Scratch of the calling thread and the workers it leads; grows to its bound and stays.
@@ -39,16 +42,19 @@ struct Output {
   const void* bias;
 };
 
+// `next`: the factor of the job after, fetched meanwhile; adapters of a decode step are short cold rows.
 template <class T>
-void scale_row(const ScaleJob& job, int64_t in_features) {
+void scale_row(const ScaleJob& job, const Lane* next, int64_t in_features) {
   using Storage = typename T::Storage;
   const int64_t whole = in_features / T::kPerLane / kVector * kVector;
   const auto* x = static_cast<const Storage*>(job.x);
   if (!job.factor) {
     std::memcpy(job.out, x, in_features * sizeof(Storage));
   } else {
-    for (int64_t k = 0; k < whole; k += kVector)
+    for (int64_t k = 0; k < whole; k += kVector) {
+      if (next) __builtin_prefetch(next + k, 0, 3);
       store(job.out + k, multiply(T{}, load<Lanes>(x + k * T::kPerLane), load<Lanes>(job.factor + k)));
+    }
     const auto* factor = reinterpret_cast<const Storage*>(job.factor);
     for (int64_t k = whole * T::kPerLane; k < in_features; k++)
       from_float(reinterpret_cast<Storage*>(job.out) + k, to_float(x[k]) * to_float(factor[k]));
@@ -84,20 +90,26 @@ class Worker {
     const SlicePlan& plan = pass_.slices[item.slice];
     begin(item);
     const Lane* panel = weight_of(layer_, item);
-    const int64_t blocks = ceil_div(layer_.lanes, kTileLanes);
+    const int64_t blocks = ceil_div(layer_.lanes, kTileLanes), direct = int64_t(plan.direct.size());
+    // The longest run of rows has the most time to fetch the next tile.
+    const ModulatedSegment* longest = nullptr;
+    for (const ModulatedSegment& segment : plan.segments)
+      if (segment.end - segment.begin > (longest ? longest->end - longest->begin : direct)) longest = &segment;
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t first = block * kTileLanes, lanes = std::min(kTileLanes, layer_.lanes - first);
       const Lane* w = panel + first * kPanel;
       block_ = {first, lanes, block > 0, block + 1 == blocks};
-      multiply(plan.direct, 0, int64_t(plan.direct.size()), 0, w, block_.last ? next_item : w + kTileLanes * kPanel);
+      const Lane* next = block_.last ? next_item : w + kTileLanes * kPanel;
+      multiply(plan.direct, 0, direct, 0, w, longest ? nullptr : next);
       for (const ModulatedSegment& segment : plan.segments) {
         const Terms& terms = *segment.terms;
         const Lane* a = terms.a.data() + first * T::kPerLane * terms.rank_lanes;
         const Lane* b = terms.b.data() + item.panel * terms.rank_lanes * kPanel + item.column;
         modulate_tile<T>(w, lanes, a, b, terms.rank_lanes, terms.identity, item.columns, tile_);
-        multiply(plan.modulated, segment.begin, segment.end, int64_t(plan.direct.size()), tile_, nullptr);
+        multiply(plan.modulated, segment.begin, segment.end, direct, tile_, &segment == longest ? next : nullptr);
       }
     }
+    write_out();
   }
 
   static const Lane* weight_of(const Layer& layer, const Item& item) {
@@ -129,9 +141,13 @@ class Worker {
     for (int64_t i = begin; i < end;) {
       const int count = block_rows(end - i);
       float* out = sums_ + (block_.add || !block_.last ? (sums_before + i) * kPanel : 0);
-      for (int r = 0; r < count; r++) x[r] = rows[i + r].x + block_.first;
-      // The next tile is fetched while the last of several blocks of rows computes on this one.
-      const bool fetch = next && i > begin && i + count == end;
+      for (int r = 0; r < count; r++) {
+        x[r] = rows[i + r].x + block_.first;
+                if (block_.last && rows[i + r].component >= 0) fetch(output_side(rows[i + r]));
+
+      }
+      // Fetched while the last block computes; with few rows the hardware's own fetching does better.
+      const bool fetch = i + count == end && end - begin >= kFetchRows;
       multiply_columns<T>(count, x, block_.lanes, w, kPanel, fetch ? next : nullptr, item_.columns, out, block_.add);
       if (block_.last)
         for (int r = 0; r < count; r++) absorb(rows[i + r], out + r * kPanel);
@@ -139,44 +155,60 @@ class Worker {
     }
   }
 
-  // Adds a row's product to its token's sum, scaled by b, and finishes the token at its last row.
-  void absorb(const Row& row, const float* product) {
-    if (row.first && row.last && row.component < 0) return finish(row, product);
-    const Terms& terms = *row.terms;
-    const int lane = row.component / T::kPerLane, half = row.component % T::kPerLane;
-    const Lane* b = terms.b.data() + (item_.panel * terms.rank_lanes + lane) * kPanel + item_.column;
-    for (int c = 0; c < item_.columns; c += kVector) {
-      Floats value = load<Floats>(product + c);
-      if (row.component >= 0) value *= component(T{}, load<Lanes>(b + c), half);
-      store(token_ + c, row.first ? value : load<Floats>(token_ + c) + value);
-    }
-    if (row.last) finish(row, token_);
+  void fetch(const Lane* output_side) const {
+    for (int c = 0; c < item_.columns; c += kLine) __builtin_prefetch(output_side + c, 0, 3);
   }
 
+  const Lane* output_side(const Row& row) const {
+    const int lane = row.component / T::kPerLane;
+    return row.terms->b.data() + (item_.panel * row.terms->rank_lanes + lane) * kPanel + item_.column;
+  }
+
+  // Adds a row's product, scaled by b, to its token's sum; the token's last row finishes it:
   // y = g ∘ [sum + low up] + h ∘ bias, rounded once.
-  void finish(const Row& row, const float* sum) {
+  void absorb(const Row& row, const float* product) {
+    const Lane* b = row.component >= 0 ? output_side(row) : nullptr;
+    const int half = row.component % T::kPerLane;
     const Terms* terms = row.terms;
-    auto* y = static_cast<Storage*>(output_.y) + row.token * output_.stride + column_;
-    const int64_t panel = item_.panel;
-    for (int c = 0; c < valid_; c += kVector) {
-      Floats value = load<Floats>(sum + c), bias = load<Floats>(bias_ + c);
+    Storage* y = done_rows_ + done_ * kPanel;
+    for (int c = 0; c < item_.columns; c += kVector) {
+      Floats value = load<Floats>(product + c);
+      if (b) value *= component(T{}, load<Lanes>(b + c), half);
+      if (!row.first) value += load<Floats>(token_ + c);
+      if (!row.last) {
+        store(token_ + c, value);
+        continue;
+      }
       if (row.low) {
-        const Lane* up = terms->up.data() + panel * terms->low_lanes * kPanel + item_.column + c;
+        const Lane* up = terms->up.data() + item_.panel * terms->low_lanes * kPanel + item_.column + c;
         for (int l = 0; l < terms->low_lanes; l++)
           value = dot(T{}, value, spread(row.low[l]), load<Lanes>(up + l * kPanel));
       }
+      const Floats bias = load<Floats>(bias_ + c);
       if (terms && terms->gain) {
-        const Floats gain = load<Floats>(terms->gain.data() + panel * kPanel + item_.column + c);
+        const Floats gain = load<Floats>(terms->gain.data() + item_.panel * kPanel + item_.column + c);
         value = terms->gain_bias ? gain * (value + bias) : gain * value + bias;
       } else {
         value += bias;
       }
-      if (c + kVector <= valid_) {
-        store_row(y + c, value);
-      } else {
-        for (int i = 0; c + i < valid_; i++) from_float(y + c + i, value[i]);
-      }
+      store_row(y + c, value);
     }
+    if (row.last) {
+      done_tokens_[done_++] = row.token;
+      if (done_ == kDone) write_out();
+    }
+  }
+
+  void write_out() {
+    auto* y = static_cast<Storage*>(output_.y) + column_;
+    for (int i = 0; i < done_; i++) {
+      Storage* to = y + done_tokens_[i] * output_.stride;
+      if (valid_ == kPanel)
+        std::memcpy(to, done_rows_ + i * kPanel, kPanel * sizeof(Storage));
+      else
+        std::memcpy(to, done_rows_ + i * kPanel, valid_ * sizeof(Storage));
+    }
+    done_ = 0;
   }
 
   const Layer& layer_;
@@ -190,6 +222,9 @@ class Worker {
   int valid_ = 0;
   alignas(64) float bias_[kPanel];
   alignas(64) float token_[kPanel];
+  int done_ = 0;
+  int64_t done_tokens_[kDone];
+  alignas(64) Storage done_rows_[kDone * kPanel];
 };
 
 // Panels, the last few split where they would not divide evenly among the threads.
@@ -218,7 +253,8 @@ void run_pass(const Layer& layer, const Output& output, int threads) {
   {
     if (scales) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < scales; i++) scale_row<T>(pass.scale[i], layer.in_features);
+      for (int64_t i = 0; i < scales; i++)
+        scale_row<T>(pass.scale[i], i + 1 < scales ? pass.scale[i + 1].factor : nullptr, layer.in_features);
     }
     if (shrinks) {
 #pragma omp for schedule(static)

@@ -10,9 +10,11 @@ constexpr int kPanel = 64;          // output features of a panel
 constexpr int kNarrow = 16;         // columns of the panels that low-rank `down` factors are packed in
 constexpr int64_t kTileLanes = 1024;  // 256 KiB a tile, a quarter of a usual L2; 576-2048 bfloat16 measured flat
 
+constexpr int64_t kLine = 16;  // lanes of a cache line
+
 // out[r][c] (+)= Σ_k x[r][k] · w[k][c] for R rows and V registers of columns; rows of `out` are kPanel apart.
-// `next`: memory that is wanted soon, fetched at the pace of w, or null. Every R sums in the same order: a row's bits
-// must not depend on its neighbours.
+// `next`: a tile wanted next, fetched at the pace of w, or null. Every R sums in the same order: a row's bits must not
+// depend on its neighbours.
 template <class T, int R, int V>
 void multiply_block(const Lane* const* x, int64_t lanes, const Lane* w, int64_t stride, const Lane* next, float* out,
                     bool add) {
