@@ -355,4 +355,6 @@ def _register_resolver() -> None:
                 return None
             return lora_request(lora_name, 1, str(path)) if (path / "adapter_config.json").is_file() else None
 
+    # vLLM's own resolver of the same directory takes LoRA only and follows names and links out of it.
+    resolver.LoRAResolverRegistry.resolvers.pop("Filesystem Resolver", None)
     resolver.LoRAResolverRegistry.register_resolver("flora directory resolver", FloraDirectoryResolver())

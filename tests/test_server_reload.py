@@ -1,0 +1,112 @@
+"""Adapters that come, change and go while requests run: a request keeps the weights it started with."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engine_support import LOGPROB_TOLERANCE, Answer, Ask
+from server_support import BASE, Client, World, make_ask, make_world, regret, serving, under_load
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+LONG = 160  # tokens: some seconds of streaming
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tiny_model("llama"), tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def client(world: World) -> Iterator[Client]:
+    with serving(world.model, {}, "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2") as client:
+        yield client
+
+
+def publish(world: World, name: str, folder: Path) -> None:
+    """Make `folder` hold the adapter `name`, by replacing the directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(world.adapters[name], folder)
+
+
+class Running:
+    """A long request in the background."""
+
+    def __init__(self, client: Client, model: str, ask: Ask) -> None:
+        self._ask, self._answer = ask, None
+        self._thread = threading.Thread(target=self._run, args=(client, model))
+        self._thread.start()
+        time.sleep(0.3)
+        assert self._thread.is_alive(), "the request must still run when the adapter changes"
+
+    def _run(self, client: Client, model: str) -> None:
+        self._answer = client.ask(model, self._ask.prompt, new=LONG)
+
+    def answer(self) -> Answer:
+        self._thread.join(120)
+        assert self._answer is not None, "the running request failed"
+        return self._answer
+
+
+def test_reload_leaves_running_requests_on_the_old_weights(client: Client, world: World, tmp_path: Path) -> None:
+    folder, ask, oracle = tmp_path / "a", make_ask(1, length=100), world.oracle()
+    publish(world, "flora1", folder)
+    assert client.load("a", folder)[0] == 200
+    running = Running(client, "a", ask)
+    publish(world, "flora2", folder)
+    assert client.load("a", folder, load_inplace=True)[0] == 200
+    # The same prompt: a shared prefix cache would show here.
+    fresh = client.ask("a", ask.prompt)
+    assert oracle.error(world.states["flora2"], ask, fresh) < LOGPROB_TOLERANCE
+    assert regret(oracle, world.states["flora1"], ask, running.answer()) < 1e-3
+    assert client.unload("a")[0] == 200
+
+
+def test_unload_lets_a_running_request_finish(client: Client, world: World, tmp_path: Path) -> None:
+    folder, ask = tmp_path / "b", make_ask(2)
+    publish(world, "hira", folder)
+    client.load("b", folder)
+    running = Running(client, "b", ask)
+    assert client.unload("b")[0] == 200
+    shutil.rmtree(folder)
+    assert "b" not in client.names()
+    assert regret(world.oracle(), world.states["hira"], ask, running.answer()) < 1e-3
+
+
+def test_an_evicted_adapter_outlives_its_directory(client: Client, world: World, tmp_path: Path) -> None:
+    folder, ask, oracle = tmp_path / "c", make_ask(3), world.oracle()
+    publish(world, "flora5", folder)
+    client.load("c", folder)
+    shutil.rmtree(folder)
+    for name in ("flora1", "flora2", "lora"):  # two places in memory: this evicts c
+        client.load(f"other-{name}", world.adapters[name])
+    assert oracle.error(world.states["flora5"], ask, client.ask("c", ask.prompt)) < LOGPROB_TOLERANCE
+    for name in ("c", "other-flora1", "other-flora2", "other-lora"):
+        assert client.unload(name)[0] == 200
+
+
+def test_the_same_name_changing_all_the_time_under_load(client: Client, world: World, tmp_path: Path) -> None:
+    """One name with two live ids would end vLLM's engine; requests of a name never see a third version."""
+    folder, ask, oracle = tmp_path / "d", make_ask(4), world.oracle()
+    client.load("steady", world.adapters["lora"])
+    steady = World(world.model, world.adapters, {**world.states, "steady": world.states["lora"]})
+    with under_load(client, steady, [BASE, "steady"]):
+        for turn in range(8):
+            name = ("flora1", "ia3")[turn % 2]
+            publish(world, name, folder)
+            assert client.load("d", folder)[0] == 200
+            assert oracle.error(world.states[name], ask, client.ask("d", ask.prompt)) < LOGPROB_TOLERANCE
+            assert client.unload("d")[0] == 200
+    client.unload("steady")
+
+
+def test_one_content_under_two_names(client: Client, world: World) -> None:
+    ask, oracle = make_ask(5), world.oracle()
+    for name in ("x", "y"):
+        assert client.load(name, world.adapters["flora2"])[0] == 200
+    assert client.unload("x")[0] == 200
+    assert oracle.error(world.states["flora2"], ask, client.ask("y", ask.prompt)) < LOGPROB_TOLERANCE
+    client.unload("y")
