@@ -7,6 +7,7 @@
     attach.py     which layers of a model can be adapted, and how
     manager.py    worker side: adapters in host memory, slots, the step's mapping
     loader.py     one adapter directory -> what a worker keeps
+    identity.py   the name under which the engine knows one content
     frontend.py   server side: names and identities, load, unload, resolvers
     offline.py    flora_vllm.LLM
 

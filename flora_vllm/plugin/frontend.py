@@ -17,7 +17,7 @@ from typing import Any
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under
 from flora_vllm.plugin.hooks import offers
-from flora_vllm.plugin.loader import identity, split_identity
+from flora_vllm.plugin.identity import identity, split_identity
 from flora_vllm.plugin.options import FloraOptions, options_of
 
 # The engine hands errors on as text only; this finds our message in it.

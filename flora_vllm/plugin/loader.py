@@ -6,7 +6,6 @@ have changed or gone. The copies live in a private temporary directory that ends
 """
 
 import contextlib
-import re
 import shutil
 import tempfile
 import weakref
@@ -23,25 +22,12 @@ from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.reader import examine_files
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
+from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.options import FloraOptions
 from flora_vllm.slots import layer_terms, overflowed
 
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
-
-_IDENTITY = re.compile(r"^(?P<name>.+)@(?P<digest>[0-9a-f]{16})$", re.DOTALL)
-DIGEST_LETTERS = 16
-
-
-def identity(name: str, digest: str) -> str:
-    """The name under which the engine knows this content: `name@digest`."""
-    return f"{name}@{digest[:DIGEST_LETTERS]}"
-
-
-def split_identity(lora_name: str) -> tuple[str, str | None]:
-    """(plain name, digest or None) of an engine-side adapter name."""
-    match = _IDENTITY.match(lora_name)
-    return (match["name"], match["digest"]) if match else (lora_name, None)
 
 
 class AdapterLoader:
