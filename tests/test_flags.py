@@ -1,0 +1,158 @@
+"""The engine flag in all its forms, and what it must not change when it is not given."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_vllm.errors import ConfigError
+from flora_vllm.plugin.options import CarriedOptions, FloraOptions, carried, options_of
+
+# vLLM and what it imports warn in this process.
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Path]) -> str:
+    return str(tiny_model("llama"))
+
+
+def parse(*words: str) -> Any:
+    """EngineArgs as `vllm serve` makes them of a command line."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(words)))
+
+
+def engine_config(engine_args: Any) -> Any:
+    return engine_args.create_engine_config()
+
+
+def test_flags_become_options(model: str) -> None:
+    args = parse("--model", model, "--enable-flora", "--max-flora-rank", "8", "--flora-path", "stacked")
+    assert args.enable_lora
+    assert options_of(args.additional_config) == FloraOptions(8, "stacked", None)
+    assert options_of(engine_config(args).additional_config) == FloraOptions(8, "stacked", None)
+
+
+def test_defaults(model: str) -> None:
+    assert options_of(parse("--model", model, "--enable-flora").additional_config) == FloraOptions()
+
+
+def test_yaml_config(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: {model}\nenable-flora: true\nmax-flora-rank: 4\n")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = AsyncEngineArgs.from_cli_args(parser.parse_args(["serve", "--config", str(file)]))
+    assert options_of(args.additional_config) == FloraOptions(max_rank=4)
+
+
+def test_python_options_imply_lora(model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = engine_config(EngineArgs(model=model, additional_config={"flora": {"path": "modulated"}}))
+    assert config.lora_config is not None
+    assert isinstance(config.additional_config["flora"], CarriedOptions)
+
+
+@pytest.mark.parametrize(
+    ("flora", "word"),
+    [
+        ({"max_ranks": 8}, "max_ranks"),
+        ({"max_rank": 0}, "max_rank"),
+        ({"max_rank": True}, "max_rank"),
+        ({"path": "fast"}, "stacked"),
+        ({"adapter_root": 3}, "adapter_root"),
+        ("on", "mapping"),
+    ],
+)
+def test_bad_options_are_refused(model: str, flora: Any, word: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ConfigError, match=word):
+        engine_config(EngineArgs(model=model, additional_config={"flora": flora}))
+
+
+def test_an_option_without_the_flag_is_refused(model: str) -> None:
+    with pytest.raises(ConfigError, match="--enable-flora"):
+        parse("--model", model, "--max-flora-rank", "8")
+
+
+def test_what_cannot_be_served_exactly_is_refused_at_start(model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ConfigError, match="fully_sharded_loras"):
+        engine_config(EngineArgs(model=model, fully_sharded_loras=True, additional_config={"flora": {}}))
+
+
+def test_without_the_flag_nothing_changes(model: str) -> None:
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker import lora_model_runner_mixin as mixin
+
+    # Another engine of this process uses FLoRA: its replacements are in place.
+    engine_config(EngineArgs(model=model, additional_config={"flora": {}}))
+    plain, lora = (engine_config(EngineArgs(model=model, enable_lora=on)) for on in (False, True))
+    assert plain.lora_config is None
+    assert "flora" not in lora.additional_config
+    assert lora.compilation_config.mode == CompilationMode.NONE, "vLLM's own choice for LoRA on CPU"
+    import torch
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    manager = mixin.LRUCacheWorkerLoRAManager(lora, torch.device("cpu"), {})
+    assert type(manager) is LRUCacheWorkerLoRAManager
+
+
+def test_compile_mode_is_plain_vllms(model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    plain = engine_config(EngineArgs(model=model))
+    flora = engine_config(EngineArgs(model=model, additional_config={"flora": {}}))
+    assert flora.compilation_config.mode == plain.compilation_config.mode
+    assert flora.compilation_config.backend == plain.compilation_config.backend
+
+
+def test_options_install_the_worker_side_where_they_arrive(tmp_path: Path) -> None:
+    """What a worker process does first is read its config; that alone must put our manager in place, or fail."""
+    file = tmp_path / "options.pickle"
+    file.write_bytes(pickle.dumps(carried(FloraOptions(max_rank=3))))
+    script = (
+        "import pickle, sys\n"
+        f"options = pickle.load(open({str(file)!r}, 'rb'))\n"
+        "from vllm.v1.worker import lora_model_runner_mixin as mixin\n"
+        "print(options['max_rank'], mixin.LRUCacheWorkerLoRAManager.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.split() == ["3", "make_worker_manager"], done.stderr
+
+    (tmp_path / "flora_vllm").mkdir()
+    (tmp_path / "flora_vllm" / "__init__.py").write_text("raise ImportError('broken')\n")
+    broken = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert broken.returncode != 0
+    assert "broken" in broken.stderr
+
+
+def test_help_teaches_the_flags() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    text = make_arg_parser(FlexibleArgumentParser()).format_help()
+    for flag in ("--enable-flora", "--max-flora-rank", "--flora-path", "--flora-adapter-root"):
+        assert flag in text
