@@ -94,12 +94,16 @@ def _answer(output: Any) -> Answer:
     return Answer(tuple(output.token_ids), places)
 
 
+_running: list[Path] = []
+
+
 @contextlib.contextmanager
 def running(model: Path, *, flora: bool = True, own_process: bool = False, **options: Any) -> Iterator[Engine]:
     """An engine serving `model` in float32; with `flora` False it is plain vLLM without adapters.
 
     It runs in this process, where tests can look into it, unless `own_process`.
     """
+    assert not _running, "vLLM keeps its process groups in globals: one engine at a time"
     with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}):
         import vllm
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -114,9 +118,11 @@ def running(model: Path, *, flora: bool = True, own_process: bool = False, **opt
         }
         make: Callable[..., Any] = flora_vllm.LLM if flora else vllm.LLM
         llm = make(model=str(model), **(settings | options))
+        _running.append(model)
         try:
             yield Engine(llm)
         finally:
+            _running.clear()
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
@@ -189,10 +195,27 @@ def save_peft_adapter(base: Path, path: Path, config: peft.PeftConfig, seed: int
             if "ia3" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
             else:
-                # Products of two factors of rank r scatter by 0.6.
-                torch.nn.init.normal_(parameter, std=(0.6**2 / config.r) ** 0.25 if "hira" in name else 0.3)
+                # Products of two HiRA factors scatter by 0.6 around the 1 they are added to, those of two LoRA
+                # factors, scaled, about as much as the weights themselves.
+                torch.nn.init.normal_(parameter, std=(0.6**2 / config.r) ** 0.25 if "hira" in name else 0.14)
     model.save_pretrained(path)
     return model.merge_and_unload().state_dict()
+
+
+def write_every_family(model: Path, folder: Path) -> dict[str, Path]:
+    """Adapters of the Llama at `model`, name -> directory: FLoRA of ranks 1 to 8, both reductions, LoRA, IA3, HiRA."""
+    configs = {
+        "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
+        "rslora": peft.LoraConfig(r=8, lora_alpha=4, use_rslora=True, target_modules="all-linear"),
+        "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "hira": peft.HiraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"]),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        save_peft_adapter(model, folder / name, config, seed)
+    base = load(model)
+    for rank in range(1, 9):
+        write_flora_adapter(base, folder / f"flora-{rank}", rank, ("mean", "sum")[rank % 2], seed=rank)
+    return {name: folder / name for name in [*configs, *(f"flora-{rank}" for rank in range(1, 9))]}
 
 
 class Oracle:
@@ -225,6 +248,11 @@ class Oracle:
             for place, served in zip(whole, answer.logprobs, strict=True)
             for token, value in served.items()
         )
+
+
+def oracle_of(base: Path) -> Oracle:
+    """In float64, so that the differences are the engine's alone."""
+    return Oracle(load(base).double())
 
 
 def difference(one: Answer, other: Answer) -> float:

@@ -96,7 +96,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def _serve(architecture: str, folder: Path) -> Served:
     model = TINY_MODELS[architecture](folder / "model")
-    served = Served(architecture, model, Oracle(support.load(model)))
+    served = Served(architecture, model, support.oracle_of(model))
     paths = _write_adapters(served, folder)
     asks = [(label, Ask(SHARED_PROMPT, path)) for label, path in paths.items()]
     asks += [(label, Ask(support.prompt(5 + i, seed=i), path)) for i, (label, path) in enumerate(paths.items())]
@@ -140,7 +140,7 @@ def test_the_merged_checkpoint_in_plain_vllm_answers_alike(served, tmp_path):
 def test_swapping_the_two_factors_is_noticed(tmp_path):
     """On a square layer both orders of the factors fit, so only the numbers can tell; elsewhere the shapes do."""
     model = TINY_MODELS["llama"](tmp_path / "model")
-    oracle = Oracle(support.load(model))
+    oracle = support.oracle_of(model)
     base = support.load(model)
     square = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]
     right = support.write_flora_adapter(base, tmp_path / "right", 3, "mean", seed=9, modules=square)

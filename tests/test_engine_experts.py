@@ -44,6 +44,48 @@ def test_experts_are_refused_and_attention_of_the_same_model_is_served(tmp_path)
         with pytest.raises(flora_vllm.AdapterError, match=f"'{expert}' cannot be adapted: .*(MoE|experts)"):
             engine.ask([Ask(support.prompt(9, seed=0), tmp_path / "experts")])
         adapted, plain = engine.ask(asks)
-    oracle = support.Oracle(support.load(model))
+    oracle = support.oracle_of(model)
     assert oracle.error(merged, asks[0], adapted) < support.LOGPROB_TOLERANCE
     assert oracle.error(base.state_dict(), asks[1], plain) < support.LOGPROB_TOLERANCE
+
+
+def _deepseek(path: Path) -> Path:
+    """Dense layers with MLA in the one size of vLLM's CPU kernel: 512 latent and 64 rotary dimensions."""
+    config = transformers.DeepseekV2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        first_k_dense_replace=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=32,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+    )
+    model = transformers.DeepseekV2ForCausalLM(config)
+    randomise(model, seed=0)
+    model.save_pretrained(path)
+    return path
+
+
+def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
+    model = _deepseek(tmp_path / "model")
+    base = support.load(model)
+    others = [name for name in support.linear_modules(base) if not name.endswith("kv_b_proj")]
+    merged = support.write_flora_adapter(base, tmp_path / "others", 3, "mean", seed=1, modules=others)
+    absorbed = "model.layers.1.self_attn.kv_b_proj"
+    factors = (torch.ones(2, 512), torch.ones(base.get_submodule(absorbed).out_features, 2))
+    support.write_unchecked(tmp_path / "absorbed", {absorbed: factors})
+    asks = [Ask(support.prompt(9, seed=0), path) for path in (tmp_path / "others", None)]
+    with support.running(model, max_loras=2) as engine:
+        with pytest.raises(flora_vllm.AdapterError, match=f"'{absorbed}' cannot be adapted: .*absorbed"):
+            engine.ask([Ask(support.prompt(9, seed=0), tmp_path / "absorbed")])
+        adapted, plain = engine.ask(asks)
+    oracle = support.oracle_of(model)
+    assert oracle.error(base.state_dict(), asks[1], plain) < support.LOGPROB_TOLERANCE
+    assert oracle.error(merged, asks[0], adapted) < support.LOGPROB_TOLERANCE

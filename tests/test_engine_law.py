@@ -1,7 +1,6 @@
 """The law of the project: a request gives the same result alone and in any mix, any order, any slot.
 
-Requests of all families share steps with chunked prefills and prefix-cache hits; caches of adapters and of keys and
-values are made too small; directories are swapped, removed and rewritten while the engine runs.
+Requests of all families share steps with chunked prefills and prefix-cache hits; adapters' directories are swapped.
 """
 
 import random
@@ -12,21 +11,12 @@ from pathlib import Path
 from unittest import mock
 
 import engine_support as support
-import peft
 import pytest
 from engine_support import Answer, Ask, Engine
 from tiny_models import tiny_llama
 
-import flora_vllm
-
 pytestmark = support.ENGINE_MARKS
 
-PEFT_CONFIGS = {
-    "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
-    "rslora": peft.LoraConfig(r=8, lora_alpha=4, use_rslora=True, target_modules="all-linear"),
-    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "hira": peft.HiraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"]),
-}
 # Chunked prefill: no prompt below fits a step that 16 requests share. Blocks of 32 tokens: prefixes of 64 are cached.
 SETTINGS = {"max_num_batched_tokens": 48, "max_num_seqs": 32, "block_size": 32, "enable_prefix_caching": True}
 MIXES = 3
@@ -36,8 +26,6 @@ FORCED_FLOOR = 2e-5
 
 @dataclass(frozen=True)
 class World:
-    """`adapters`: name -> directory. Ranks 1-8 of FLoRA, of both reductions, and one or two of each other family."""
-
     model: Path
     adapters: Mapping[str, Path]
     mixes: Sequence[Sequence[Ask]]
@@ -55,14 +43,7 @@ class Recorded:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("law")
     model = tiny_llama(folder / "model")
-    base = support.load(model)
-    adapters = {name: folder / name for name in PEFT_CONFIGS}
-    for seed, (name, config) in enumerate(PEFT_CONFIGS.items()):
-        support.save_peft_adapter(model, folder / name, config, seed)
-    for rank in range(1, 9):
-        name = f"flora-{rank}"
-        adapters[name] = folder / name
-        support.write_flora_adapter(base, folder / name, rank, ("mean", "sum")[rank % 2], seed=rank)
+    adapters = support.write_every_family(model, folder)
     chance = random.Random(0)
     prefixes = [support.prompt(64, seed) for seed in (1, 2)]
     tails = [support.prompt(1 + 4 * i, seed=10 + i) for i in range(10)]
@@ -191,84 +172,3 @@ def test_two_swapped_directories_change_exactly_their_two_requests(world, engine
     assert support.difference(after[1], before[0]) < support.LOGPROB_TOLERANCE
     for old, new in zip(before[2:], after[2:], strict=True):
         assert support.difference(old, new) < support.LOGPROB_TOLERANCE
-
-
-# --- caches that are too small --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small_engine(world: World) -> Iterator[Engine]:
-    """2 slots, 3 adapters in host memory, 10 blocks of 32 tokens for keys and values."""
-    block_bytes = 2 * 2 * 2 * 32 * 32 * 4  # layers x (k, v) x kv heads x head size x tokens x float32
-    options = SETTINGS | {"enable_prefix_caching": False, "max_loras": 2, "max_cpu_loras": 3}
-    with support.running(world.model, kv_cache_memory_bytes=10 * block_bytes, **options) as engine:
-        yield engine
-
-
-def test_more_adapters_than_slots_and_host_places(world, small_engine):
-    adapters = [world.adapters[name] for name in ("flora-1", "lora", "flora-8", "ia3", "hira", "flora-4")]
-    asks = [Ask(support.prompt(6 + i, seed=i), adapter) for i, adapter in enumerate([*adapters, None, *adapters])]
-    alone = [small_engine.ask([ask])[0] for ask in asks]
-    for turn in range(2):
-        answers = small_engine.ask(asks if turn == 0 else asks[::-1])
-        for answer, wanted in zip(answers if turn == 0 else answers[::-1], alone, strict=True):
-            assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
-    manager = small_engine.manager()
-    assert len(manager.list_adapters()) == 3
-    assert sum(index is not None for index in manager.lora_index_to_id) == 2
-
-
-def test_a_preempted_request_continues_as_if_nothing_had_happened(world, small_engine):
-    adapters = [None, world.adapters["flora-8"], world.adapters["lora"], None]
-    asks = [Ask(support.prompt(60, seed=20 + i), adapter) for i, adapter in enumerate(adapters)]
-    alone = [small_engine.ask([ask], tokens=40)[0] for ask in asks]
-    scheduler = small_engine.scheduler()
-    with mock.patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
-        answers = small_engine.ask(asks, tokens=40)
-    assert preempt.call_count > 0
-    for answer, wanted in zip(answers, alone, strict=True):
-        assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
-
-
-def test_an_evicted_adapter_comes_back_from_its_copy(world, small_engine, tmp_path):
-    """Its directory is gone, then another adapter's: the engine keeps serving what it admitted."""
-    ask = Ask(support.prompt(12, seed=30), tmp_path / "mine")
-    shutil.copytree(world.adapters["flora-2"], tmp_path / "mine")
-    before = small_engine.ask([ask])[0]
-    shutil.rmtree(tmp_path / "mine")
-    shutil.copytree(world.adapters["flora-5"], tmp_path / "mine")
-    for name in ("lora", "ia3", "hira"):
-        small_engine.ask([Ask(support.prompt(5, seed=31), world.adapters[name])])
-    number = small_engine.request_for(tmp_path / "mine").lora_int_id
-    assert number not in small_engine.manager().list_adapters()
-    assert support.difference(small_engine.ask([ask])[0], before) < support.LOGPROB_TOLERANCE
-
-
-def test_the_same_id_loaded_in_place_serves_the_new_weights(world, small_engine, tmp_path):
-    ask = Ask(support.prompt(12, seed=32), tmp_path / "mine")
-    shutil.copytree(world.adapters["flora-2"], tmp_path / "mine")
-    old = small_engine.ask([ask])[0]
-    shutil.rmtree(tmp_path / "mine")
-    shutil.copytree(world.adapters["flora-5"], tmp_path / "mine")
-    request = small_engine.request_for(ask.adapter)
-    request.load_inplace = True
-    small_engine.llm.llm_engine.add_lora(request)
-    wanted = small_engine.ask([Ask(ask.prompt, world.adapters["flora-5"])])[0]
-    new = small_engine.ask([ask])[0]
-    assert new.tokens != old.tokens
-    assert support.difference(new, wanted) < support.LOGPROB_TOLERANCE
-
-
-def test_a_faulty_replacement_leaves_the_old_weights_in_place(world, small_engine, tmp_path):
-    ask = Ask(support.prompt(12, seed=33), tmp_path / "mine")
-    shutil.copytree(world.adapters["flora-2"], tmp_path / "mine")
-    old = small_engine.ask([ask])[0]
-    (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(b"torn")
-    request = small_engine.request_for(ask.adapter)
-    request.load_inplace = True
-    with pytest.raises(flora_vllm.AdapterError, match="mine"):
-        small_engine.llm.llm_engine.add_lora(request)
-    assert support.difference(small_engine.ask([ask])[0], old) < support.LOGPROB_TOLERANCE
-    for name in ("lora", "ia3", "hira"):
-        small_engine.ask([Ask(support.prompt(5, seed=31), world.adapters[name])])
-    assert support.difference(small_engine.ask([ask])[0], old) < support.LOGPROB_TOLERANCE

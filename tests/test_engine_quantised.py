@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import engine_support as support
 import peft
@@ -35,54 +36,67 @@ FLORA_RANKS = (1, 5, 8)
 # A layer's input is rounded to 8 bits of its largest value. Where the engine's and the oracle's inputs, which differ by
 # float32 rounding, fall on two sides of a step, that input moves by 1/127 of the largest; the logprobs of 2 layers then
 # move by a few hundredths at most. The adapters move them by several units.
-END_TO_END_TOLERANCE = 5e-2
-# One layer on the same input takes the same steps: only the order of float32 sums differs.
-LAYER_TOLERANCE = 2e-5
+END_TO_END_TOLERANCE = 2e-2
+# One layer on the same input takes the same steps, relative to its largest output: in float32 only the order of sums
+# differs; in bfloat16 the op may round each of the few terms of an output at another place, by 2^-9 of the term each.
+LAYER_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 4 * 2**-9}
 
 
-def quantise(model: Path, path: Path) -> Path:
-    """`model` with its linear layers (not the head) in 8 bits, one scale per output row, as compressed-tensors."""
+def quantise(model: Path, path: Path, bits: int) -> Path:
+    """`model` with its linear layers (not the head) in compressed-tensors' format, one scale per output row.
+
+    8 bits: inputs are quantised too, per token (W8A8). 4 bits: weights only, packed eight to an int32 (W4A16).
+    """
     path.mkdir()
     tensors = load_file(model / "model.safetensors")
     for name in [n for n, t in tensors.items() if t.ndim == 2 and "proj" in n]:
-        weight = tensors[name]
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        tensors[name] = (weight / scale).round().to(torch.int8)
-        tensors[f"{name}_scale"] = scale
+        weight_OI = tensors.pop(name)
+        scale_O1 = weight_OI.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        whole_OI = (weight_OI / scale_O1).round()
+        tensors[f"{name}_scale"] = scale_O1
+        if bits == 8:
+            tensors[name] = whole_OI.to(torch.int8)
+        else:
+            tensors[f"{name}_packed"] = _packed(whole_OI)
+            tensors[f"{name}_shape"] = torch.tensor(weight_OI.shape)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text())
-    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group: dict[str, Any] = {"targets": ["Linear"], "input_activations": None}
+    group["weights"] = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    if bits == 8:
+        group["input_activations"] = group["weights"] | {"strategy": "token", "dynamic": True}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": "int-quantized" if bits == 8 else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
-                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
-            }
-        },
+        "config_groups": {"group_0": group},
     }
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
+def _packed(whole_OI: torch.Tensor) -> torch.Tensor:
+    """Four-bit numbers from -8 to 7, offset by 8, the first of eight in an int32's lowest bits."""
+    nibbles = (whole_OI + 8).to(torch.int64).view(whole_OI.shape[0], whole_OI.shape[1] // 8, 8)
+    words = (nibbles << (4 * torch.arange(8))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 def adapted(
     base: Callable[[torch.Tensor], torch.Tensor], rows: slice, x_TI: torch.Tensor, terms: ModuleTerms | None
 ) -> torch.Tensor:
-    """g ∘ [s Σ_j b_j ∘ W(a_j ∘ x) + s U(V x)] of output features `rows`, W only through `base`."""
-    y_TO = base(x_TI)[:, rows]
+    """g ∘ [s Σ_j b_j ∘ W(a_j ∘ x) + s U(V x)] of output features `rows`, float32, W only through `base`."""
+    y_TO = base(x_TI)[:, rows].float()
     if terms is None:
         return y_TO
     if terms.hadamard is not None:
         h = terms.hadamard
         b_OR = torch.ones(y_TO.shape[1], 1) if h.output_factor is None else h.output_factor
-        products = [b_OR[:, j] * base(h.input_factor[j] * x_TI)[:, rows] for j in range(h.rank)]
+        products = [b_OR[:, j] * base(h.input_factor[j].to(x_TI.dtype) * x_TI)[:, rows] for j in range(h.rank)]
         y_TO = (y_TO if h.identity else 0) + h.scale * sum(products)
     if terms.low_rank is not None:
-        y_TO = y_TO + terms.low_rank.scale * (x_TI @ terms.low_rank.down.T) @ terms.low_rank.up.T
+        y_TO = y_TO + terms.low_rank.scale * (x_TI.float() @ terms.low_rank.down.T) @ terms.low_rank.up.T
     return y_TO if terms.gain is None else y_TO * terms.gain.gain
 
 
@@ -97,6 +111,7 @@ def _parts(layer: str, sizes: Sequence[int]) -> list[tuple[str, slice]]:
 @dataclass(frozen=True)
 class Served:
     quantised: Path
+    dtype: torch.dtype
     adapters: Mapping[str, Path | None]
     asks: Mapping[str, Ask]
     answers: Mapping[str, Answer]
@@ -104,11 +119,14 @@ class Served:
     layer_errors: Mapping[str, float]
 
 
-@pytest.fixture(scope="module")
-def served(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Served:
+@pytest.fixture(scope="module", params=[8, 4])
+def served(
+    request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Served:
     folder = tmp_path_factory.mktemp("quantised")
     model = tiny_model("llama")
-    quantised = quantise(model, folder / "model")
+    quantised = quantise(model, folder / "model", request.param)
+    dtype = torch.float32 if request.param == 8 else torch.bfloat16  # vLLM's 4-bit kernel takes no float32
     adapters: dict[str, Path | None] = {"base": None}
     for rank in FLORA_RANKS:
         adapters[f"flora-{rank}"] = folder / f"flora-{rank}"
@@ -119,13 +137,14 @@ def served(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         adapters[name] = folder / name
         support.save_peft_adapter(model, folder / name, config, seed)
     asks = {name: Ask(support.prompt(6 + i, seed=i), path) for i, (name, path) in enumerate(adapters.items())}
-    with support.running(quantised, max_loras=len(adapters) - 1) as engine:
+    options = {"max_loras": len(adapters) - 1, "dtype": str(dtype).removeprefix("torch.")}
+    with support.running(quantised, **options) as engine:
         answers = dict(zip(asks, engine.ask(list(asks.values())), strict=True))
-        layer_errors = _layer_errors(engine, list(adapters.values()))
-    return Served(quantised, adapters, asks, answers, layer_errors)
+        layer_errors = _layer_errors(engine, list(adapters.values()), dtype)
+    return Served(quantised, dtype, adapters, asks, answers, layer_errors)
 
 
-def _layer_errors(engine: support.Engine, adapters: Sequence[Path | None]) -> dict[str, float]:
+def _layer_errors(engine: support.Engine, adapters: Sequence[Path | None], dtype: torch.dtype) -> dict[str, float]:
     """Each adapted layer of the running engine on one random batch of all adapters against the equation."""
     manager = engine.manager()
     slot_of = {i: slot + 1 for slot, i in enumerate(manager.lora_index_to_id)}
@@ -135,8 +154,8 @@ def _layer_errors(engine: support.Engine, adapters: Sequence[Path | None]) -> di
     for name, layer in manager.attached.layers.items():
         layout = manager.attached.layouts[name]
         assert layer.kernel.implementation == "torch", "a quantised base shows no weight"
-        x_TI = torch.randn(len(slots), layout.in_features, generator=torch.Generator().manual_seed(0))
-        y_TO = layer.kernel.forward(x_TI, None, group_by_slot(slots))
+        x_TI = torch.randn(len(slots), layout.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+        y_TO = layer.kernel.forward(x_TI, None, group_by_slot(slots)).float()
         wanted = torch.cat(
             [
                 torch.cat(
@@ -158,10 +177,12 @@ def _layer_errors(engine: support.Engine, adapters: Sequence[Path | None]) -> di
 def test_each_layer_is_the_equation_around_the_quantised_product(served, record_property):
     record_property("worst", max(served.layer_errors.values()))
     assert len(served.layer_errors) == 8
-    assert max(served.layer_errors.values()) < LAYER_TOLERANCE
+    assert max(served.layer_errors.values()) < LAYER_TOLERANCES[served.dtype]
 
 
 def test_answers_are_those_of_adapters_around_plain_vllms_quantised_layers(served, tiny_model, record_property):
+    if served.dtype != torch.float32:
+        pytest.skip("two layers in bfloat16 agree to 1e-1 only; the test above compares layer by layer")
     errors = {}
     with support.running(served.quantised, flora=False) as engine, torch.no_grad():
         layers = _plain_layers(engine.model())

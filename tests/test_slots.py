@@ -25,9 +25,7 @@ TOLERANCE = 1e-5
 def _terms(out_features: int, rank: int, seed: int, *, bias_gain: bool = False, identity: bool = False) -> ModuleTerms:
     g = torch.Generator().manual_seed(seed)
     return ModuleTerms(
-        Hadamard(
-            torch.randn(rank, IN, generator=g), torch.randn(out_features, rank, generator=g), 1 / rank, identity
-        ),
+        Hadamard(torch.randn(rank, IN, generator=g), torch.randn(out_features, rank, generator=g), 1 / rank, identity),
         LowRank(torch.randn(2, IN, generator=g), torch.randn(out_features, 2, generator=g), 0.5),
         Gain(torch.randn(out_features, generator=g), bias_gain),
     )
@@ -103,9 +101,7 @@ def test_a_fused_checkpoint_module_is_cut_like_its_parts(tp):
         layout = _column_layout("gate_up", children, tp, tp_rank)
         rows = _local_rows(layout)
         args = (x_TI, weight_OI[rows], bias_O[rows])
-        torch.testing.assert_close(
-            _run(layout, {"gate_up": fused}, *args), _run(layout, halves, *args), atol=0, rtol=0
-        )
+        torch.testing.assert_close(_run(layout, {"gate_up": fused}, *args), _run(layout, halves, *args), atol=0, rtol=0)
 
 
 def test_slices_of_a_fused_module_share_one_copy_of_the_input_factor():
@@ -146,13 +142,14 @@ def test_a_part_left_alone_stays_none_and_a_layer_left_alone_is_none():
 
 def test_what_a_slot_gets_is_contiguous_typed_and_has_its_scale_folded():
     layout = _column_layout("qkv", {"q": 8, "k": 4, "v": 4}, 2, 1)
-    whole = _terms(8, 4, 0, identity=True)
+    whole = _terms(8, 4, 0, identity=True, bias_gain=True)
     terms = layer_terms(layout, {"q": whole}, torch.bfloat16)
     assert terms is not None
     part = terms[0]
     assert part is not None
     assert all(t.is_contiguous() and t.dtype == torch.bfloat16 for t in part.tensors())
     assert part.identity
+    assert part.gain_bias
     assert part.rank == 5
     assert whole.hadamard is not None
     assert whole.hadamard.output_factor is not None

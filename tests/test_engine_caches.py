@@ -1,0 +1,111 @@
+"""Caches that are too small: adapters' slots, their places in host memory, and blocks of keys and values.
+
+Whatever was evicted, preempted, removed from disk or replaced in between, an answer is the same as alone.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from unittest import mock
+
+import engine_support as support
+import pytest
+from engine_support import Ask, Engine
+from tiny_models import HEADS, KV_HEADS, LAYERS, WIDTH
+
+import flora_vllm
+
+pytestmark = support.ENGINE_MARKS
+
+BLOCK_TOKENS, BLOCKS = 32, 10
+BLOCK_BYTES = LAYERS * 2 * KV_HEADS * (WIDTH // HEADS) * BLOCK_TOKENS * 4  # keys and values, float32
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return support.write_every_family(tiny_model("llama"), tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model) -> Iterator[Engine]:
+    """2 slots, 3 adapters in host memory, 320 tokens of keys and values."""
+    with support.running(
+        tiny_model("llama"),
+        max_loras=2,
+        max_cpu_loras=3,
+        block_size=BLOCK_TOKENS,
+        kv_cache_memory_bytes=BLOCKS * BLOCK_BYTES,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=48,
+        max_num_seqs=32,
+    ) as engine:
+        yield engine
+
+
+def test_more_adapters_than_slots_and_host_places(adapters, engine):
+    used = [adapters[name] for name in ("flora-1", "lora", "flora-8", "ia3", "hira", "flora-4")]
+    asks = [Ask(support.prompt(6 + i, seed=i), adapter) for i, adapter in enumerate([*used, None, *used])]
+    alone = [engine.ask([ask])[0] for ask in asks]
+    for turn in range(2):
+        answers = engine.ask(asks if turn == 0 else asks[::-1])
+        for answer, wanted in zip(answers if turn == 0 else answers[::-1], alone, strict=True):
+            assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
+    manager = engine.manager()
+    assert len(manager.list_adapters()) == 3
+    assert sum(index is not None for index in manager.lora_index_to_id) == 2
+
+
+def test_a_preempted_request_continues_as_if_nothing_had_happened(adapters, engine):
+    used = [None, adapters["flora-8"], adapters["lora"], None]
+    asks = [Ask(support.prompt(60, seed=20 + i), adapter) for i, adapter in enumerate(used)]
+    alone = [engine.ask([ask], tokens=40)[0] for ask in asks]
+    scheduler = engine.scheduler()
+    with mock.patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
+        answers = engine.ask(asks, tokens=40)
+    assert preempt.call_count > 0
+    for answer, wanted in zip(answers, alone, strict=True):
+        assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
+
+
+def test_an_evicted_adapter_comes_back_from_its_copy(adapters, engine, tmp_path):
+    """Its directory is gone, then another adapter's: the engine keeps serving what it admitted."""
+    ask = Ask(support.prompt(12, seed=30), tmp_path / "mine")
+    shutil.copytree(adapters["flora-2"], tmp_path / "mine")
+    before = engine.ask([ask])[0]
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(adapters["flora-5"], tmp_path / "mine")
+    for name in ("lora", "ia3", "hira"):
+        engine.ask([Ask(support.prompt(5, seed=31), adapters[name])])
+    number = engine.request_for(tmp_path / "mine").lora_int_id
+    assert number not in engine.manager().list_adapters()
+    assert support.difference(engine.ask([ask])[0], before) < support.LOGPROB_TOLERANCE
+
+
+def test_the_same_id_loaded_in_place_serves_the_new_weights(adapters, engine, tmp_path):
+    ask = Ask(support.prompt(12, seed=32), tmp_path / "mine")
+    shutil.copytree(adapters["flora-2"], tmp_path / "mine")
+    old = engine.ask([ask])[0]
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(adapters["flora-5"], tmp_path / "mine")
+    request = engine.request_for(ask.adapter)
+    request.load_inplace = True
+    engine.llm.llm_engine.add_lora(request)
+    wanted = engine.ask([Ask(ask.prompt, adapters["flora-5"])])[0]
+    new = engine.ask([ask])[0]
+    assert new.tokens != old.tokens
+    assert support.difference(new, wanted) < support.LOGPROB_TOLERANCE
+
+
+def test_a_faulty_replacement_leaves_the_old_weights_in_place(adapters, engine, tmp_path):
+    ask = Ask(support.prompt(12, seed=33), tmp_path / "mine")
+    shutil.copytree(adapters["flora-2"], tmp_path / "mine")
+    old = engine.ask([ask])[0]
+    (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(b"torn")
+    request = engine.request_for(ask.adapter)
+    request.load_inplace = True
+    with pytest.raises(flora_vllm.AdapterError, match="mine"):
+        engine.llm.llm_engine.add_lora(request)
+    assert support.difference(engine.ask([ask])[0], old) < support.LOGPROB_TOLERANCE
+    for name in ("lora", "ia3", "hira"):
+        engine.ask([Ask(support.prompt(5, seed=31), adapters[name])])
+    assert support.difference(engine.ask([ask])[0], old) < support.LOGPROB_TOLERANCE
