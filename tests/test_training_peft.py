@@ -14,7 +14,7 @@ from training_support import tiny_gpt2, tiny_llama, two_linears
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
-from flora_vllm.training import FloraConfig, FloraLinear, FloraModel
+from flora_vllm.training import FloraConfig, FloraLinear, FloraModel, layer
 from flora_vllm.training.peft_type import register
 
 CASES = {
@@ -128,11 +128,11 @@ def test_the_server_reads_what_peft_wrote(name, tmp_path):
     adapter = read_adapter(tmp_path)
     assert adapter.family == "FLORA"
     x = torch.randn(3, 10)
-    layer = model.base_model.model.first
+    first = model.base_model.model.first
     terms = adapter.modules["first"].hadamard
     product = terms.scale * terms.output_factor @ terms.input_factor
-    expected = nn.functional.linear(x, layer.base_layer.weight * product, layer.base_layer.bias)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    expected = nn.functional.linear(x, first.base_layer.weight * product, first.base_layer.bias)
+    torch.testing.assert_close(first(x), expected, rtol=1e-5, atol=1e-5)
     assert set(adapter.modules) == ({"first"} if name == "excluded" else {"first", "second"})
 
 
@@ -194,7 +194,9 @@ def test_several_adapters_switch_delete_and_stay_apart():
     assert torch.equal(model(inputs()), first)
 
 
-def test_mixed_batch_is_each_example_alone():
+@pytest.mark.parametrize("modulated", [False, True])
+def test_mixed_batch_is_each_example_alone(modulated, monkeypatch):
+    monkeypatch.setattr(layer, "prefers_modulated", lambda *_args: modulated)
     model = random_adapter(CASES["mean"])
     model.add_adapter("other", FloraConfig(target_modules=["second"], r=2, init_weights=False))
     x, alone = inputs(), {}

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from training_support import WORDS, sentences, tiny_llama, tiny_tokenizer
 from flora_vllm import train_command
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
-from flora_vllm.training import build, checkpoint, loop
+from flora_vllm.training import build, checkpoint, loop, run
 from flora_vllm.training.data import batches, make_blocks, read_documents
 from flora_vllm.training.learning_rate import DEFAULT_LEARNING_RATE
 
@@ -125,7 +126,7 @@ def test_sweep_takes_the_best_rate(base, data, tmp_path, capsys):
     assert command(base, data, tmp_path / "out", "--steps", "10", "--sweep") == 0
     printed = capsys.readouterr().out
     tried = {float(line.split()[2]): float(line.split()[6]) for line in printed.splitlines() if "sweep: rate" in line}
-    assert sorted(tried) == [DEFAULT_LEARNING_RATE * factor for factor in train_command.SWEEP_FACTORS]
+    assert sorted(tried) == [DEFAULT_LEARNING_RATE * factor for factor in run.SWEEP_FACTORS]
     row = json.loads((tmp_path / "out.training" / "log.jsonl").read_text().splitlines()[0])
     assert row["rate"] == min(tried, key=tried.__getitem__)
 
@@ -140,9 +141,10 @@ def test_sweep_takes_the_best_rate(base, data, tmp_path, capsys):
         ("ok", ["--targets", "q_proj,nope"], "'nope' matches no module; linear layers here: .*q_proj"),
         ("ok", ["--targets", ".*nope"], "not found in the base model.*Linear layers here"),
         ("ok", ["--rank", "33"], "too small for rank 33"),
-        ("ok", ["--rank", "0"], "--rank is 0"),
-        ("ok", ["--lr", "-1"], "--lr is -1.0"),
+        ("ok", ["--rank", "0"], "rank is 0"),
+        ("ok", ["--lr", "-1"], "lr is -1.0"),
         ("ok", ["--lr", "0.1", "--sweep"], "leave one out"),
+        ("ok", ["--epochs", "1"], "leave one out"),
         ("ok", ["--method", "ia3", "--rank", "2"], "IA3 has no rank"),
     ],
 )
@@ -206,10 +208,10 @@ def test_help_states_the_rates_that_are_used(capsys):
 
 
 def test_serve_line_raises_the_rank_limits():
-    def line(**fields):
-        values = {"base": "B", "out": checkpoint.Path("o/x"), "method": "flora", "rank": 1, **fields}
-        return train_command.serve_line(argparse.Namespace(**values))
+    def line(ranks, method="flora"):
+        return train_command.serve_line("B", {Path(f"o/{n}"): rank for n, rank in ranks.items()}, method)
 
-    assert line() == "vllm serve B --enable-flora --lora-modules x=o/x"
-    assert "--max-flora-rank 20" in line(rank=20)
-    assert "--max-lora-rank 32" in line(rank=20, method="lora")
+    assert line({"x": 1}) == "vllm serve B --enable-flora --lora-modules x=o/x"
+    assert "--max-flora-rank 20" in line({"x": 20})
+    assert "--max-lora-rank 32" in line({"x": 20}, "lora")
+    assert "--max-loras 2 --lora-modules x=o/x y=o/y" in line({"x": 1, "y": 2})

@@ -73,7 +73,9 @@ def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise ConfigError(f"base model {base} can't be loaded: {error}") from None
     model.config.use_cache = False
     model.requires_grad_(False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    if torch.cuda.is_available():
+        nn.Module.to(model, "cuda")
+    return model, tokenizer
 
 
 def parse_targets(text: str | None) -> Targets:
@@ -83,15 +85,16 @@ def parse_targets(text: str | None) -> Targets:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def add_adapter(model: PreTrainedModel, config: PeftConfig, name: str = "default") -> PeftModel:
     """`get_peft_model`, with an unknown target answered by the names that are there. Raises ConfigError."""
     names = linear_names(model)
-    for target in sorted(config.target_modules or []) if isinstance(config.target_modules, set) else []:
+    targets = getattr(config, "target_modules", None)
+    for target in sorted(targets) if isinstance(targets, set) else []:
         alone = FloraConfig(target_modules=[target])
         if not any(check_target_module_exists(alone, name) for name, _ in model.named_modules()):
             raise ConfigError(f"target {target!r} matches no module; linear layers here: {', '.join(names)}")
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, adapter_name=name)
     except ConfigError:
         raise
     except ValueError as error:

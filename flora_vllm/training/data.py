@@ -8,20 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from flora_vllm.errors import ConfigError
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer used here."""
-
-    eos_token_id: int | None
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
-    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +23,7 @@ class Blocks:
     held_out: torch.Tensor
 
 
-def read_documents(path: Path, tokenizer: Tokenizer) -> list[str]:
+def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The documents at `path`: .jsonl of {"text"} or {"messages"} lines, a directory of text files, or one text file.
 
     Raises ConfigError listing every line or file that can't be used, or saying that there is nothing.
@@ -52,7 +43,12 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def make_blocks(
-    documents: Sequence[str], tokenizer: Tokenizer, length: int, held_out_share: float, seed: int, where: str
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    held_out_share: float,
+    seed: int,
+    where: str,
 ) -> Blocks:
     """Split documents, tokenise and cut into blocks of `length` tokens; what is left over at the end is dropped.
 
@@ -60,7 +56,7 @@ def make_blocks(
     not enough text for one block on each side.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator).tolist()
+    order: list[int] = torch.randperm(len(documents), generator=generator).tolist()
     ids = [_tokenise(documents[i], tokenizer) for i in order]
     if len(documents) >= 20:
         cut = max(1, round(len(ids) * held_out_share))
@@ -101,7 +97,7 @@ def _read_text(file: Path) -> str:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _read_jsonl(path: Path, tokenizer: Tokenizer) -> list[str]:
+def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     documents, faults = [], []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -115,7 +111,7 @@ def _read_jsonl(path: Path, tokenizer: Tokenizer) -> list[str]:
     return documents
 
 
-def _document(line: str, tokenizer: Tokenizer) -> str:
+def _document(line: str, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -129,16 +125,17 @@ def _document(line: str, tokenizer: Tokenizer) -> str:
         from jinja2 import TemplateError
 
         try:
-            return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"the model's chat template refuses the messages ({error})") from None
     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise ConfigError(f'needs "text": a string, or "messages": a list; it has {keys}')
 
 
-def _tokenise(text: str, tokenizer: Tokenizer) -> list[int]:
+def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    end = tokenizer.eos_token_id
+    return [*ids, end] if isinstance(end, int) else list(ids)
 
 
 def _join(ids: Sequence[list[int]]) -> list[int]:

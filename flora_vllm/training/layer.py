@@ -9,6 +9,7 @@ output factor differs by row anyway), which is what `flora_A (r, d_in)` of the c
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,19 @@ class Factor(nn.Module):
     def forward(self) -> torch.Tensor:
         """The weight, as a copy: FSDP may take the parameter's memory away once this module's forward is over."""
         return self.weight.clone()
+
+
+@dataclass(frozen=True, eq=False)
+class BaseProduct:
+    """One call's way to the base layer: `apply` is W without the bias, `weight` is W where it can be read."""
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    bias: torch.Tensor | None
+    dtype: torch.dtype  # of the layer's result
+    weight: torch.Tensor | None = None  # (O, I)
+
+    def finish(self, y: torch.Tensor) -> torch.Tensor:
+        return (y if self.bias is None else y + self.bias).to(self.dtype)
 
 
 class FloraLinear(nn.Module, BaseTunerLayer):
@@ -131,47 +145,78 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             )
 
     def _mixed_batch(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Each example through its own adapter; "__base__" and adapters this layer doesn't have are the base layer."""
+        """Each example through its own adapter; "__base__" and adapters this layer doesn't have are the base layer.
+
+        All examples' scaled inputs go through the base in one call, as the paper batches them, unless an adapter is
+        better off with its scaled weight or drops inputs: then adapter by adapter.
+        """
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows_of.setdefault(name if name in self.flora_A else "__base__", []).append(row)
         order = [row for rows in rows_of.values() for row in rows]
         back = torch.argsort(torch.tensor(order, device=x.device))
-        parts = [self._adapted(x[rows], [name], *args, **kwargs) for name, rows in rows_of.items()]
-        return torch.cat(parts)[back]
+        inputs = {name: x[rows] for name, rows in rows_of.items()}
+        base = self._base_product(x, *args, **kwargs)
+        adapters = [name for name in inputs if name != "__base__"]
+        if self._drops(adapters) or any(self._prefers_modulated(name, inputs[name], base) for name in adapters):
+            return torch.cat([self._adapted(part, [name], *args, **kwargs) for name, part in inputs.items()])[back]
+        return base.finish(torch.cat(self._stacked_together(inputs, base))[back])
+
+    def _stacked_together(self, inputs: dict[str, torch.Tensor], base: BaseProduct) -> list[torch.Tensor]:
+        """Products (without bias) of each adapter's examples, from one base call for all of them."""
+        factors = {name: self.factors(name) for name in inputs if name != "__base__"}
+        scaled = [
+            (x_s * row_I).to(x_s.dtype) if row_I is not None else x_s
+            for name, x_s in inputs.items()
+            for row_I in (factors[name][0] if name in factors else (None,))
+        ]
+        products = iter(base.apply(torch.cat(scaled)).split([len(part) for part in scaled]))
+        results = []
+        for name in inputs:
+            if name not in factors:
+                results.append(next(products))
+                continue
+            terms = [column_O * next(products) for column_O in factors[name][1].T]
+            results.append(sum(terms[1:], start=terms[0]))
+        return results
 
     def _adapted(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         names = [name for name in names if name in self.flora_A]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         dropped = [self.flora_dropout[name](x) for name in names]
-        weight_OI = self._readable_weight()
-        if weight_OI is None:
-            base, bias, dtype = self._opaque_base(x, *args, **kwargs)
-        else:
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            base = partial(nn.functional.linear, weight=weight_OI)
-            bias = self.get_base_layer().get_parameter("bias") if self.get_base_layer().bias is not None else None
-        products = [self._product(name, x_s, base, weight_OI) for name, x_s in zip(names, dropped, strict=True)]
+        base = self._base_product(x, *args, **kwargs)
+        products = [self._product(name, x_s, base) for name, x_s in zip(names, dropped, strict=True)]
         y = sum(products[1:], start=products[0])
         if len(names) > 1 or self._drops(names):
-            y = y + base(x - sum(dropped[1:], start=dropped[0]))
-        return (y if bias is None else y + bias).to(dtype or y.dtype)
+            y = y + base.apply(x - sum(dropped[1:], start=dropped[0]))
+        return base.finish(y)
 
     def _drops(self, names: Sequence[str]) -> bool:
         return self.training and not all(isinstance(self.flora_dropout[name], nn.Identity) for name in names)
 
-    def _product(
-        self, name: str, x: torch.Tensor, base: Callable[[torch.Tensor], torch.Tensor], weight_OI: torch.Tensor | None
-    ) -> torch.Tensor:
-        a_RI, b_OR = self.factors(name)
+    def _prefers_modulated(self, name: str, x: torch.Tensor, base: BaseProduct) -> bool:
+        training = torch.is_grad_enabled() and self._factor(self.flora_A, name).weight.requires_grad
         tokens = x.numel() // self.in_features
-        training = torch.is_grad_enabled() and a_RI.requires_grad
-        if weight_OI is None or not prefers_modulated(tokens, self.r[name], x.device.type, training):
-            return stacked_product(base, x, a_RI, b_OR)
+        return base.weight is not None and prefers_modulated(tokens, self.r[name], x.device.type, training)
+
+    def _product(self, name: str, x: torch.Tensor, base: BaseProduct) -> torch.Tensor:
+        a_RI, b_OR = self.factors(name)
+        if base.weight is None or not self._prefers_modulated(name, x, base):
+            return stacked_product(base.apply, x, a_RI, b_OR)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return modulated_product(weight_OI, x, a_RI, b_OR)
+        return modulated_product(base.weight, x, a_RI, b_OR)
+
+    def _base_product(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> BaseProduct:
+        """How this call applies W: to the weight itself if it can be read, else by calling the base layer."""
+        weight_OI = self._readable_weight()
+        if weight_OI is None:
+            return self._opaque_base(x, *args, **kwargs)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        layer = self.get_base_layer()
+        bias = None if layer.bias is None else layer.get_parameter("bias")
+        return BaseProduct(partial(nn.functional.linear, weight=weight_OI), bias, dtype, weight_OI)
 
     def _readable_weight(self) -> torch.Tensor | None:
         """W as (O, I) if the base layer is nothing but `x W.T + bias` with a weight we can read, else None."""
@@ -186,21 +231,16 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             return None
         return weight.T if isinstance(base, Conv1D) else weight
 
-    def _opaque_base(
-        self, x: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None, torch.dtype | None]:
-        """The base call without its bias, the bias, and the dtype of the result (None: the product's).
-
-        The bias is taken off again in float32, so what is left of it is the rounding of the base call's own output.
-        """
+    def _opaque_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> BaseProduct:
+        """The bias is taken off the call's result in float32: what is left of it is the rounding of that result."""
         bias = getattr(self.get_base_layer(), "bias", "unknown")
         if not (bias is None or (isinstance(bias, torch.Tensor) and not bias.is_meta)):
             with torch.no_grad():  # an affine layer tells its bias at zero
                 bias = self.base_layer(torch.zeros_like(x.reshape(-1, x.shape[-1])[:1]), *args, **kwargs)[0]
         if bias is None:
-            return (lambda z: self.base_layer(z, *args, **kwargs)), None, None
+            return BaseProduct(lambda z: self.base_layer(z, *args, **kwargs), None, x.dtype)
         bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-        return (lambda z: self.base_layer(z, *args, **kwargs) - bias), bias, x.dtype
+        return BaseProduct(lambda z: self.base_layer(z, *args, **kwargs) - bias, bias, x.dtype)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`W_s - W` in the base weight's layout, in the factors' dtype or wider; W is the unmerged weight."""

@@ -106,7 +106,6 @@ def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict
     """One optimizer step of every run; losses by job name and the number of tokens."""
     device = next(model.parameters()).device
     parts = [next(run.batches).to(device) for run in runs]
-    ids = torch.cat(parts)
     names = [run.job.name for run, part in zip(runs, parts, strict=True) for _ in part]
     # Dropout must not depend on what ran before, or a resumed run would differ.
     torch.manual_seed(runs[0].job.settings.seed * 1_000_003 + runs[0].step)
@@ -114,12 +113,7 @@ def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict
         for group in run.optimizer.param_groups:
             group["lr"] = run.job.settings.rate * schedule(run.step, run.job.settings.steps)
     with example_adapters(model, names) if mixed else nullcontext():
-        logits = model(input_ids=ids).logits
-        of_job = [
-            cross_entropy(rows, part) for rows, part in zip(logits.split([len(p) for p in parts]), parts, strict=True)
-        ]
-        torch.stack(of_job).sum().backward()
-    losses = {run.job.name: float(loss.detach()) for run, loss in zip(runs, of_job, strict=True)}
+        losses = dict(zip((run.job.name for run in runs), backward(model, parts), strict=True))
     for run in runs:
         loss = losses[run.job.name]
         norm = nn.utils.clip_grad_norm_(run.factors.values(), MAX_GRADIENT_NORM)
@@ -127,7 +121,17 @@ def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict
             raise DivergedError(_diverged(run, loss, float(norm)))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-    return losses, ids.numel()
+    return losses, sum(part.numel() for part in parts)
+
+
+def backward(model: nn.Module, parts: Sequence[torch.Tensor]) -> list[float]:
+    """One forward over all parts' rows and one backward of the sum of their losses; returns each part's loss."""
+    logits = model(input_ids=torch.cat(list(parts))).logits
+    losses = [
+        cross_entropy(rows, part) for rows, part in zip(logits.split([len(p) for p in parts]), parts, strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+    return [float(loss.detach()) for loss in losses]
 
 
 def _diverged(run: Progress, loss: float, norm: float) -> str:

@@ -1,0 +1,200 @@
+"""One training run from request to published adapter; the command line and the jobs file both end here."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flora_vllm.errors import ConfigError
+from flora_vllm.training.build import METHODS, add_adapter, parse_targets
+from flora_vllm.training.checkpoint import Settings, load_state, log_row, publish_adapter
+from flora_vllm.training.data import Blocks, make_blocks, read_documents
+from flora_vllm.training.learning_rate import warn_if_lora_sized
+from flora_vllm.training.loop import DivergedError, Job, held_out_loss, train
+
+SWEEP_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train, as the user says it; one checked value per option of `flora-vllm train`."""
+
+    base: str
+    data: Path
+    out: Path
+    method: str = "flora"
+    rank: int = 1
+    targets: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    lr: float | None = None
+    batch: int = 4
+    length: int = 256
+    held_out: float = 0.05
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"rank": 1, "steps": 1, "batch": 1, "length": 2, "save_every": 1}
+        faults = [
+            f"{name} is {value}, must be at least {low}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) is not None and value < low
+        ]
+        if self.method not in METHODS:
+            faults.append(f"method is {self.method!r}, allowed are {', '.join(METHODS)}")
+        faults += [
+            f"{name} is {value}, must be above 0"
+            for name, value in (("epochs", self.epochs), ("lr", self.lr))
+            if value is not None and not value > 0
+        ]
+        if self.steps is not None and self.epochs is not None:
+            faults.append("steps and epochs say the same thing; leave one out")
+        if not 0 < self.held_out < 1:
+            faults.append(f"held_out is {self.held_out}, must be between 0 and 1")
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    @property
+    def rate(self) -> float:
+        return self.lr or METHODS[self.method].rate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out losses in nats per token; the adapter's with its factors rounded as they are published."""
+
+    base: float
+    adapter: float
+
+
+def read_blocks(request: Request, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    documents = read_documents(request.data, tokenizer)
+    blocks = make_blocks(documents, tokenizer, request.length, request.held_out, request.seed, str(request.data))
+    print(
+        f"{request.data}: {len(documents)} documents, {blocks.train.numel()} tokens to train on, "
+        f"{blocks.held_out.numel()} held out"
+    )
+    return blocks
+
+
+def settings_of(request: Request, blocks: Blocks, rate: float) -> Settings:
+    epoch = -(-len(blocks.train) // request.batch)
+    return Settings(
+        base=request.base,
+        method=request.method,
+        rank=request.rank,
+        targets=request.targets,
+        data=str(request.data),
+        tokens=blocks.train.numel(),
+        length=request.length,
+        batch=request.batch,
+        steps=request.steps or max(1, round(epoch * (request.epochs or 1))),
+        rate=rate,
+        seed=request.seed,
+    )
+
+
+def attach(request: Request, model: PreTrainedModel) -> PeftModel:
+    """The model with the request's adapter, initialised from its seed."""
+    torch.manual_seed(request.seed)
+    config = METHODS[request.method].config(request.rank, parse_targets(request.targets), model.config.model_type)
+    return add_adapter(model, config)
+
+
+def sweep(request: Request, model: PreTrainedModel, blocks: Blocks) -> float:
+    """A tenth of the run at each of five rates around the method's own; the rate with the lowest held-out loss.
+
+    Raises ConfigError if every rate diverges.
+    """
+    settings = settings_of(request, blocks, request.rate)
+    settings = replace(settings, steps=max(10, settings.steps // 10))
+    losses: dict[float, float] = {}
+    for factor in SWEEP_FACTORS:
+        rate = request.rate * factor
+        adapted = attach(request, model)
+        try:
+            with Bar(settings.steps, 0, f"sweep {rate:g}") as bar:
+                train(adapted, [Job("default", replace(settings, rate=rate), blocks)], seen=bar.seen)
+            losses[rate] = held_out_loss(adapted, blocks.held_out, request.batch)
+            print(f"sweep: rate {rate:g} gives held-out loss {losses[rate]:.4f} after {settings.steps} steps")
+        except DivergedError:
+            print(f"sweep: rate {rate:g} diverges")
+        adapted.unload()
+    if not losses:
+        raise ConfigError(f"every rate of the sweep diverged on {request.data}; is the text what you meant?")
+    return min(losses, key=losses.__getitem__)
+
+
+def train_one(request: Request, model: PreTrainedModel, blocks: Blocks, rate: float) -> Measured:
+    """Train, measure and publish one adapter; goes on from the state beside `request.out` if there is one."""
+    if request.method == "flora":
+        warn_if_lora_sized(rate)
+    settings = settings_of(request, blocks, rate)
+    dtype = next(model.parameters()).dtype
+    adapted = attach(request, model)
+    adapted.print_trainable_parameters()
+    before = load_state(request.out, settings)
+    done = before["step"] if before is not None else 0
+    if done:
+        print(f"going on after step {done} of {settings.steps}")
+    with adapted.disable_adapter():
+        base = held_out_loss(adapted, blocks.held_out, request.batch)
+    try:
+        with Bar(settings.steps, done, "training") as bar:
+            train(
+                adapted, [Job("default", settings, blocks, request.out)], save_every=request.save_every, seen=bar.seen
+            )
+    except DivergedError as error:
+        raise DivergedError(f"{error}. {kept(request.out, settings)}") from None
+    return measure_and_publish(request, adapted, "default", dtype, blocks, base)
+
+
+def measure_and_publish(
+    request: Request, adapted: PeftModel, name: str, dtype: torch.dtype, blocks: Blocks, base: float
+) -> Measured:
+    """Publish the adapter `name`, which is active, in the base model's dtype, and measure exactly that."""
+    for key, parameter in adapted.named_parameters():
+        if f".{name}." in f"{key}." and parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    measured = Measured(base, held_out_loss(adapted, blocks.held_out, request.batch))
+    publish_adapter(adapted, request.out, name, dtype, request.base)
+    log_row(request.out, {"held_out_base": measured.base, "held_out_adapter": measured.adapter})
+    return measured
+
+
+def kept(out: Path, settings: Settings) -> str:
+    """What is left of a run that diverged, in words."""
+    state = load_state(out, settings)
+    if state is None:
+        return "No checkpoint had been written yet"
+    return f"The checkpoint after step {state['step']} was kept; the same command with a lower --lr goes on from it"
+
+
+class Bar:
+    """A progress bar over steps with the smoothed loss and tokens per second since this process began."""
+
+    def __init__(self, steps: int, done: int, label: str, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock, self._start, self._tokens = clock, clock(), 0
+        self._loss: float | None = None
+        self._bar = tqdm(total=steps, initial=done, desc=label, unit="step", file=sys.stderr)
+
+    def seen(self, losses: dict[str, float], tokens: int) -> None:
+        loss = sum(losses.values()) / len(losses)
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self._tokens += tokens
+        rate = self._tokens / (self._clock() - self._start)
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()

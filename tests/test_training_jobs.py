@@ -1,0 +1,104 @@
+"""Many adapters in one batch: the same losses and factors as each alone, and a jobs file's mistakes named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_support import sentences, tiny_llama, tiny_tokenizer
+
+from flora_vllm import train_command
+from flora_vllm.errors import ConfigError
+from flora_vllm.training import jobs
+from flora_vllm.training.run import Request, read_blocks, train_one
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def file(base, tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        lines = [json.dumps({"text": text}) for text in sentences(150, seed)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[: 150 if seed else 100]))
+    path = tmp_path / "jobs.yaml"
+    path.write_text(f"""
+base: {base}
+length: 16
+targets: all-linear
+jobs:
+  - {{data: {tmp_path}/a.jsonl, out: {tmp_path}/a, steps: 6, batch: 2}}
+  - {{data: {tmp_path}/b.jsonl, out: {tmp_path}/b, steps: 9, batch: 3, rank: 3, lr: 4e-3, seed: 7}}
+""")
+    return path
+
+
+def losses(out) -> list[float]:
+    lines = (out.parent / f"{out.name}.training" / "log.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_together_is_each_alone(file, tmp_path, capsys):
+    requests = jobs.read_jobs(file)
+    report = jobs.train_together(requests)
+    assert report.seconds > 0
+    assert report.alone_s > 0
+    for request in requests:
+        alone = Request(**{**vars(request), "out": tmp_path / "alone" / request.out.name})
+        model, tokenizer = tiny_llama(), tiny_tokenizer()
+        measured = train_one(alone, model, read_blocks(alone, tokenizer), alone.rate)
+        # Rows of a GEMM are summed in another order in a larger batch: float32 ulps, grown by at most 9 Adam steps
+        # (the first of which divides a gradient by its own size) of 8e-3.
+        assert losses(request.out) == pytest.approx(losses(alone.out), rel=1e-4)
+        assert report.measured[request.out].adapter == pytest.approx(measured.adapter, rel=1e-4)
+        assert report.measured[request.out].base == pytest.approx(measured.base, rel=1e-6)
+        assert len(losses(request.out)) == request.steps
+    capsys.readouterr()
+
+
+def test_command_trains_all_and_prints_one_serve_line(file, tmp_path, base, capsys):
+    assert train_command.main(["--jobs", str(file)]) == 0
+    printed = capsys.readouterr().out
+    serve = f"vllm serve {base} --enable-flora --max-loras 2 --lora-modules a={tmp_path}/a b={tmp_path}/b"
+    assert serve in printed
+    assert "together; one job after another" in printed
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert {t.shape[0] for name, t in a.items() if "flora_A" in name} == {1}
+    assert {t.shape[0] for name, t in b.items() if "flora_A" in name} == {3}
+    assert not torch.equal(
+        *(t["base_model.model.model.layers.0.self_attn.q_proj.flora_B.weight"][:, :1] for t in (a, b))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("jobs: []", "needs base: MODEL and jobs"),
+        ("base: m\njobs: [{data: d, out: o, speed: 3}]", "job 1: unknown 'speed'; known: base, data"),
+        ("base: m\njobs: [{data: d}]", "job 1: out must be given"),
+        ("base: m\njobs: [{data: d, out: o}, {data: e, out: o}]", "two jobs write to o"),
+        ("base: m\njobs: [{data: d, out: o, rank: 1.5}]", "rank is 1.5, must be a whole number"),
+        ("base: m\njobs: [{data: d, out: o, lr: fast}]", "lr is 'fast', must be a number"),
+        ("base: m\njobs: [{data: d, out: o, length: 8}]", "length must be the same for all jobs"),
+        ("base: m\nmethod: lora\njobs: [{data: d, out: o}]", "only method flora"),
+        ("base: m\njobs: [3]", "job 1: is 3"),
+        ("a: [", "can't be read"),
+    ],
+)
+def test_mistakes_in_a_jobs_file_are_named(text, words, tmp_path):
+    path = tmp_path / "jobs.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        jobs.read_jobs(path)
+
+
+def test_jobs_and_single_run_options_do_not_mix(file, capsys):
+    assert train_command.main(["--jobs", str(file), "--rank", "2"]) == 1
+    assert "leave out --rank" in capsys.readouterr().err
+    assert train_command.main([]) == 1
+    assert "give BASE DATA OUT, or --jobs FILE" in capsys.readouterr().err
