@@ -122,6 +122,7 @@ FAULTS: list[tuple[Callable[[Path], object], list[str]]] = [
 @pytest.fixture
 def faulty(world: World, root: Path) -> Iterator[Path]:
     folder = root / "faulty"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(world.adapters["flora2"], folder)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
