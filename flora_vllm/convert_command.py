@@ -1,0 +1,193 @@
+"""`flora-vllm convert`: the command's arguments and body; the work is in training/fit.py and training/convert.py."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flora_vllm.errors import AdapterError, ConfigError, FloraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from flora_vllm.adapter import Adapter
+    from flora_vllm.training.fit import Factors, Fit
+
+EXAMPLES = """\
+examples:
+  flora-vllm convert --from-lora ./SmolLM2-135M ./adapters/haiku ./adapters/haiku-flora --rank 8 --text poems.jsonl
+  flora-vllm convert --from-lora ./SmolLM2-135M ./adapters/haiku ./haiku-flora --rank 4 --text poems.jsonl --distill 100
+  flora-vllm convert --from-ia3 ./SmolLM2-135M ./adapters/poet-ia3 ./adapters/poet
+
+LoRA adds to the weights, FLoRA multiplies them: the fit is an approximation, and often a poor one. What it loses is
+reported per layer, and with --text end to end, as the share of the LoRA's effect that is gone: 0 is the same adapter,
+1 is none at all. More than --max-lost and nothing is written. --distill then moves the factors towards the LoRA's
+answers on the text. IA3 converts exactly, or is refused: where it scales a bias, FLoRA can't follow.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Turn an adapter of another family into FLoRA."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    family = parser.add_mutually_exclusive_group(required=True)
+    family.add_argument("--from-lora", action="store_true", help="ADAPTER is LoRA")
+    family.add_argument("--from-ia3", action="store_true", help="ADAPTER is IA3")
+    parser.add_argument("base", metavar="BASE", help="model directory or hub id")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write the FLoRA adapter to")
+    parser.add_argument("--rank", type=int, default=4, help="FLoRA's rank for --from-lora (default: 4)")
+    parser.add_argument("--text", type=Path, help="measure and weigh the fit on this text (as `train` reads it)")
+    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="steps after the fit; needs --text")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak rate of --distill (default: 2e-3)")
+    parser.add_argument("--batch", type=int, default=4, help="blocks in a batch (default: 4)")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a block (default: 256)")
+    parser.add_argument("--max-lost", type=float, default=0.5, help="largest lost share that is written (default: 0.5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when OUT holds the adapter, 1 with the reason on stderr otherwise."""
+    try:
+        _check(args)
+        if args.from_ia3:
+            _from_ia3(args)
+        else:
+            _from_lora(args)
+    except (FloraError, OSError) as error:
+        print(f"flora-vllm convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    faults = [
+        f"--{name} is {getattr(args, name)}, must be at least {low}"
+        for name, low in (("rank", 1), ("distill", 0), ("batch", 1), ("length", 2))
+        if getattr(args, name) < low
+    ]
+    if not args.max_lost > 0:
+        faults.append(f"--max-lost is {args.max_lost}, must be above 0")
+    if not args.lr > 0:
+        faults.append(f"--lr is {args.lr}, must be above 0")
+    if args.distill and args.text is None:
+        faults.append("--distill learns from the LoRA's answers on a text; give --text")
+    if args.from_ia3 and args.text is not None:
+        faults.append("--text is for --from-lora; IA3 converts exactly or not at all")
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _read(args: argparse.Namespace, family: str) -> tuple["Adapter", "PreTrainedModel", "PreTrainedTokenizerBase"]:
+    from flora_vllm.formats import read_adapter
+    from flora_vllm.training.build import load_base
+
+    adapter = read_adapter(args.adapter)
+    if adapter.family != family:
+        raise AdapterError(f"{args.adapter}: the adapter is {adapter.family}, not {family}")
+    return adapter, *load_base(args.base)
+
+
+def _from_ia3(args: argparse.Namespace) -> None:
+    from flora_vllm.training.convert import linear_weights
+    from flora_vllm.training.fit import ia3_factors
+
+    adapter, model, _ = _read(args, "IA3")
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in linear_weights(model, adapter.modules).items()}
+    biased = {name for name in shapes if getattr(model.get_submodule(name), "bias", None) is not None}
+    _write(args, ia3_factors(adapter, shapes, biased))
+    print(f"{len(shapes)} modules converted exactly: {args.out}")
+
+
+def _from_lora(args: argparse.Namespace) -> None:
+    from flora_vllm.training.convert import input_energy, linear_weights
+    from flora_vllm.training.data import make_blocks, read_documents
+    from flora_vllm.training.fit import fit_lora
+
+    adapter, model, tokenizer = _read(args, "LORA")
+    weights = linear_weights(model, adapter.modules)
+    if args.text is None:
+        fit = fit_lora(adapter, weights, args.rank)
+        _report_layers(fit)
+        _refuse_if_lost(args, fit.total_lost, "of the update's weight")
+        _write(args, fit.factors)
+        print(f"wrote {args.out}; no --text was given, so what it does to the model's answers was not measured")
+        return
+    documents = read_documents(args.text, tokenizer)
+    blocks = make_blocks(documents, tokenizer, args.length, 0.2, 0, str(args.text))
+    energy = input_energy(model, list(adapter.modules), blocks.train[:64], args.batch)
+    fit = fit_lora(adapter, weights, args.rank, energy)
+    _report_layers(fit)
+    factors, lost = _measure(args, model, fit.factors, blocks.train, blocks.held_out)
+    _refuse_if_lost(args, lost, "of the LoRA's effect on the text")
+    _write(args, factors)
+    print(f"wrote {args.out}")
+
+
+def _report_layers(fit: "Fit") -> None:
+    width = max(map(len, fit.lost))
+    print("lost share of each layer's update (0 exact, 1 nothing left):")
+    for name, share in sorted(fit.lost.items(), key=lambda item: item[1]):
+        print(f"  {name:<{width}}  {share:.3f}")
+    print(f"  {'all layers':<{width}}  {fit.total_lost:.3f}")
+
+
+def _measure(
+    args: argparse.Namespace, model: "PreTrainedModel", factors: "Factors", train: "Tensor", held_out: "Tensor"
+) -> "tuple[Factors, float]":
+    """Distil if asked, then print perplexities; returns the factors and the lost share of the LoRA's effect."""
+    from copy import deepcopy
+
+    from peft import PeftModel
+
+    from flora_vllm.training.convert import as_flora, distill, factors_of, mean_divergence
+    from flora_vllm.training.loop import held_out_loss
+    from flora_vllm.training.run import Bar
+
+    teacher = PeftModel.from_pretrained(deepcopy(model), args.adapter).eval()
+    student = as_flora(model, factors).eval()
+
+    def lost() -> float:
+        return mean_divergence(teacher, student, held_out, args.batch) / effect
+
+    with student.disable_adapter():
+        effect = mean_divergence(teacher, student, held_out, args.batch)
+        base = held_out_loss(student, held_out, args.batch)
+    if not effect > 0:
+        raise AdapterError(f"{args.adapter} does not change the model's answers on {args.text}; nothing to measure")
+    share = lost()
+    print(f"lost share of the LoRA's effect on held-out text: {share:.3f} after the fit")
+    if args.distill:
+        with Bar(args.distill, 0, "distilling") as bar:
+            distill(teacher, student, train, steps=args.distill, rate=args.lr, batch=args.batch, seen=bar.seen)
+        share = lost()
+        print(f"lost share of the LoRA's effect on held-out text: {share:.3f} after {args.distill} steps")
+    losses = {"base": base, "LoRA": held_out_loss(teacher, held_out, args.batch)}
+    losses["FLoRA"] = held_out_loss(student, held_out, args.batch)
+    print("perplexity on held-out text: " + ", ".join(f"{name} {math.exp(v):.3f}" for name, v in losses.items()))
+    return factors_of(student, factors), share
+
+
+def _refuse_if_lost(args: argparse.Namespace, lost: float, what: str) -> None:
+    if not lost <= args.max_lost:
+        raise AdapterError(
+            f"rank {args.rank} loses {lost:.0%} {what}, more than --max-lost {args.max_lost:.0%} allows: nothing was "
+            "written. Try a larger --rank or --distill, or train FLoRA on the LoRA's data with `flora-vllm train`"
+        )
+
+
+def _write(args: argparse.Namespace, factors: "Factors") -> None:
+    from flora_vllm.formats import write_flora
+
+    write_flora(args.out, factors, reduction="sum", base_model=args.base)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="flora-vllm convert")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
