@@ -1,7 +1,7 @@
 """What an adapted linear costs: our op against vLLM's linear, its LoRA and the paper's stacking, mix by mix.
 
     python benchmarks/bench_ops.py --quick      bfloat16, two layer shapes, under four minutes
-    python benchmarks/bench_ops.py              all shapes and both dtypes; appends to benchmarks/results/ops.jsonl
+    python benchmarks/bench_ops.py              all shapes and ranks; appends to benchmarks/results/ops.jsonl
 
 One pinned thread. Every call meets a cold W: it rotates over copies that together exceed the last cache. Candidates of
 a mix take turns in one loop, so that a change of the machine's mood meets all of them; medians of thread CPU time.
@@ -284,12 +284,14 @@ def keys(medians: dict, shapes) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="bfloat16, 576x1536 and 2048x2048; writes no rows")
-    quick = parser.parse_args().quick
+    parser.add_argument("--float32", action="store_true", help="float32 as well; the summary stays bfloat16's")
+    options = parser.parse_args()
+    quick = options.quick
     torch.set_num_threads(1)
     shapes = SHAPES[:2] if quick else SHAPES
-    dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
+    dtypes = [torch.bfloat16, torch.float32] if options.float32 else [torch.bfloat16]
     with torch.inference_mode():
-        rows, medians = run(quick, dtypes, shapes, MIXES, budget_s=5.0 if quick else 20.0)
+        rows, medians = run(quick, dtypes, shapes, MIXES, budget_s=5.0 if quick else 6.0)
     result = keys(medians, shapes) | {"quick": quick}
     if not quick:
         harness.append_rows(harness.RESULTS / "ops.jsonl", [*rows, harness.environment() | {"bench": "ops"} | result])
