@@ -13,6 +13,8 @@ import flora_vllm
 
 pytestmark = support.ENGINE_MARKS
 
+PROMPT = support.prompt(9, seed=0)
+
 
 def _mixtral(path: Path) -> Path:
     config = transformers.MixtralConfig(
@@ -32,19 +34,33 @@ def _mixtral(path: Path) -> Path:
     return path
 
 
-def test_experts_are_refused_and_attention_of_the_same_model_is_served(tmp_path):
+def _refuse(engine: support.Engine, folder: Path, module: str, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+    support.write_unchecked(folder / "refused", {module: factors})
+    with pytest.raises(flora_vllm.AdapterError, match=f"'{module}' cannot be adapted: .*(experts|absorbed)"):
+        engine.ask([Ask(PROMPT, folder / "refused")])
+
+
+def test_experts_are_refused(tmp_path):
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
+    with support.running(_mixtral(tmp_path / "model"), max_loras=2) as engine:
+        _refuse(engine, tmp_path, expert, (torch.ones(2, WIDTH), torch.ones(FEED_FORWARD, 2)))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AttributeError,
+    reason="vLLM 0.32 builds experts for its Triton LoRA kernels wherever LoRA is on (FusedMoEConfig.is_lora_enabled), "
+    "and no CPU has those, so not even base requests of a mixture of experts are served there",
+)
+def test_attention_beside_experts_is_served(tmp_path):
     model = _mixtral(tmp_path / "model")
     base = support.load(model)
     attention = [name for name in support.linear_modules(base) if "self_attn" in name]
     merged = support.write_flora_adapter(base, tmp_path / "attention", 3, "mean", seed=1, modules=attention)
-    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
-    support.write_unchecked(tmp_path / "experts", {expert: (torch.ones(2, WIDTH), torch.ones(FEED_FORWARD, 2))})
-    asks = [Ask(support.prompt(9, seed=0), path) for path in (tmp_path / "attention", None)]
+    asks = [Ask(PROMPT, path) for path in (tmp_path / "attention", None)]
     with support.running(model, max_loras=2) as engine:
-        with pytest.raises(flora_vllm.AdapterError, match=f"'{expert}' cannot be adapted: .*(MoE|experts)"):
-            engine.ask([Ask(support.prompt(9, seed=0), tmp_path / "experts")])
         adapted, plain = engine.ask(asks)
-    oracle = support.oracle_of(model)
+    oracle = support.Oracle(support.load(model))  # transformers' experts take no float64
     assert oracle.error(merged, asks[0], adapted) < support.LOGPROB_TOLERANCE
     assert oracle.error(base.state_dict(), asks[1], plain) < support.LOGPROB_TOLERANCE
 
@@ -80,12 +96,18 @@ def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
     merged = support.write_flora_adapter(base, tmp_path / "others", 3, "mean", seed=1, modules=others)
     absorbed = "model.layers.1.self_attn.kv_b_proj"
     factors = (torch.ones(2, 512), torch.ones(base.get_submodule(absorbed).out_features, 2))
-    support.write_unchecked(tmp_path / "absorbed", {absorbed: factors})
-    asks = [Ask(support.prompt(9, seed=0), path) for path in (tmp_path / "others", None)]
+    # Plain vLLM is the oracle, one request at a time: its MLA on CPU differs from transformers, and from itself in a
+    # batch of two, also without adapters.
+    expected = []
+    base.save_pretrained(tmp_path / "base")
+    base.load_state_dict(dict(merged))
+    base.save_pretrained(tmp_path / "merged")
+    for checkpoint in ("base", "merged"):
+        with support.running(tmp_path / checkpoint, flora=False) as engine:
+            expected += engine.ask([Ask(PROMPT)])
     with support.running(model, max_loras=2) as engine:
-        with pytest.raises(flora_vllm.AdapterError, match=f"'{absorbed}' cannot be adapted: .*absorbed"):
-            engine.ask([Ask(support.prompt(9, seed=0), tmp_path / "absorbed")])
-        adapted, plain = engine.ask(asks)
-    oracle = support.oracle_of(model)
-    assert oracle.error(base.state_dict(), asks[1], plain) < support.LOGPROB_TOLERANCE
-    assert oracle.error(merged, asks[0], adapted) < support.LOGPROB_TOLERANCE
+        _refuse(engine, tmp_path, absorbed, factors)
+        served = [engine.ask([Ask(PROMPT, path)])[0] for path in (None, tmp_path / "others")]
+    assert served[0].tokens != served[1].tokens
+    for answer, wanted in zip(served, expected, strict=True):
+        assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
