@@ -1,5 +1,8 @@
 """With FLoRA on, the engine compiles as plain vLLM does, and compiled code serves what eager code serves."""
 
+from pathlib import Path
+from typing import Any
+
 import engine_support as support
 import peft
 import pytest
@@ -11,7 +14,7 @@ pytestmark = [*support.ENGINE_MARKS, pytest.mark.slow]
 def _compilation(model, *, flora: bool):
     from vllm.engine.arg_utils import EngineArgs
 
-    more = {"additional_config": {"flora": {}}} if flora else {}
+    more: dict[str, Any] = {"additional_config": {"flora": {}}} if flora else {}
     config = EngineArgs(model=str(model), dtype="float32", skip_tokenizer_init=True, **more).create_engine_config()
     return config.compilation_config
 
@@ -27,7 +30,7 @@ def test_compiled_code_serves_what_eager_code_serves(tiny_model, tmp_path, monke
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     model = tiny_model("llama")
     base = support.load(model)
-    states = {None: base.state_dict()}
+    states: dict[Path | None, support.State] = {None: base.state_dict()}
     for rank in (1, 8):
         path = tmp_path / f"flora-{rank}"
         states[path] = support.write_flora_adapter(base, path, rank, "mean", seed=rank)

@@ -95,7 +95,7 @@ def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
     others = [name for name in support.linear_modules(base) if not name.endswith("kv_b_proj")]
     merged = support.write_flora_adapter(base, tmp_path / "others", 3, "mean", seed=1, modules=others)
     absorbed = "model.layers.1.self_attn.kv_b_proj"
-    factors = (torch.ones(2, 512), torch.ones(base.get_submodule(absorbed).out_features, 2))
+    factors = (torch.ones(2, 512), torch.ones(support.linear_modules(base)[absorbed].out_features, 2))
     # Plain vLLM is the oracle, one request at a time: its MLA on CPU differs from transformers, and from itself in a
     # batch of two, also without adapters.
     expected = []

@@ -45,7 +45,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(
-    scope="module", params=[("native", "auto"), ("native", "stacked"), ("torch", "stacked"), ("torch", "modulated")]
+    scope="module",
+    params=[("native", "auto"), ("native", "stacked"), ("torch", "stacked"), ("torch", "modulated")],
+    ids="-".join,
 )
 def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
     implementation, path = request.param

@@ -94,7 +94,7 @@ def adapted(
         h = terms.hadamard
         b_OR = torch.ones(y_TO.shape[1], 1) if h.output_factor is None else h.output_factor
         products = [b_OR[:, j] * base(h.input_factor[j].to(x_TI.dtype) * x_TI)[:, rows] for j in range(h.rank)]
-        y_TO = (y_TO if h.identity else 0) + h.scale * sum(products)
+        y_TO = torch.stack(products).sum(0) * h.scale + (y_TO if h.identity else 0)
     if terms.low_rank is not None:
         y_TO = y_TO + terms.low_rank.scale * (x_TI.float() @ terms.low_rank.down.T) @ terms.low_rank.up.T
     return y_TO if terms.gain is None else y_TO * terms.gain.gain
@@ -202,7 +202,8 @@ def _plain_layers(model: torch.nn.Module) -> dict[str, PlainLayer]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
-            for part, rows in _parts(name, module.output_partition_sizes):
+            sizes: Any = module.output_partition_sizes
+            for part, rows in _parts(name, sizes):
                 found[part] = (lambda x_TI, layer=module: layer.quant_method.apply(layer, x_TI, None), rows)
     return found
 
@@ -215,8 +216,8 @@ def _around(
         base, rows = layers[name]
         terms = modules.get(name)
 
-        def forward(x, base=base, rows=rows, terms=terms):
-            return adapted(base, rows, x.reshape(-1, x.shape[-1]), terms).view(*x.shape[:-1], -1)
+        def forward(input, base=base, rows=rows, terms=terms):  # noqa: A002 - torch's name
+            return adapted(base, rows, input.reshape(-1, input.shape[-1]), terms).view(*input.shape[:-1], -1)
 
         module.forward = forward
     return model

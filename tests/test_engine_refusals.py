@@ -77,7 +77,7 @@ def _torn(path: Path, _model: Path) -> None:
 
 def _peft(**options) -> Callable[[Path, Path], None]:
     def save(path: Path, model: Path) -> None:
-        peft.get_peft_model(support.load(model), peft.LoraConfig(**options)).save_pretrained(path)
+        peft.get_peft_model(support.load(model), peft.LoraConfig(**options)).save_pretrained(str(path))
 
     return save
 
@@ -122,7 +122,9 @@ def test_a_bad_adapter_is_refused_by_name_and_others_are_served(engine, good, ex
 
 def test_all_faults_come_at_once(engine, tmp_path):
     path = tmp_path / "worst"
-    parts = dict.fromkeys((Q_PROJ, "model.layers.9.mlp.up_proj", "lm_head"), (torch.ones(5, WIDTH), torch.ones(32, 5)))
+    parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = dict.fromkeys(
+        (Q_PROJ, "model.layers.9.mlp.up_proj", "lm_head"), (torch.ones(5, WIDTH), torch.ones(32, 5))
+    )
     support.write_unchecked(path, parts)
     with pytest.raises(flora_vllm.AdapterError, match="4 faults") as refusal:
         engine.ask([Ask(PROMPT, path)])
