@@ -186,7 +186,7 @@ def write_unchecked(path: Path, modules: Mapping[str, tuple[torch.Tensor, torch.
     save_file(tensors, path / "adapter_model.safetensors")
 
 
-def save_peft_adapter(base: Path, path: Path, config: peft.PeftConfig, seed: int) -> State:
+def save_peft_adapter(base: Path, path: Path, config: Any, seed: int) -> State:
     """An adapter of PEFT's with random factors, saved by PEFT at `path`; the weights of PEFT's own merge."""
     torch.manual_seed(seed)
     model = peft.get_peft_model(load(base), config)
@@ -198,7 +198,7 @@ def save_peft_adapter(base: Path, path: Path, config: peft.PeftConfig, seed: int
                 # Products of two HiRA factors scatter by 0.6 around the 1 they are added to, those of two LoRA
                 # factors, scaled, about as much as the weights themselves.
                 torch.nn.init.normal_(parameter, std=(0.6**2 / config.r) ** 0.25 if "hira" in name else 0.14)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     return model.merge_and_unload().state_dict()
 
 
