@@ -242,10 +242,11 @@ def run(quick: bool, dtypes: list[torch.dtype], shapes, mixes, budget_s: float) 
     setup = harness.environment() | {"bench": "ops", "threads": 1, "core": harness.pin_to_one_core()}
     for dtype in dtypes:
         for shape in shapes:
-            bench = Bench(*shape, dtype)
+            bench = Bench(shape[0], shape[1], dtype)
             check_op(bench)
             rule = {"constant": round(bench.rule.constant, 1), "slope": round(bench.rule.slope, 2)}
-            harness.progress(f"{dtype} {shape[0]}x{shape[1]}: op correct, {len(bench.ours)} cold copies, rule {rule}")
+            what = f"{dtype} {bench.in_features}x{bench.out_features}"
+            harness.progress(f"{what}: op correct, {len(bench.ours)} cold copies, rule {rule}")
             for mix in mixes:
                 wanted = wanted_candidates(mix, quick)
                 # A mix with slow candidates needs as many turns as the others.

@@ -133,6 +133,7 @@ def test_a_nan_reaches_only_its_own_rows(implementation, path):
     x_TI, segments = case.tensor(14, 37), group_by_slot(slot_T)
     expected = case.make(implementation, path).forward(x_TI, case.bias_O, segments)
     x_TI[6] = torch.nan
+    assert case.slots[2] is not None
     case.slots[2] = tuple(
         None
         if part is None
@@ -191,6 +192,8 @@ def test_torch_path_has_gradients():
     for path in ("stacked", "modulated"):
         y_TO = case.make("torch", path).forward(x_TI, case.bias_O, group_by_slot([0] * 2 + [1] * 10))
         gradients = torch.autograd.grad(y_TO.square().sum(), list(terms.tensors()))
+        assert terms.b_RO is not None
+        assert terms.down_RI is not None
         W = case.weight_OI * (1 + terms.b_RO.T @ terms.a_RI)
         adapted = terms.gain_O * (x_TI[2:] @ W.T + x_TI[2:] @ terms.down_RI.T @ terms.up_RO) + case.bias_O
         expected = torch.autograd.grad(adapted.square().sum(), list(terms.tensors()))

@@ -79,7 +79,7 @@ def calibrate(
     device: torch.device,
     path: PathChoice = "auto",
 ) -> DispatchRule:
-    """The rule with constants measured for one layer shape (under a second), or read from the user's cache.
+    """The rule with constants measured for one layer shape (half a second), or read from the user's cache.
 
     `make(weight_OI, rule)` builds the kernel to be measured; `implementation` names it, with its build, in the key.
     """
@@ -141,7 +141,7 @@ def _measure(make: Callable[[torch.Tensor, DispatchRule], Adaptable], weight_OI:
         "low": (x_TI[:few], group_by_slot(group_T)),
         "high": (x_TI[:few], group_by_slot(group_T + groups)),
     }
-    best = _best_times(kernel, steps, seconds=0.8)
+    best = _best_times(kernel, steps, seconds=0.3)
     row_s = max((best["many"] - best["few"]) / (many - few), 1e-12)
     at_low, at_high = ((best[name] - best["few"]) / groups / row_s for name in ("low", "high"))
     slope = min(max((at_high - at_low) / (high - low), 0.0), 50.0)
