@@ -125,9 +125,7 @@ def _start(setup: Setup, stack: contextlib.ExitStack, pools: dict[str, dict[str,
 def _register(server: ServerProcess, adapters: dict[str, Path]) -> None:
     def load(item: tuple[str, Path]) -> None:
         body = json.dumps({"lora_name": item[0], "lora_path": str(item[1])}).encode()
-        request = urllib.request.Request(
-            f"{server.url}/load_lora_adapter", body, {"content-type": "application/json"}
-        )
+        request = urllib.request.Request(f"{server.url}/load_lora_adapter", body, {"content-type": "application/json"})
         urllib.request.urlopen(request, timeout=600).close()
 
     with ThreadPoolExecutor(4) as pool:

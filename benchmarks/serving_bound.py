@@ -9,6 +9,7 @@ a segment of m tokens costs the cheaper of m·r rows and m + c(r) rows. So
 with t_linear measured on the model's own layer shapes by the op without adapters, and t_step from the base-only run.
 """
 
+import itertools
 import random
 import statistics
 import time
@@ -33,7 +34,9 @@ def predicted_ratio(model: Path, rank: int, pool: int, concurrency: int, step_s:
     their rows are modulated and cost little more than base rows.
     """
     shapes = Counter(_packed(linear_shapes(model)))
-    rules = {shape: calibrated_rule("auto", shape[1], shape[0], torch.bfloat16, torch.device("cpu")) for shape in shapes}
+    rules = {
+        shape: calibrated_rule("auto", shape[1], shape[0], torch.bfloat16, torch.device("cpu")) for shape in shapes
+    }
     linear_s = _measure(shapes, concurrency)
     base_s = linear_s(float(concurrency))
     weights = [(i + 1) ** -ZIPF_EXPONENT for i in range(pool)]
@@ -88,7 +91,7 @@ def _measure(shapes: Counter, concurrency: int) -> Callable[[float], float]:
     medians = [(rows, statistics.median(samples)) for rows, samples in times.items()]
 
     def at(rows: float) -> float:
-        for (low, low_s), (high, high_s) in zip(medians, medians[1:], strict=False):
+        for (low, low_s), (high, high_s) in itertools.pairwise(medians):
             if rows <= high:
                 return low_s + (high_s - low_s) * (rows - low) / (high - low)
         (low, low_s), (high, high_s) = medians[-2:]

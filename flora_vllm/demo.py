@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,5 +158,3 @@ def _speed(client: Any, models: Sequence[str], prompt: str) -> None:
         f"mixed {tokens / mixed_s:.0f} tokens/s; a mixed step costs {mixed_s / base_s:.2f} of a base step "
         "(medians of 3, interleaved)"
     )
-
-

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 ENTRY_POINT = ("vllm.general_plugins", "flora_vllm.plugin:register")
 MISFITS = {"torchvision": "torchvision", "torchaudio": "torchaudio", "torchcodec": "torchcodec"}
@@ -56,7 +57,7 @@ def examine() -> list[Finding]:
 def _check(subject: str, action: Callable[[], str]) -> Finding:
     try:
         return Finding(subject, True, action())
-    except Exception as error:  # a doctor reports what is broken, whatever it is
+    except Exception as error:  # noqa: BLE001 - a doctor reports what is broken, whatever it is
         return Finding(subject, False, f"{type(error).__name__}: {error}")
 
 
@@ -91,7 +92,11 @@ def _misfits() -> list[Finding]:
         return [Finding("torch companions", True, "none that would break vLLM's import")]
     names = " ".join(entry.split()[0] for entry in present)
     return [
-        Finding("torch companions", False, f"{', '.join(present)} do not fit torch {torch_version}; pip uninstall -y {names}")
+        Finding(
+            "torch companions",
+            False,
+            f"{', '.join(present)} do not fit torch {torch_version}; pip uninstall -y {names}",
+        )
     ]
 
 
@@ -99,7 +104,9 @@ def _entry_point() -> Finding:
     def text() -> str:
         group, value = ENTRY_POINT
         if value not in [entry.value for entry in importlib.metadata.entry_points(group=group)]:
-            raise RuntimeError(f"vLLM would not find the plugin: no entry point {value} in {group}; reinstall flora-vllm")
+            raise RuntimeError(
+                f"vLLM would not find the plugin: no entry point {value} in {group}; reinstall flora-vllm"
+            )
         allowed = os.environ.get("VLLM_PLUGINS")
         if allowed is not None and "flora" not in allowed.split(","):
             raise RuntimeError(f"VLLM_PLUGINS={allowed!r} leaves the plugin out; add flora to it or unset it")
@@ -123,10 +130,10 @@ def _command() -> Finding:
     """`vllm --version` in a process of its own: it fails where only a distribution of another name is installed."""
 
     def text() -> str:
-        command = [os.path.join(os.path.dirname(sys.executable), "vllm"), "--version"]
-        if not os.path.exists(command[0]):
+        command = Path(sys.executable).with_name("vllm")
+        if not command.exists():
             raise RuntimeError("there is no `vllm` command beside this Python; use python -m vllm.entrypoints.cli.main")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=300, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"`vllm --version` fails: {done.stderr.strip().splitlines()[-1:]}")
         return f"works ({done.stdout.strip().splitlines()[-1]})"

@@ -43,20 +43,22 @@ class AdaptedLinear:
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         self._kernel.write_slot(slot, terms)
         self._bias_gain.pop(slot, None)
-        if self._hidden_bias is not None and terms is not None and any(p is not None and p.gain_bias for p in terms):
-            self._bias_gain[slot] = torch.cat(
-                [
-                    torch.zeros(size) if part is None or not part.gain_bias else part.gain_O.float() - 1.0
-                    for size, part in zip(self._sizes, terms, strict=True)
-                ]
-            ).to(self._hidden_bias.device)
+        if self._hidden_bias is None or terms is None:
+            return
+        gains = [part.gain_O if part is not None and part.gain_bias else None for part in terms]
+        if any(gain is not None for gain in gains):
+            parts = [
+                torch.zeros(size) if gain is None else gain.float() - 1.0
+                for size, gain in zip(self._sizes, gains, strict=True)
+            ]
+            self._bias_gain[slot] = torch.cat(parts).to(self._hidden_bias.device)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., I) -> (..., O)."""
         x_TI = x.reshape(-1, x.shape[-1])
         segments = self._step.segments_for(x_TI.shape[0])
         y_TO = self._kernel.forward(x_TI, bias, segments)
-        if segments is not None and self._bias_gain:
+        if segments is not None and self._hidden_bias is not None:
             for slot, rows in segments:
                 if slot in self._bias_gain:
                     y_TO[rows] += (self._bias_gain[slot] * self._hidden_bias).to(y_TO.dtype)
@@ -73,11 +75,12 @@ def _register(layer: AdaptedLinear) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int64)
 
 
-def _linear(x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+# The two share a signature: `out_features` is for the fake, which may not look the layer up.
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, _out_features: int) -> torch.Tensor:
     return _layers[int(handle)].forward(x, bias)
 
 
-def _linear_fake(x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+def _linear_fake(x: torch.Tensor, _bias: torch.Tensor | None, _handle: torch.Tensor, out_features: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 

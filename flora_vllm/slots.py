@@ -1,4 +1,4 @@
-"""From an adapter's terms to what a layer's slot holds: the only place that slices for tensor parallelism and folds scales.
+"""From an adapter's terms to a layer's slot: the only place that slices for tensor parallelism and folds scales.
 
 An engine packs several linear layers of the checkpoint into one (q, k, v; gate, up) and gives each rank a part.
 `LinearLayout` states that for one layer of this rank; `layer_terms` cuts an adapter's terms to it. The result has

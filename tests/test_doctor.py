@@ -42,7 +42,8 @@ def fake_distribution(folder: Path, name: str, version: str) -> None:
 def test_healthy_here() -> None:
     status, findings = doctor()
     assert status == 0, failures(findings)
-    assert findings["hooks"][0] and findings["activation"][0]
+    assert findings["hooks"][0]
+    assert findings["activation"][0]
     assert any("rows" in text for subject, (_, text) in findings.items() if "calibration" in subject)
 
 

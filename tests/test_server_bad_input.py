@@ -106,7 +106,10 @@ FAULTS: list[tuple[Callable[[Path], object], list[str]]] = [
     (lambda f: edit_weights(f, lambda t: t.update({Q0: t[Q0][:, :-1].contiguous()})), [Q0, "127", "128"]),
     (lambda f: edit_weights(f, lambda t: t.update({Q0: t[Q0].to(torch.int8)})), [Q0, "I8"]),
     (lambda f: edit_weights(f, lambda t: t[Q0][0, 3:5].fill_(float("inf"))), [Q0, "2 NaN or Inf"]),
-    (lambda f: edit_weights(f, lambda t: t.update({"base_model.model.x.bias": torch.ones(3)})), ["base_model.model.x.bias"]),
+    (
+        lambda f: edit_weights(f, lambda t: t.update({"base_model.model.x.bias": torch.ones(3)})),
+        ["base_model.model.x.bias"],
+    ),
     (lambda f: edit_config(f, lora_alpha=16), ["lora_alpha"]),
     (lambda f: edit_config(f, reduction="median"), ["reduction", "median", "mean"]),
     (lambda f: edit_config(f, peft_type="BOFT"), ["BOFT", "supported"]),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flora_vllm.ops.terms import LayerTerms, Segments
+from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
 
 
 def reference_linear(
@@ -35,7 +35,9 @@ def reference_linear(
     return y_TO
 
 
-def _one_token(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor, terms) -> torch.Tensor:
+def _one_token(
+    x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor, terms: SliceTerms | None
+) -> torch.Tensor:
     y = weight_OI @ x_I
     if terms is None:
         return y + bias_O

@@ -26,7 +26,7 @@ def register() -> None:
 
         flags.install()
         _failure = None
-    except Exception as error:  # a broken plugin must not break vLLM for those who do not use it
+    except Exception as error:  # noqa: BLE001 - a broken plugin must not break vLLM for those who do not use it
         _failure = error
 
 

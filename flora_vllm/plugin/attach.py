@@ -26,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from flora_vllm.batch import Step
 from flora_vllm.layers import AdaptedLinear
+from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.slots import LinearLayout, SliceLayout
 
@@ -46,7 +47,7 @@ def attach(
     model: torch.nn.Module,
     packed_modules: Mapping[str, Sequence[str]],
     step: Step,
-    path: str,
+    path: PathChoice,
     device: torch.device,
     language_prefix: str | None,
     only: Callable[[str], bool],
@@ -57,7 +58,7 @@ def attach(
     part whose rows are the step's tokens. `only`: the operator's restriction to some modules.
     """
     attached = Attached()
-    found: dict[str, LinearBase] = {}
+    found: dict[str, Any] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and id(module) not in seen:
@@ -94,11 +95,11 @@ def _refusal(name: str, language_prefix: str | None, only: Callable[[str], bool]
     return None if only(name) else "left out by the server's --lora-target-modules"
 
 
-def _kind(module: LinearBase) -> tuple[type, type]:
+def _kind(module: Any) -> tuple[type, type]:
     return type(module), type(module.quant_method)
 
 
-def _classes_that_bypass(found: Mapping[str, LinearBase], device: torch.device) -> dict[tuple[type, type], str]:
+def _classes_that_bypass(found: Mapping[str, Any], device: torch.device) -> dict[tuple[type, type], str]:
     """Run one layer of each class on one zero row with a recording `apply`; the classes that do not call it."""
     bypassing: dict[tuple[type, type], str] = {}
     tested: set[tuple[type, type]] = set()
@@ -109,7 +110,7 @@ def _classes_that_bypass(found: Mapping[str, LinearBase], device: torch.device) 
         tested.add(kind)
         calls: list[int] = []
 
-        def record(layer: LinearBase, x: torch.Tensor, bias: Any = None, calls: list[int] = calls) -> torch.Tensor:
+        def record(layer: Any, x: torch.Tensor, bias: Any = None, calls: list[int] = calls) -> torch.Tensor:
             calls.append(x.shape[-1])
             return x.new_zeros((*x.shape[:-1], sum(layer.output_partition_sizes)))
 
@@ -132,7 +133,7 @@ def _classes_that_bypass(found: Mapping[str, LinearBase], device: torch.device) 
     return bypassing
 
 
-def _layout(name: str, module: LinearBase, packed_modules: Mapping[str, Sequence[str]]) -> LinearLayout | str:
+def _layout(name: str, module: Any, packed_modules: Mapping[str, Sequence[str]]) -> LinearLayout | str:
     """The layer's layout on this rank, or why it cannot be adapted."""
     row = isinstance(module, RowParallelLinear)
     if not (row or isinstance(module, (ColumnParallelLinear, ReplicatedLinear))):
@@ -147,13 +148,17 @@ def _layout(name: str, module: LinearBase, packed_modules: Mapping[str, Sequence
     fused_start = 0
     slices = []
     for i, (full, size, start) in enumerate(zip(full_sizes, sizes, starts, strict=True)):
-        child = f"{parent}.{children[i]}" if parent and len(children) > 1 else children[i] if len(children) > 1 else name
-        slices.append(SliceLayout(child, size, start, fused_start + start, full if len(children) > 1 else sum(full_sizes)))
+        child = (
+            f"{parent}.{children[i]}" if parent and len(children) > 1 else children[i] if len(children) > 1 else name
+        )
+        slices.append(
+            SliceLayout(child, size, start, fused_start + start, full if len(children) > 1 else sum(full_sizes))
+        )
         fused_start += full
     return LinearLayout(name, local_in, in_start, module.input_size, tuple(slices), sum(full_sizes))
 
 
-def _outputs(module: LinearBase) -> tuple[list[int], list[int], list[int]]:
+def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:
     """(whole out features, this rank's, this rank's first row) of each packed part."""
     if isinstance(module, QKVParallelLinear):
         q, kv = module.total_num_heads * module.head_size, module.total_num_kv_heads
@@ -169,9 +174,7 @@ def _outputs(module: LinearBase) -> tuple[list[int], list[int], list[int]]:
     return full, sizes, [module.tp_rank * size for size in sizes]
 
 
-def _take_over(
-    module: LinearBase, layout: LinearLayout, step: Step, path: str, device: torch.device
-) -> AdaptedLinear:
+def _take_over(module: Any, layout: LinearLayout, step: Step, path: PathChoice, device: torch.device) -> AdaptedLinear:
     method = module.quant_method
     stock_apply = method.apply
     readable = isinstance(method, UnquantizedLinearMethod) and module.weight.ndim == 2 and module.weight.numel() > 0
@@ -195,11 +198,11 @@ def _take_over(
     return layer
 
 
-def _apply(layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.flora.linear(x, bias, layer._flora_handle, layer._flora_out_features)
 
 
-def _give_back(module: LinearBase) -> None:
+def _give_back(module: Any) -> None:
     """Let vLLM repack a weight that was kept for us but will not be used."""
     pack = module.__dict__.pop("_flora_pack", None)
     if pack is not None:

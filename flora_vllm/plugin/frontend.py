@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from flora_vllm.errors import AdapterError
@@ -167,7 +168,7 @@ async def _admit(self: Any, name: str, path: str, base_model_name: str | None, c
         request.base_model_name = base_model_name
     try:
         await self.engine_client.add_lora(request)
-    except Exception as error:  # the engine's errors arrive as text, of whatever class its transport uses
+    except Exception as error:  # noqa: BLE001 - the engine's errors arrive as text, of whatever class its transport uses
         message = _refusal(error)
         if message is None:
             return _error(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
@@ -185,12 +186,18 @@ def _resolve(path: str, root: str | None) -> str:
 
 
 def _is_missing(self: Any, path: str) -> bool:
-    return not os.path.exists(path) and _options(self.engine_client).adapter_root is None
+    return not Path(path).exists() and _adapter_root(self) is None
+
+
+def _adapter_root(self: Any) -> str | None:
+    options = _options(self.engine_client)
+    assert options is not None, "called for engines with FLoRA only"
+    return options.adapter_root
 
 
 async def _identify(self: Any, request: Any, confined: bool) -> None:
     """Give the request the identity of the content now at its path. Raises AdapterError."""
-    root = _options(self.engine_client).adapter_root
+    root = _adapter_root(self)
     name = request.lora_name
     request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
     known = identity(name, await asyncio.to_thread(content_digest, request.lora_path))
@@ -225,7 +232,7 @@ def _refusal(error: Exception) -> str | None:
     """Why an adapter was refused, if that is what an engine's error says."""
     if offers(_INVALID):
         invalid = importlib.import_module("vllm.exceptions").LoRAAdapterInvalidError
-        return error.reason if isinstance(error, invalid) else None
+        return getattr(error, "reason", None) if isinstance(error, invalid) else None
     return our_message(str(error))
 
 
@@ -335,7 +342,7 @@ def _unknown(engine: Any, args: tuple, kwargs: dict) -> list[Any]:
         return []
     lora_request = importlib.import_module("vllm.lora.request").LoRARequest
     candidates = itertools.chain(args, kwargs.values(), [getattr(a, "lora_request", None) for a in args])
-    requests = [value for value in candidates if isinstance(value, lora_request)]
+    requests: list[Any] = [value for value in candidates if isinstance(value, lora_request)]
     return [r for r in requests[:1] if r.lora_int_id not in _known(engine)]
 
 

@@ -48,7 +48,7 @@ def _once(name: str, action: Callable[[], Any]) -> None:
 
 
 def _replace_worker_manager() -> None:
-    mixin = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
+    mixin: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
     factories = importlib.import_module("vllm.lora.worker_manager")
     stock = getattr(mixin, "LRUCacheWorkerLoRAManager", factories.LRUCacheWorkerLoRAManager)
 
@@ -90,7 +90,7 @@ def _keep_compile_on_cpu() -> None:
 
 def _keep_cpu_weights() -> None:
     """vLLM repacks W on CPU and frees it; a layer that will own its base call keeps W until it is attached."""
-    utils = importlib.import_module("vllm.model_executor.layers.utils")
+    utils: Any = importlib.import_module("vllm.model_executor.layers.utils")
     linear_base = importlib.import_module("vllm.model_executor.layers.linear").LinearBase
     current_config = importlib.import_module("vllm.config").get_current_vllm_config_or_none
     original = utils.dispatch_cpu_unquantized_gemm
@@ -117,10 +117,11 @@ def _keep_cpu_weights() -> None:
 
     @functools.wraps(original)
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
-        if not is_kept(layer):
-            return original(layer, remove_weight)
-        layer.cpu_linear = torch.nn.functional.linear  # also serves layers that are never attached (draft models)
-        layer._flora_pack = functools.partial(original, layer, remove_weight)
+        if is_kept(layer):
+            layer.cpu_linear = torch.nn.functional.linear  # also serves layers never attached (draft models)
+            layer._flora_pack = functools.partial(original, layer, remove_weight)
+        else:
+            original(layer, remove_weight)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
 

@@ -41,9 +41,7 @@ class AdapterLoader:
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
 
-    def load(
-        self, adapter_id: int, lora_name: str, path: str, *, fresh: bool
-    ) -> tuple[int, Mapping[str, LayerTerms]]:
+    def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, Mapping[str, LayerTerms]]:
         """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.

@@ -47,6 +47,10 @@ class LoadedAdapter:
 class FloraModelManager(LRUCacheLoRAModelManager):
     """Slots of the adapted layers. vLLM's base class keeps the LRU of registered and of active adapters."""
 
+    # What the base class keeps there are our adapters and, for the type checker, any model.
+    _registered_adapters: Any
+    model: Any
+
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         options = options_of(vllm_config.additional_config)
         assert options is not None, "made only for engines that ask for FLoRA"
@@ -137,6 +141,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original."""
 
     _manager_cls = FloraModelManager
+    _adapter_manager: Any
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
         model = super().create_lora_manager(model, vllm_config)

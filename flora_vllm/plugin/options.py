@@ -28,9 +28,13 @@ class FloraOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.max_rank, bool) or not isinstance(self.max_rank, int) or self.max_rank < 1:
-            raise ConfigError(f"max_rank (--max-flora-rank) must be a whole number of at least 1, got {self.max_rank!r}")
+            raise ConfigError(
+                f"max_rank (--max-flora-rank) must be a whole number of at least 1, got {self.max_rank!r}"
+            )
         if self.path not in get_args(PathChoice):
-            raise ConfigError(f"path (--flora-path) must be one of {', '.join(get_args(PathChoice))}, got {self.path!r}")
+            raise ConfigError(
+                f"path (--flora-path) must be one of {', '.join(get_args(PathChoice))}, got {self.path!r}"
+            )
         if self.adapter_root is not None and not isinstance(self.adapter_root, str):
             raise ConfigError(f"adapter_root (--flora-adapter-root) must be a directory, got {self.adapter_root!r}")
 
@@ -49,7 +53,7 @@ class FloraOptions:
 class CarriedOptions(dict):
     """A plain dict of options whose unpickling in another process installs the worker side there, or raises."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _arrive, (dict(self),)
 
 
