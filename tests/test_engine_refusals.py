@@ -116,6 +116,7 @@ def test_a_bad_adapter_is_refused_by_name_and_others_are_served(engine, good, ex
     for pattern in said:
         assert refusal.match(pattern)
     assert engine.manager().list_adapters().keys() == known
+    assert not engine.llm.llm_engine.has_unfinished_requests(), "the refused request or its neighbours are still queued"
     for answer, wanted in zip(engine.ask([Ask(PROMPT, good), Ask(PROMPT)]), expected, strict=True):
         assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
 
