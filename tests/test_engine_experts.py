@@ -107,6 +107,7 @@ def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
             expected += engine.ask([Ask(PROMPT)])
     with support.running(model, max_loras=2) as engine:
         _refuse(engine, tmp_path, absorbed, factors)
+        assert absorbed in engine.manager().attached.refused
         served = [engine.ask([Ask(PROMPT, path)])[0] for path in (None, tmp_path / "others")]
     assert served[0].tokens != served[1].tokens
     for answer, wanted in zip(served, expected, strict=True):
