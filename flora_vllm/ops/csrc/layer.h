@@ -4,7 +4,7 @@
 //       missing in the last panel or lane is zero.
 // b:    per panel [rank lanes][kPanel], a pair of components per bfloat16 lane. a: twice, as rows [rank][lanes] to
 //       scale tokens by and as [in features][rank lanes] to modulate by.
-// down: panels of kNarrow columns, [lanes][kNarrow]; up: like b.
+// down: rows [low][row lanes], zero behind the last lane; up: like b.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -163,14 +163,11 @@ Terms pack_terms(const Layer& layer, const Slice& slice, const RawTerms& raw) {
     terms.b = pack_panels<T>(static_cast<const Storage*>(raw.b), terms.rank, slice.size);
   }
   if (terms.low) {
-    terms.down = Buffer<Lane>(ceil_div(terms.low, kNarrow) * lanes * kNarrow);
+    terms.down = Buffer<Lane>(terms.low * layer.row_lanes);
     auto* down = reinterpret_cast<Storage*>(terms.down.data());
     const auto* from = static_cast<const Storage*>(raw.down);
     for (int64_t l = 0; l < terms.low; l++)
-      for (int64_t k = 0; k < in; k++) {
-        const int64_t lane = ((l / kNarrow) * lanes + k / T::kPerLane) * kNarrow + l % kNarrow;
-        down[lane * T::kPerLane + k % T::kPerLane] = from[l * in + k];
-      }
+      std::memcpy(down + l * layer.row_lanes * T::kPerLane, from + l * in, in * sizeof(Storage));
     terms.up = pack_panels<T>(static_cast<const Storage*>(raw.up), terms.low, slice.size);
   }
   if (raw.gain) {

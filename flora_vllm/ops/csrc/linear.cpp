@@ -58,7 +58,7 @@ void run_pass(const Layer& layer, const Output& output, int threads) {
     }
     if (shrinks) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < shrinks; i++) shrink_rows<T>(pass.shrink[i], layer.lanes);
+      for (int64_t i = 0; i < shrinks; i++) shrink_row<T>(pass.shrink[i], layer);
     }
     Worker<T> worker(layer, pass, output, own + omp_get_thread_num() * own_lanes);
 #pragma omp for schedule(dynamic, 1) nowait

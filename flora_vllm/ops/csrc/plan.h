@@ -40,11 +40,11 @@ struct ScaleJob {
   Lane* out;
 };
 
+// out = down x of one token.
 struct ShrinkJob {
   const Terms* terms;
-  int rows;
-  const Lane* x[kBlockRows];
-  Lane* out[kBlockRows];
+  const Lane* x;
+  Lane* out;
 };
 
 struct Pass {
@@ -104,10 +104,7 @@ inline void add_run(const Step& step, const Segment& segment, int64_t begin, int
       const Lane* x = pass.x[t - begin];
       const Lane* low = nullptr;
       if (terms && terms->low) {
-        if ((t - begin) % kBlockRows == 0) pass.shrink.push_back({terms, 0, {}, {}});
-        ShrinkJob& job = pass.shrink.back();
-        job.x[job.rows] = x;
-        job.out[job.rows++] = scratch;
+        pass.shrink.push_back({terms, x, scratch});
         low = scratch;
         scratch += terms->low_lanes;
       }

@@ -7,7 +7,6 @@
 namespace flora {
 
 constexpr int kPanel = 64;          // output features of a panel
-constexpr int kNarrow = 16;         // columns of the panels that low-rank `down` factors are packed in
 constexpr int64_t kTileLanes = 1024;  // 256 KiB a tile, a quarter of a usual L2; 576-2048 bfloat16 measured flat
 
 constexpr int64_t kLine = 16;  // lanes of a cache line
@@ -133,6 +132,37 @@ void modulate_tile(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, i
       c += kVector;
     }
   }
+}
+
+inline float total(Floats values) {
+  float part[kVector];
+  store(part, values);
+  for (int width = kVector / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+}
+
+// out[l] = Σ_k x[k] · rows[l][k] for L rows, `stride` lanes apart.
+template <class T, int L>
+void dot_rows(const Lane* x, int64_t lanes, const Lane* rows, int64_t stride, float* out) {
+  Floats sum[L] = {};
+  int64_t k = 0;
+  for (; k + kVector <= lanes; k += kVector) {
+    const Lanes value = load<Lanes>(x + k);
+    for (int l = 0; l < L; l++) sum[l] = dot(T{}, sum[l], value, load<Lanes>(rows + l * stride + k));
+  }
+  // What lies behind x belongs to others; what lies behind a row is zero.
+  Lanes value = {};
+  std::memcpy(&value, x + k, (lanes - k) * sizeof(Lane));
+  for (int l = 0; l < L; l++) out[l] = total(dot(T{}, sum[l], value, load<Lanes>(rows + l * stride + k)));
+}
+
+// The same for any number of rows.
+template <class T>
+void dot_many(const Lane* x, int64_t lanes, const Lane* rows, int64_t stride, int count, float* out) {
+  for (; count >= 8; count -= 8, rows += 8 * stride, out += 8) dot_rows<T, 8>(x, lanes, rows, stride, out);
+  for (; count >= 4; count -= 4, rows += 4 * stride, out += 4) dot_rows<T, 4>(x, lanes, rows, stride, out);
+  for (; count >= 1; count -= 1, rows += stride, out += 1) dot_rows<T, 1>(x, lanes, rows, stride, out);
 }
 
 }  // namespace flora

@@ -44,17 +44,18 @@ void scale_row(const ScaleJob& job, const Lane* next, int64_t in_features) {
 }
 
 template <class T>
-void shrink_rows(const ShrinkJob& job, int64_t lanes) {
-  using Storage = typename T::Storage;
-  alignas(64) float sums[kBlockRows * kPanel];
-  for (int l0 = 0; l0 < job.terms->low; l0 += kNarrow) {
-    const Lane* down = job.terms->down.data() + (l0 / kNarrow) * lanes * kNarrow;
-    multiply_columns<T>(job.rows, job.x, lanes, down, kNarrow, nullptr, kNarrow, sums, false);
-    const int columns = std::min(kNarrow, job.terms->low_lanes * T::kPerLane - l0);
-    for (int r = 0; r < job.rows; r++)
-      for (int l = 0; l < columns; l++)
-        from_float(reinterpret_cast<Storage*>(job.out[r]) + l0 + l, sums[r * kPanel + l]);
+void shrink_row(const ShrinkJob& job, const Layer& layer) {
+  constexpr int kAtOnce = 64;
+  const Terms& terms = *job.terms;
+  auto* out = reinterpret_cast<typename T::Storage*>(job.out);
+  for (int first = 0; first < terms.low; first += kAtOnce) {
+    const int count = std::min(kAtOnce, terms.low - first);
+    float sums[kAtOnce];
+    dot_many<T>(job.x, layer.lanes, terms.down.data() + first * layer.row_lanes, layer.row_lanes, count, sums);
+    for (int l = 0; l < count; l++) from_float(out + first + l, sums[l]);
   }
+  // As in scale_row.
+  if (terms.low % T::kPerLane) out[terms.low] = 0;
 }
 
 // One worker's share of a pass: items one after another.
