@@ -121,6 +121,16 @@ def test_opaque_base_gives_the_same_as_a_readable_one(bias_is_known):
     assert opaque.flora_A["default"].weight.grad.abs().sum() > 0
 
 
+def test_weight_and_bias_may_be_plain_tensors_as_under_fsdp():
+    linear = nn.Linear(6, 7)
+    layer, x = make(linear, 2), torch.randn(3, 6)
+    expected = layer(x)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    del linear.weight, linear.bias
+    linear.weight, linear.bias = weight, bias
+    assert torch.equal(layer(x), expected)
+
+
 def test_a_base_with_hooks_or_a_replaced_forward_is_called():
     linear = nn.Linear(6, 7)
     layer = make(linear, 1)

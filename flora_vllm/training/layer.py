@@ -214,8 +214,8 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         if weight_OI is None:
             return self._opaque_base(x, *args, **kwargs)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        layer = self.get_base_layer()
-        bias = None if layer.bias is None else layer.get_parameter("bias")
+        bias = self.get_base_layer().bias  # under FSDP a view into the flat parameter, not a Parameter
+        assert bias is None or isinstance(bias, torch.Tensor)
         return BaseProduct(partial(nn.functional.linear, weight=weight_OI), bias, dtype, weight_OI)
 
     def _readable_weight(self) -> torch.Tensor | None:
