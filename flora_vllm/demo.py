@@ -38,7 +38,7 @@ class Answer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="serve this model directory instead of fetching SmolLM2-135M-Instruct")
-    parser.add_argument("--prompt", default="Here is what I wrote today:\n", help="prompt every model continues")
+    parser.add_argument("--prompt", default="for", help="prompt every model continues")
     parser.add_argument("--keep", action="store_true", help="leave the server running and print how to use it")
     parser.epilog = "example: flora-vllm demo --prompt 'Once upon a time'"
 
