@@ -36,11 +36,20 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
+EXAMPLES = """\
+examples:
+  flora-vllm demo
+  flora-vllm demo --prompt 'Once upon a time' --keep
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve a small model with several adapters, send a mixed batch and check each answer."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", help="serve this model directory instead of fetching SmolLM2-135M-Instruct")
     parser.add_argument("--prompt", default="for", help="prompt every model continues")
     parser.add_argument("--keep", action="store_true", help="leave the server running and print how to use it")
-    parser.epilog = "example: flora-vllm demo --prompt 'Once upon a time'"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,7 +26,17 @@ class Finding:
     text: str
 
 
+EXAMPLES = """\
+examples:
+  flora-vllm doctor              one line for each check; exit status 1 if one fails
+  flora-vllm doctor --json       the same for machines
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Say whether this installation can serve adapters, and if not, why and what to do."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 

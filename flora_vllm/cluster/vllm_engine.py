@@ -33,7 +33,7 @@ class VllmEngineAdapters:
 
         from flora_vllm.formats import content_digest
         from flora_vllm.plugin.frontend import our_message
-        from flora_vllm.plugin.loader import identity
+        from flora_vllm.plugin.identity import identity
 
         known = identity(entry.name, await asyncio.to_thread(content_digest, path))
         if known not in self._ids:
