@@ -40,7 +40,8 @@ def test_slices_with_their_own_terms(path: PathChoice) -> None:
 def test_auto_takes_both_ways_in_one_step() -> None:
     layer = Layer((80,), 72)
     layer.slots += [layer.uniform(8), layer.uniform(8), layer.uniform(1)]
-    x_TI, segments = layer.step([70, 3, 33, 20])
+    # One token of rank 8 costs 8 rows stacked, more modulated, whatever the constants.
+    x_TI, segments = layer.step([70, 1, 33, 20])
     kernel = layer.kernel()
     assert [kernel._modulates(slot, len(rows)) for slot, rows in segments] == [True, False, True, False]
     layer.check(kernel, x_TI, segments, bias=False)
