@@ -46,12 +46,6 @@ def test_experts_are_refused(tmp_path):
         _refuse(engine, tmp_path, expert, (torch.ones(2, WIDTH), torch.ones(FEED_FORWARD, 2)))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="vLLM 0.32 builds experts for its Triton LoRA kernels wherever LoRA is on (FusedMoEConfig.is_lora_enabled), "
-    "and no CPU has those, so not even base requests of a mixture of experts are served there",
-)
 def test_attention_beside_experts_is_served(tmp_path):
     model = _mixtral(tmp_path / "model")
     base = support.load(model)

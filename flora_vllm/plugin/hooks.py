@@ -157,6 +157,7 @@ _LAYERS = (
     Hook(f"{_LINEAR}:UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
     Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
+    Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
     Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "cpu"),
     Hook("vllm.model_executor.layers.utils:cpu_unquantized_gemm", ("layer", "x", "weight", "bias"), "cpu"),
     Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch", ("self", "num_tokens"), "cuda"),

@@ -35,6 +35,7 @@ def install_worker_side() -> None:
     """What a process needs that runs the model; also called where the engine's config arrives."""
     _once("op", lambda: importlib.import_module("flora_vllm.layers"))
     _once("worker manager", _replace_worker_manager)
+    _once("experts", _build_experts_without_lora)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
     else:
@@ -124,6 +125,29 @@ def _keep_cpu_weights() -> None:
             original(layer, remove_weight)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def _build_experts_without_lora() -> None:
+    """vLLM builds experts for its LoRA kernels wherever LoRA is on; our adapters never change experts."""
+    layer: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
+    current_config = importlib.import_module("vllm.config").get_current_vllm_config_or_none
+
+    def is_ours(config: Any) -> bool:
+        return config is not None and options_of(config.additional_config) is not None
+
+    if hooks.offers("vllm.model_executor.layers.fused_moe.layer:experts_take_lora"):  # patches/0012
+        take_lora = layer.experts_take_lora
+        layer.experts_take_lora = lambda config: take_lora(config) and not is_ours(config)
+        return
+    original = layer.FusedMoEConfig
+
+    @functools.wraps(original, updated=())
+    def moe_config(*args: Any, **kwargs: Any) -> Any:
+        if is_ours(current_config()):
+            kwargs["is_lora_enabled"] = False
+        return original(*args, **kwargs)
+
+    layer.FusedMoEConfig = moe_config
 
 
 def _run_adapter_steps_without_graphs() -> None:
