@@ -50,6 +50,7 @@ PARTS = (
     Part("model_conversion", (), ("numpy", "tokenizers", "torch", "transformers")),
     Part("model_assets", ("errors", "model_conversion"), ("safetensors", "torch")),
     Part("server_process", ("errors",), ("torch",)),
+    Part("demo_adapters.build_data"),
     Part("cli", ("", "errors")),
     *(Part(name, ("", "errors", "adapter", "formats", "ops", "training", "plugin", "server_process", "model_assets"),
            ("torch", "openai", "tqdm", "peft", "transformers")) for name in COMMANDS),

@@ -1,0 +1,301 @@
+"""The parts of the cluster that need no Ray: streams, routing, demand, controller."""
+
+import asyncio
+import random
+import time
+
+import numpy as np
+import pytest
+from cluster_support import minimal, write_adapter
+
+from flora_vllm.cluster import routing, scaling
+from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
+from flora_vllm.cluster.controller import PlacementController
+from flora_vllm.cluster.demand import Demand
+from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.messages import Report
+from flora_vllm.cluster.store import StaleVersionError, StoreError
+from flora_vllm.cluster.streams import LostError, guarded
+from flora_vllm.cluster.view import CatalogueView
+from flora_vllm.errors import ConfigError
+
+# ---- streams
+
+
+def collect(*scripts, retry_s=5.0):
+    """Runs `guarded` over attempts; each script is a list of chunks, an exception among them is raised."""
+    attempts = list(scripts)
+
+    async def attempt():
+        script = attempts.pop(0)
+
+        async def chunks():
+            for item in script:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+
+        return chunks()
+
+    async def run():
+        return [c async for c in guarded(attempt, retry_s, first_pause_s=0.01)]
+
+    return asyncio.run(run()), attempts
+
+
+DONE = "data: [DONE]\n\n"
+
+
+def test_retry_before_the_first_byte():
+    out, left = collect([LostError("gone")], [], [["data: x\n\n"], [DONE]])
+    assert out == [["data: x\n\n"], [DONE]]
+    assert not left
+
+
+def test_error_event_after_the_first_byte_and_no_retry():
+    out, left = collect(["data: x\n\n", LostError("gone")], ["data: never\n\n", DONE])
+    assert out[0] == "data: x\n\n"
+    assert '"error"' in out[1]
+    assert out[1].endswith(DONE)
+    assert len(left) == 1
+
+
+def test_a_stream_without_its_end_mark_is_an_error():
+    out, _ = collect(["data: x\n\n"])
+    assert '"error"' in out[-1]
+
+
+def test_whole_answers_need_no_end_mark_and_other_errors_pass():
+    assert collect([{"id": 1}])[0] == [{"id": 1}]
+    with pytest.raises(ZeroDivisionError):
+        collect([ZeroDivisionError()])
+    with pytest.raises(LostError):
+        collect([LostError("gone")], [LostError("gone")], retry_s=0.01)
+
+
+# ---- routing
+
+
+def choose(warm, queue, held=None, count=6, **options):
+    keys = np.array([routing.key_of(f"r{i}") for i in range(count)], dtype=np.uint64)
+    held = held or [0] * count
+    return routing.choose(
+        routing.key_of("poems"),
+        warm,
+        keys,
+        lambda r: queue[r],
+        lambda r: held[r],
+        routing.RoutingOptions(**options),
+        random.Random(0),
+    )
+
+
+def test_warm_and_short_first():
+    assert choose([1, 2], [0, 5, 3, 0, 0, 0])[0] == 2
+
+
+def test_spill_only_when_warm_is_deep_and_cold_is_clearly_better():
+    assert choose([1], [6, 10, 6, 6, 6, 6])[0] == 1
+    assert choose([1], [0, 10, 0, 0, 0, 0])[0] != 1
+    assert choose([1], [0, 7, 0, 0, 0, 0])[0] == 1
+
+
+def test_ingresses_agree_on_the_home_and_leaving_moves_only_its_own():
+    keys = np.array([routing.key_of(f"r{i}") for i in range(20)], dtype=np.uint64)
+    homes = [routing.cold_order(routing.key_of(f"a{a}"), keys, [], 1)[0] for a in range(500)]
+    counts = np.bincount(homes, minlength=20)
+    # 500 adapters on 20 replicas: mean 25, standard deviation 4.9; 6 of them cover 20 tries amply.
+    assert counts.min() > 0
+    assert counts.max() < 25 + 6 * 4.9
+    fewer = [routing.cold_order(routing.key_of(f"a{a}"), keys[:-1], [], 1)[0] for a in range(500)]
+    assert all(f == h for f, h in zip(fewer, homes, strict=True) if h != 19)
+
+
+def test_emptiest_of_the_homes_and_no_replica():
+    first = choose([], [0] * 6, choices=6)
+    assert choose([], [0] * 6, held=[0 if r == first[3] else 5 for r in range(6)], choices=6)[0] == first[3]
+    assert choose([], [], count=0) == []
+
+
+# ---- demand and scaling
+
+
+def test_demand_measures_requests_in_flight():
+    demand = Demand()
+    demand.level(0.0, 2)
+    for t in range(1, 601):
+        demand.observe([0, 1], [4.0, 0.25])
+        level = demand.level(float(t), 2)
+    # After ten slow half-lives a constant load shows within the sampling period's error (1 s of 87 s).
+    assert level[0] == pytest.approx(4.0, rel=0.1)
+    assert level[1] == pytest.approx(0.25, rel=0.1)
+
+
+def test_a_rush_shows_within_seconds_and_one_request_does_not():
+    demand = Demand()
+    for t in range(120):
+        demand.level(float(t), 2)
+    demand.observe([1], [2.0])
+    for t in range(120, 126):
+        demand.observe([0], [10.0])
+        level = demand.level(float(t), 2)
+    assert level[0] > 4
+    assert level[1] < 0.1
+
+
+def test_new_version_inherits_demand():
+    demand = Demand()
+    demand.level(0.0, 2)
+    demand.observe([0], [5.0])
+    demand.move(0, 1)
+    level = demand.level(1.0, 2)
+    assert level[0] == 0
+    assert level[1] > 0
+
+
+def test_scaling_by_requests_and_adapters():
+    assert scaling.replicas_needed(17, 8, 0) == 3
+    assert scaling.replicas_needed(1, 8, 4) == 4
+
+
+# ---- controller and view
+
+
+def make_controller(root, **model):
+    data = to_data(ModelConfig("base", "/m", adapters=(str(root),), **model))
+    timing = TimingConfig(sync_s=0.05, lost_s=0.4, plan_s=0.05, settle_s=0.1)
+    controller = PlacementController(data, to_data(StoreConfig(scan_s=0.05)), to_data(timing))
+    controller._export = lambda moves: None  # type: ignore[method-assign]  # metrics need a Ray worker
+    return controller
+
+
+def report(replica, resident=(), **more):
+    fields = {"node": replica, "slots": 4, "nbytes": 10**9, "max_rank": 16, "is_warming": False}
+    return Report(replica, resident=tuple(resident), **{**fields, **more})
+
+
+async def settle(controller, *replicas, seconds=0.3, **more):
+    """Lets replicas sync for a while; the last orders of each."""
+    orders = {}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for r in replicas:
+            known = orders.get(r)
+            resident = () if known is None or known.wanted is None else [e.id for e in known.wanted]
+            orders[r] = await controller.sync(report(r, resident, **more))
+        await asyncio.sleep(0.02)
+    return orders
+
+
+def test_controller_places_repairs_and_recovers(tmp_path):
+    write_adapter(tmp_path, "poems")
+    asked = {"adapter_options": parse(ModelConfig, minimal(adapter_options={"poems": {"min_copies": 2}})["models"][0])}
+    options = {"adapter_options": asked["adapter_options"].adapter_options, "replicas": 3}
+
+    async def run():
+        controller = make_controller(tmp_path, **options)
+        orders = await settle(controller, "r0", "r1", "r2")
+        holders = {r for r, o in orders.items() if o.wanted}
+        assert len(holders) == 2
+        # One holder goes silent: the plan repairs itself on the third.
+        left = {"r0", "r1", "r2"} - {sorted(holders)[0]}
+        orders = await settle(controller, *sorted(left), seconds=1.0)
+        assert all(o.wanted for o in orders.values())
+        # A new controller adopts what is resident.
+        successor = make_controller(tmp_path, **options)
+        (entry,) = orders[sorted(left)[0]].wanted
+        for _ in range(10):
+            for r in ("r0", "r1", "r2"):
+                await successor.sync(report(r, [entry.id] if r in left else []))
+            await asyncio.sleep(0.03)
+        status = await successor.status()
+        assert {r for r, x in status["replicas"].items() if x["wanted"]} == left
+        assert status["moves"] == 0
+        assert (await successor.explain("poems"))["copies_wanted"] == 2
+
+    asyncio.run(run())
+
+
+def test_controller_follows_the_catalogue(tmp_path):
+    write_adapter(tmp_path, "poems", b"one")
+
+    async def run():
+        controller = make_controller(tmp_path)
+        view = CatalogueView(controller, refresh_s=0.05)
+        first = await view.get("poems")
+        assert first is not None
+        await controller.sync(report("r0", [first.id], busy_s={first.id: 3.0}))
+        write_adapter(tmp_path, "poems", b"second")
+        write_adapter(tmp_path, "prose")
+        await asyncio.sleep(0.3)
+        second = await view.get("poems")
+        assert second is not None
+        assert second.version != first.version
+        assert await view.get("prose") is not None
+        orders = await controller.sync(report("r0", [first.id]))
+        assert orders.stale == (first.id,)
+        # The new version takes over the demand of the old one, so it is placed before anyone asks for it.
+        await asyncio.sleep(0.2)
+        orders = await controller.sync(report("r0", [first.id]))
+        assert [e.id for e in orders.wanted or ()] == [second.id]
+        for f in (tmp_path / "prose").iterdir():
+            f.unlink()
+        await asyncio.sleep(0.3)
+        assert await view.get("prose") is None
+
+    asyncio.run(run())
+
+
+def test_view_outlives_the_controller_and_asks_for_unknown_names(tmp_path):
+    write_adapter(tmp_path, "poems")
+
+    async def run():
+        controller = make_controller(tmp_path)
+        view = CatalogueView(controller, refresh_s=60.0)
+        assert await view.get("poems") is not None
+        write_adapter(tmp_path, "prose")
+        view._rescanned_s = -1e9
+        assert await view.get("prose") is not None
+
+        class Gone:
+            async def news(self, *_):
+                raise ConnectionError("gone")
+
+            rescan = news
+
+        view._link = Gone()
+        view._rescanned_s = -1e9
+        assert await view.get("poems") is not None
+        assert await view.get("nobody") is None
+
+    asyncio.run(run())
+
+
+def test_controller_reports_what_cannot_be_served(tmp_path):
+    write_adapter(tmp_path, "wide", config='{"r": 64}')
+    write_adapter(tmp_path, "x:y")
+    write_adapter(tmp_path, "faulty")
+    write_adapter(tmp_path, "good")
+
+    async def run():
+        controller = make_controller(tmp_path / ".")
+        await settle(controller, "r0")
+        faulty = controller._names["faulty"]
+        await controller.sync(report("r0", faults={faulty: "no such layer"}))
+        status = await controller.status()
+        faults = {name.split("@")[0]: fault for name, fault in status["faults"].items()}
+        assert "no replica can hold it" in faults["wide"]
+        assert "not allowed" in faults["x:y"]
+        assert faults["faulty"] == "no such layer"
+        assert "good" not in faults
+        with pytest.raises(ConfigError, match="not allowed"):
+            await controller.explain("x:y")
+
+    asyncio.run(run())
+
+
+def test_store_error_is_an_os_error_and_pickles():
+    import pickle
+
+    for error in (StoreError("s"), StaleVersionError("v"), NoRoomError("n"), LostError("l")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
