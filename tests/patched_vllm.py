@@ -53,7 +53,7 @@ def option_results(model: str) -> Iterator[tuple[str, Any]]:
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser: Any = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     common = ["--model", model, "--skip-tokenizer-init", "--max-model-len", "64"]
 
     def config(*flags: str) -> Any:
@@ -86,7 +86,7 @@ def weight_results(flora: Any, lora: Any) -> list[Any]:
     shown = []
     for config in (flora, lora):
         with set_current_vllm_config(config):
-            layer = ReplicatedLinear(32, 64, bias=False, params_dtype=torch.float32, disable_tp=True)
+            layer: Any = ReplicatedLinear(32, 64, bias=False, params_dtype=torch.float32, disable_tp=True)
             weight_OI = torch.arange(64 * 32, dtype=torch.float32).reshape(64, 32) / 2048
             layer.weight.data.copy_(weight_OI)
             layer.quant_method.process_weights_after_loading(layer)
@@ -109,7 +109,7 @@ def manager_results(flora: Any, lora: Any) -> list[str]:
 
     made = []
     for config in (flora, lora):
-        runner = mixin.LoRAModelRunnerMixin()
+        runner: Any = mixin.LoRAModelRunnerMixin()
         with ExitStack() as stack:
             stack.enter_context(patch.object(mixin, "supports_lora", lambda _: True))
             for kind in (LRUCacheWorkerLoRAManager, FloraWorkerManager):
@@ -182,7 +182,7 @@ async def serving_results(place: Path) -> list[Any]:
     client = engine("vllm.v1.engine.async_llm:AsyncLLM")
     client.model_config = SimpleNamespace(max_model_len=64, model="base")
     client.renderer = client.input_processor = None
-    models = OpenAIServingModels(client, [BaseModelPath("base", "base")])
+    models: Any = OpenAIServingModels(client, [BaseModelPath("base", "base")])
     resolver = SimpleNamespace(resolve_lora=lambda _, name: asyncio.sleep(0, found(place, name)))
 
     def found(place: Path, name: str) -> LoRARequest | None:
@@ -261,7 +261,7 @@ async def preload_results() -> list[Any]:
         core.add_request = lambda _, queued=queued: queued.__setitem__(0, queued[0] + 1)
         for number, path in ((1, "one"), (1, "one"), (2, "bad")):
             lora = LoRARequest(path, number, path)
-            fields = dict.fromkeys(EngineCoreRequest.__struct_fields__)
+            fields: dict[str, Any] = dict.fromkeys(EngineCoreRequest.__struct_fields__)
             fields |= {"request_id": "r", "lora_request": lora, "sampling_params": SamplingParams()}
             request = EngineCoreRequest(**fields)
             try:
@@ -287,7 +287,8 @@ def graph_results() -> list[str]:
 
     install._run_adapter_steps_without_graphs()
     manager.is_managing = lambda: True
-    v1, v2 = object.__new__(CudagraphDispatcher), object.__new__(CudaGraphManager)
+    v1: Any = object.__new__(CudagraphDispatcher)
+    v2: Any = object.__new__(CudaGraphManager)
     v1.keys_initialized, v1.cudagraph_mode, v1.specialize_lora_count = True, CUDAGraphMode.FULL, False
     v1.compilation_config = SimpleNamespace(max_cudagraph_capture_size=8)
     v1._create_padded_batch_descriptor = lambda n, _uniform, lora, _loras: BatchDescriptor(n, has_lora=lora)

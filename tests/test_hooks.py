@@ -194,10 +194,9 @@ def _vllm_names(path: Path) -> Iterator[str]:
 
 
 def _imported_module(node: ast.AST) -> str | None:
-    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "import_module"
-    if not is_call or not isinstance(node.args[0], ast.Constant):
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr != "import_module":
         return None
-    name = str(node.args[0].value)
+    name = str(node.args[0].value) if isinstance(node.args[0], ast.Constant) else ""
     return name if name.split(".")[0] == "vllm" else None
 
 
