@@ -74,6 +74,7 @@ def option_results(model: str) -> Iterator[tuple[str, Any]]:
     yield "sharded", outcome(lambda: config("--enable-flora", "--fully-sharded-loras"))
     yield "weights", weight_results(config("--enable-flora"), config("--enable-lora"))
     yield "managers", manager_results(config("--enable-flora"), config("--enable-lora"))
+    yield "experts", expert_results(config("--enable-flora"), config("--enable-lora"))
 
 
 def weight_results(flora: Any, lora: Any) -> list[Any]:
@@ -97,6 +98,28 @@ def weight_results(flora: Any, lora: Any) -> list[Any]:
                 if can_pack:
                     layer._flora_pack()
             shown.append([is_kept, can_pack, layer.weight.numel() > 0])
+    return shown
+
+
+def expert_results(flora: Any, lora: Any) -> list[str]:
+    """Whether experts are built for LoRA kernels, for an engine with FLoRA and one without."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.fused_moe import config as moe
+    from vllm.model_executor.layers.fused_moe import layer
+
+    def stop(self: Any) -> None:
+        raise ValueError(f"experts with LoRA: {self.is_lora_enabled}")
+
+    shown = []
+    for config in (flora, lora):
+        with ExitStack() as stack:
+            alone = SimpleNamespace(rank_in_group=0, world_size=1)
+            for group in ("_TP", "_DP", "_EP", "_PCP"):
+                stack.enter_context(patch.object(parallel_state, group, alone))
+            stack.enter_context(patch.object(moe.FusedMoEConfig, "__post_init__", stop))
+            stack.enter_context(set_current_vllm_config(config))
+            shown.append(outcome(lambda: layer.FusedMoEFactory(2, 1, 32, 64, params_dtype=torch.float32)))
     return shown
 
 

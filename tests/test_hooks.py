@@ -52,6 +52,16 @@ def test_sources_of_claimed_versions_have_every_hook(minor):
     assert source_faults(package, HOOKS) == []
 
 
+@pytest.mark.parametrize("minor", [*hooks.RUN_VERSIONS, *hooks.READ_VERSIONS])
+def test_vllms_own_directory_resolver_has_the_name_we_take_out(minor):
+    installed = hooks.vllm_version().startswith(f"{minor}.")
+    package = installed_package() if installed else source_package(minor)
+    theirs = (package / "plugins" / "lora_resolvers" / "filesystem_resolver.py").read_text()
+    name = re.search(r'resolvers\.pop\("([^"]+)"', (PLUGIN / "frontend.py").read_text())
+    assert name is not None
+    assert f'register_resolver("{name[1]}"' in theirs
+
+
 def test_no_symbol_is_listed_twice():
     symbols = [hook.symbol for hook in HOOKS]
     assert len(symbols) == len(set(symbols))

@@ -258,6 +258,7 @@ def test_what_is_compared_is_what_serving_needs(reports):
     assert all(options[name].startswith("refused: ") for name in ("rank without flora", "bad rank", "sharded"))
     assert options["weights"] == [[True, True, False], [False, False, False]]
     assert options["managers"] == ["FloraWorkerManager", "LRUCacheWorkerLoRAManager"]
+    assert options["experts"] == ["refused: experts with LoRA: False", "refused: experts with LoRA: True"]
     assert results["graphs"] == ["FULL", "FULL", "NONE", "NONE"]
     # Loaded twice, reloaded by content while a request runs, released once it finished; a faulty adapter is a 400.
     *answers, calls = results["serving"]

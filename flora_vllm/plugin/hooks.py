@@ -158,6 +158,7 @@ _LAYERS = (
     Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
     Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
+    Hook("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled"),
     Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "cpu"),
     Hook("vllm.model_executor.layers.utils:cpu_unquantized_gemm", ("layer", "x", "weight", "bias"), "cpu"),
     Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch", ("self", "num_tokens"), "cuda"),
@@ -213,6 +214,7 @@ _SERVER = (
     Hook("vllm.utils.counter:AtomicCounter.inc", ("self", "num")),
     Hook("vllm.lora.resolver:LoRAResolver.resolve_lora", ("self", "base_model_name", "lora_name")),
     Hook("vllm.lora.resolver:LoRAResolverRegistry"),
+    Hook("vllm.lora.resolver:_LoRAResolverRegistry.resolvers"),
     Hook("vllm.lora.resolver:_LoRAResolverRegistry.register_resolver", ("self", "resolver_name", "resolver")),
 )
 HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER
