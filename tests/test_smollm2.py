@@ -16,8 +16,10 @@ from flora_vllm.server_process import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-# bfloat16 keeps 8 bits: activations of order 10 carry errors of some hundredths through 30 layers.
+# Of a chosen token: bfloat16 keeps 8 bits; activations of order 10 carry errors of hundredths through 30 layers.
 TOLERANCE = 0.15
+# Of a runner-up as well: vLLM rounds the logits themselves to bfloat16, in steps of 0.125 between 16 and 32.
+RUNNER_UP_TOLERANCE = TOLERANCE + 0.125
 NAMES = sorted(path.parent.name for path in ADAPTERS.glob("*/adapter_config.json"))
 
 
@@ -47,9 +49,10 @@ def test_each_request_gets_its_merged_model(client: Client, smollm2_dir: Path) -
     for name, answer in zip(models, answers, strict=True):
         state = merged_state(original, name)
         whole = oracle.logprobs(state, tokens + answer.tokens)[len(tokens) - 1 : -1]
-        for place, served in zip(whole, answer.logprobs, strict=True):
-            worst = max(abs(value - float(place[token])) for token, value in served.items())
-            assert worst < TOLERANCE, name
+        for chosen, place, served in zip(answer.tokens, whole, answer.logprobs, strict=True):
+            errors = {token: abs(value - float(place[token])) for token, value in served.items()}
+            assert errors[chosen] < TOLERANCE, name
+            assert max(errors.values()) < RUNNER_UP_TOLERANCE, name
         assert regret(oracle, state, Ask(tokens), answer) < TOLERANCE
     texts = {tokenizer.decode(answer.tokens) for answer in answers}
     assert len(texts) >= len(NAMES) + 1, "every model must go on in its own way"
