@@ -228,7 +228,10 @@ class Planner:
                     f"{max(s.max_rank for s in specs)} and {max(s.nbytes for s in specs)} bytes"
                 )
             elif spec.min_copies > len(nodes):
-                out[name] = f"min_copies {spec.min_copies} but only {len(nodes)} nodes can hold it"
+                out[name] = (
+                    f"min_copies {spec.min_copies} but only {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} "
+                    "can hold it: copies share nodes"
+                )
             elif p.count[p.adapters.row[name]] < spec.min_copies:
                 out[name] = f"has {p.count[p.adapters.row[name]]} of {spec.min_copies} minimum copies"
         return out

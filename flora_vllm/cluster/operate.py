@@ -1,0 +1,236 @@
+"""Bringing a cluster up, looking at it, taking it down: the work behind `flora-vllm cluster`, usable from Python."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flora_vllm.cluster.app import build_app
+from flora_vllm.cluster.config import ClusterConfig
+from flora_vllm.errors import ConfigError, FloraError
+
+# A local Ray holds requests and answers only; its default would reserve a third of the memory.
+OBJECT_STORE_BYTES = 256 * 2**20
+REACH_S = 10.0
+
+
+class ClusterError(FloraError, RuntimeError):
+    """The cluster is not there, or did not come up; the message says what Ray said."""
+
+
+def cpus_needed(config: ClusterConfig) -> int:
+    """Logical CPUs for all replicas at their largest number."""
+    return math.ceil(sum((m.autoscale.max_replicas if m.autoscale else m.replicas) * m.cpus for m in config.models))
+
+
+def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
+    """Connects to a running Ray, or starts one here if `address` is None; True if it was started.
+
+    Raises ClusterError if there is no Ray at `address`.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return False
+    if address is not None:
+        _check_reachable(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"no Ray cluster at {address}: {error}") from error
+        return False
+    needed = cpus_needed(config) if config is not None else 1
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, needed),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    return True
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ClusterError if nobody listens: Ray itself tries for minutes and then ends the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster at {address}: {error}") from error
+
+
+def _has_directory(path: str) -> bool:
+    return Path(path).is_dir()
+
+
+def check_sources(config: ClusterConfig) -> list[str]:
+    """Warnings for nodes that lack a base model given as a directory. Raises ConfigError if no node has it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    warnings, probe = [], ray.remote(num_cpus=0)(_has_directory)
+    for model in (m for m in config.models if Path(m.source).is_absolute()):
+        asked = [
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
+                model.source
+            )
+            for n in nodes
+        ]
+        missing = [n["NodeManagerAddress"] for n, has in zip(nodes, ray.get(asked), strict=True) if not has]
+        if len(missing) == len(nodes):
+            raise ConfigError(f"model {model.name}: {model.source} is a directory on none of {len(nodes)} nodes")
+        if missing:
+            warnings.append(f"model {model.name}: {model.source} is missing on {', '.join(missing)}")
+    return warnings
+
+
+def up(config: ClusterConfig) -> list[str]:
+    """Deploys on the connected Ray and waits until it serves; warnings. Raises ClusterError with Serve's reason."""
+    from ray import serve
+
+    # Serve prints every option of every deployment otherwise.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    warnings = check_sources(config)
+    app = build_app(config)
+    serve.start(http_options={"host": config.ingress.host, "port": config.ingress.port})
+    try:
+        serve.run(app, name=config.name, route_prefix="/")
+    except RuntimeError as error:
+        reasons = _reasons(config.name)
+        raise ClusterError(f"the application {config.name} did not come up: {error}\n{reasons}") from error
+    return warnings + first_faults(config)
+
+
+def _reasons(name: str) -> str:
+    """What Serve says of the deployments that are not healthy."""
+    from ray import serve
+
+    app = serve.status().applications.get(name)
+    if app is None:
+        return ""
+    lines = [f"{d}: {x.message}" for d, x in app.deployments.items() if x.status != "HEALTHY"]
+    return "\n".join(line.strip() for line in [app.message, *lines] if line)
+
+
+def first_faults(config: ClusterConfig, patience_s: float = 10.0) -> list[str]:
+    """What cannot be served as asked, once every controller has a plan."""
+    deadline = time.monotonic() + patience_s
+    reports: dict[str, Any] = {}
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ClusterError):
+            reports = status(config.name)["models"]
+        if reports and all(r["plans"] for r in reports.values()):
+            break
+        time.sleep(0.5)
+    faults = []
+    for report in reports.values():
+        faults += [f"{report['model']}: {what}: {why}" for what, why in _all_faults(report)]
+    return faults
+
+
+def _all_faults(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from sorted(report["store_faults"].items())
+    yield from sorted(report["faults"].items())
+
+
+def _controllers(name: str) -> dict[str, Any]:
+    from flora_vllm.cluster.ray_hooks import controller_names, find_controller
+
+    return {deployment: find_controller(name, deployment) for deployment in controller_names(name)}
+
+
+def _ask(actor: Any, method: str, *args: Any) -> Any:
+    from flora_vllm.cluster.ray_hooks import call_controller
+
+    try:
+        return asyncio.run(call_controller(actor, method, *args))
+    except (ConnectionError, TimeoutError) as error:
+        raise ClusterError(f"the placement controller does not answer: {error}") from error
+
+
+def status(name: str) -> dict[str, Any]:
+    """Serve's view of the application and each controller's: plain data. Raises ClusterError if there is none."""
+    from ray import serve
+
+    app = serve.status().applications.get(name)
+    if app is None:
+        raise ClusterError(f"no application {name!r} runs on this Ray")
+    return {
+        "application": name,
+        "status": str(app.status.value),
+        "message": app.message,
+        "deployments": {d: f"{x.status.value} {x.message}".strip() for d, x in app.deployments.items()},
+        "models": {d: _ask(actor, "status") for d, actor in _controllers(name).items()},
+    }
+
+
+def explain(name: str, adapter: str) -> list[dict[str, Any]]:
+    """Why the adapter is where it is, for each base model that has it; `base:adapter` asks one. Raises ConfigError."""
+    base, colon, plain = adapter.rpartition(":")
+    found, errors = [], []
+    for deployment, actor in _controllers(name).items():
+        if colon and not deployment.endswith(f":{base}"):
+            continue
+        try:
+            found.append({"deployment": deployment, **_ask(actor, "explain", plain)})
+        except ConfigError as error:
+            errors.append(str(error).splitlines()[-1])
+    if not found:
+        raise ConfigError("; ".join(errors) or f"no base model {base!r} in application {name}")
+    return found
+
+
+def down(name: str) -> None:
+    """Stops the application; the Ray cluster stays. Raises ClusterError if it does not run."""
+    from ray import serve
+
+    if name not in serve.status().applications:
+        raise ClusterError(f"no application {name!r} runs on this Ray")
+    serve.delete(name)
+
+
+def wait_until_gone(name: str) -> None:
+    """Returns when the application was deleted."""
+    from ray import serve
+
+    while name in serve.status().applications:
+        time.sleep(1.0)
+
+
+def tell_model(report: dict[str, Any]) -> Iterator[str]:
+    """One model's status as lines of text."""
+    yield (
+        f"{report['model']}: {len(report['replicas'])} replicas, {report['adapters']} adapters, "
+        f"{report['plans']} plans in {report['uptime_s']:.0f} s (last {report['plan_ms']} ms), {report['moves']} moves"
+    )
+    for replica, state in report["replicas"].items():
+        planned, extra = set(state["wanted"]), sorted(set(state["resident"]) - set(state["wanted"]))
+        missing = planned - set(state["resident"])
+        names = [f"{i}{' (loading)' if i in missing else ''}" for i in state["wanted"]]
+        yield (
+            f"  {replica} on {state['node'][:12]}: {len(state['resident'])} of {state['slots']} slots, "
+            f"{state['in_use']} requests, {state['loads']} loads{', warming' if state['is_warming'] else ''}"
+        )
+        yield f"    planned: {', '.join(names) or '-'}"
+        yield f"    on demand: {', '.join(extra) or '-'}"
+    for what, why in _all_faults(report):
+        yield f"  not as asked: {what}: {why}"
+
+
+def stop_all() -> None:
+    """Ends Serve and the Ray that `connect` started."""
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()

@@ -1,0 +1,145 @@
+"""Files that `flora-vllm cluster` writes, what it says of bad input, and Ray's names: no cluster is started."""
+
+import copy
+import warnings
+
+import pytest
+import yaml
+
+from flora_vllm.cli import main
+from flora_vllm.cluster.config import ClusterConfig, parse, to_data
+from flora_vllm.errors import ConfigError, HookError
+
+with warnings.catch_warnings():
+    # Ray uses what pydantic deprecated.
+    warnings.simplefilter("ignore")
+    from flora_vllm.cluster import manifest, ray_hooks
+    from flora_vllm.cluster.app import build_from_data, deployment_options
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and vLLM warn when imported
+
+CONFIG = {
+    "name": "my_app",
+    "models": [
+        {
+            "name": "Smol.1",
+            "source": "hub/smol",
+            "adapters": ["s3://bucket/adapters"],
+            "replicas": 2,
+            "tensor_parallel": 4,
+            "pipeline_parallel": 2,
+            "environment": {"HF_HUB_OFFLINE": "1"},
+        },
+        {
+            "name": "tiny",
+            "source": "/shared/tiny",
+            "device": "cpu",
+            "autoscale": {"min_replicas": 1, "max_replicas": 5},
+        },
+    ],
+}
+
+
+@pytest.fixture
+def config():
+    return parse(ClusterConfig, CONFIG)
+
+
+def test_ray_service_is_valid_and_says_what_the_config_says(config):
+    service = manifest.ray_service(config, "image:1", claim="models")
+    groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert [g["groupName"] for g in groups] == ["smol-1", "tiny"]
+    assert (groups[0]["minReplicas"], groups[0]["maxReplicas"], groups[0]["numOfHosts"]) == (2, 2, 2)
+    limits = [g["template"]["spec"]["containers"][0]["resources"]["limits"] for g in groups]
+    assert limits[0]["nvidia.com/gpu"] == "4"
+    assert "nvidia.com/gpu" not in limits[1]
+    assert (groups[1]["minReplicas"], groups[1]["maxReplicas"]) == (1, 5)
+    assert service["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+    applications = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert parse(ClusterConfig, applications[0]["args"]) == config
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m["spec"].update(rayclusterConfig={}),
+        lambda m: m["spec"]["rayClusterConfig"]["workerGroupSpecs"][0].update(groupName="Has_Capitals"),
+        lambda m: m["spec"]["rayClusterConfig"]["workerGroupSpecs"][0].pop("maxReplicas"),
+        lambda m: m["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+        lambda m: m.update(apiVersion="ray.io/v1alpha1"),
+        lambda m: m["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0][
+            "resources"
+        ]["limits"].update(memory="32 GB"),
+    ],
+)
+def test_the_schema_catches_mistakes(config, spoil):
+    service = copy.deepcopy(manifest.ray_service(config, "image:1"))
+    manifest.check_manifest(service)
+    spoil(service)
+    with pytest.raises(ConfigError, match="not valid"):
+        manifest.check_manifest(service)
+
+
+def test_manifest_command_refuses_bad_values(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    assert main(["cluster", "manifest", str(path), "--image", "image:1", "--memory", "32 GB"]) == 1
+    assert "32 GB" in capsys.readouterr().err
+    assert main(["cluster", "manifest", str(path), "--serve"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["applications"][0]["import_path"] == "flora_vllm.cluster.app:build_from_data"
+
+
+def test_serve_takes_the_deploy_file(config):
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(manifest.serve_config(config))
+    assert schema.applications[0].args == to_data(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [{name: base, source: x, wheels: 4}]", ["unknown key 'wheels'"]),
+        ("models: [{name: 'a:b', source: x}]", ["a:b", "not allowed"]),
+        ("[]", ["must be a mapping"]),
+    ],
+)
+def test_up_refuses_a_bad_config_before_it_starts_anything(tmp_path, capsys, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert main(["cluster", "up", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert all(word in error for word in words)
+
+
+def test_no_cluster_there(capsys):
+    assert main(["cluster", "status", "--address", "127.0.0.1:1"]) == 1
+    assert "no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_deployment_options_reach_serve(config):
+    first, second = (deployment_options(config, model) for model in config.models)
+    assert first["num_replicas"] == 2
+    assert second["autoscaling_config"]["max_replicas"] == 5
+    assert first["deployment_actors"][0].init_kwargs["model"]["name"] == "Smol.1"
+
+
+def test_every_name_of_ray_that_we_use_is_there():
+    ray_hooks.check_hooks()
+
+
+def test_a_missing_name_is_told(monkeypatch):
+    wrong = (("ray.serve", "no_such_thing", (), "a test"), ("ray.serve", "get_deployment_actor", ("colour",), "a test"))
+    monkeypatch.setattr(ray_hooks, "HOOKS", wrong)
+    with pytest.raises(HookError) as caught:
+        ray_hooks.check_hooks(with_llm=False)
+    assert "no_such_thing" in str(caught.value)
+    assert "colour" in str(caught.value)
+
+
+def test_the_application_builds_from_plain_data(tmp_path):
+    data = {"models": [{"name": "tiny", "source": str(tmp_path), "device": "cpu", "cpus": 0.5}]}
+    app = build_from_data(data)
+    assert app._bound_deployment.name == "FloraIngress"
