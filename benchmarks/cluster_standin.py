@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
@@ -20,17 +22,28 @@ from flora_vllm.cluster.replica import ReplicaRuntime
 from flora_vllm.cluster.store import Entry
 from flora_vllm.cluster.streams import LostError
 
-LANES, CHUNKS = 8, 5
+CHUNKS = 5
+STAND_IN, STOCK = "StandIn", "Stock"
+
+
+@dataclass(frozen=True)
+class EngineSize:
+    """A request takes `service_s` on one of `lanes`; an adapter takes `load_s` to load."""
+
+    service_s: float = 0.4
+    load_s: float = 0.3
+    lanes: int = 4
 
 
 class WaitingEngine:
     """Loads by waiting; knows what it holds, and refuses what real engines must never see."""
 
-    def __init__(self, load_s: float) -> None:
+    def __init__(self, load_s: float, lanes: int) -> None:
         self._load_s = load_s
         self.held: set[str] = set()
         self.is_dead = False
-        self.lanes = asyncio.Semaphore(LANES)
+        self.lanes = asyncio.Semaphore(lanes)
+        self._node = ray.get_runtime_context().get_node_id()
 
     async def load(self, entry: Entry, path: Path) -> None:
         assert entry.id not in self.held, f"{entry.id} loaded twice"
@@ -42,21 +55,21 @@ class WaitingEngine:
         self.held.remove(adapter_id)
 
     async def generate(self, adapter: str | None, service_s: float) -> AsyncIterator[str]:
-        """CHUNKS events and the end mark, `service_s` on one of LANES."""
+        """CHUNKS events and the end mark, `service_s` on one lane."""
         async with self.lanes:
             for i in range(CHUNKS):
                 assert adapter is None or adapter in self.held, f"{adapter} is not in the engine"
                 await asyncio.sleep(service_s / CHUNKS)
-                yield f"data: {json.dumps({'index': i, 'adapter': adapter, 'pid': os.getpid()})}\n\n"
+                yield f"data: {json.dumps({'index': i, 'adapter': adapter, 'node': self._node})}\n\n"
         yield "data: [DONE]\n\n"
 
 
 class StandIn:
     """Same shape as the product's server: `completions(body, raw, adapter)` streams text chunks."""
 
-    async def __init__(self, settings: dict[str, Any], service_s: float, load_s: float) -> None:
-        self._service_s = service_s
-        self._engine = WaitingEngine(load_s)
+    async def __init__(self, settings: dict[str, Any], engine: EngineSize) -> None:
+        self._service_s = engine.service_s
+        self._engine = WaitingEngine(engine.load_s, engine.lanes)
         self._runtime = ReplicaRuntime(settings, self._engine, lambda: self._engine.is_dead)
         await self._runtime.start()
 
@@ -81,13 +94,12 @@ class StandIn:
 class StockStandIn:
     """The same engine behind Serve's own multiplexing and router, as ray.serve.llm uses them."""
 
-    def __init__(self, slots: int, service_s: float, load_s: float) -> None:
-        self._service_s = service_s
-        self._engine = WaitingEngine(load_s)
+    def __init__(self, slots: int, engine: EngineSize) -> None:
+        self._service_s = engine.service_s
+        self._engine = WaitingEngine(engine.load_s, engine.lanes)
 
         async def load(adapter: str) -> str:
-            await asyncio.sleep(load_s)
-            self._engine.held.add(adapter)
+            await asyncio.sleep(engine.load_s)
             return adapter
 
         self._load = serve.multiplexed(max_num_models_per_replica=slots)(load)
@@ -141,13 +153,13 @@ class Front:
         return os.getpid()
 
 
-def stand_in_app(config: ClusterConfig, service_s: float, load_s: float, bundle: dict[str, float]) -> Any:
+def stand_in_app(config: ClusterConfig, engine: EngineSize, bundle: dict[str, float]) -> Any:
     """Replicas of the first model as stand-ins, one placement group of `bundle` each, and the front."""
     model = config.models[0]
     options = deployment_options(config, model)
     options |= {"health_check_period_s": 1, "health_check_timeout_s": 5, "graceful_shutdown_timeout_s": 1}
     options |= {"placement_group_bundles": [bundle], "placement_group_strategy": "STRICT_PACK"}
-    replicas = serve.deployment(StandIn, name="StandIn", **options).bind(settings_for(config, model), service_s, load_s)
+    replicas = serve.deployment(StandIn, name=STAND_IN, **options).bind(settings_for(config, model), engine)
     front = serve.deployment(
         Front,
         num_replicas=config.ingress.replicas,
@@ -158,17 +170,17 @@ def stand_in_app(config: ClusterConfig, service_s: float, load_s: float, bundle:
     return front.bind(replicas, model.name, config.ingress.retry_s)
 
 
-def stock_app(replicas: int, slots: int, service_s: float, load_s: float, bundle: dict[str, float]) -> Any:
+def stock_app(replicas: int, slots: int, engine: EngineSize, bundle: dict[str, float]) -> Any:
     """The same fleet as Serve ships it; max_ongoing_requests as in ray.serve.llm."""
     return serve.deployment(
         StockStandIn,
-        name="Stock",
+        name=STOCK,
         num_replicas=replicas,
         max_ongoing_requests=1_000_000_000,
         ray_actor_options={"num_cpus": bundle["CPU"]},
         placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
-    ).bind(slots, service_s, load_s)
+    ).bind(slots, engine)
 
 
 def make_adapters(root: Path, names: list[str], nbytes: int = 1024) -> None:
