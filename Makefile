@@ -2,6 +2,7 @@
 #   DEVICE=cpu|cuda   which vLLM to install (default: cuda where there is an NVIDIA GPU)
 #   FLORA_CACHE=DIR   where models are kept (default: .cache)
 #   PYTEST_ARGS=...   passed on by `make test`, for example PYTEST_ARGS='-m "not engine"'
+# `make test-cluster` runs the tests that start Ray and kill its nodes; `make test` runs all others.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 DEVICE ?= auto
@@ -10,7 +11,7 @@ BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo_adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test lint format bench serve
+.PHONY: setup model demo test test-cluster lint format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -23,7 +24,10 @@ demo: setup
 	@$(BIN)/flora-vllm demo
 
 test: setup
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(or $(PYTEST_ARGS),-m "not cluster")
+
+test-cluster: setup
+	@$(BIN)/python -m pytest -m cluster
 
 lint: setup
 	$(BIN)/ruff format --check .
