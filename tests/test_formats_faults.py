@@ -127,6 +127,7 @@ TENSOR_CASES: dict[str, tuple[dict, str]] = {
     "rank": ({A.format(V0): torch.ones(3, 6), B.format(V0): torch.ones(4, 3)}, "has shape (3, 6)"),
     "in": ({A.format(V0): torch.ones(2, 7)}, "has shape (2, 7)"),
     "out": ({B.format(V0): torch.ones(5, 2)}, "allow (4 (out features), 2 (rank))"),
+    "empty": ({A.format(V0): torch.ones(0, 6)}, "has shape (0, 6), which is empty"),
     "swapped": ({B.format(V0): torch.ones(2, 4)}, "has shape (2, 4)"),
     "dtype": ({A.format(V0): torch.ones(2, 6).double()}, "has dtype F64; allowed: F32, F16, BF16"),
     "int": ({A.format(V0): torch.ones(2, 6).int()}, "has dtype I32"),
@@ -377,6 +378,7 @@ def test_files_that_are_not_files(flora: Path) -> None:
 # What PEFT writes when a feature is on that we do not compute.
 LORA_CASES: dict[str, tuple[dict, str]] = {
     "dora": ({"use_dora": True}, "family 'DORA' is not supported yet; supported: FLORA, HIRA, IA3, LORA"),
+    "dora-zero": ({"use_dora": 0}, "'use_dora' is 0; allowed: False"),
     "bias": ({"bias": "lora_only"}, "'bias' is 'lora_only'; allowed: 'none'"),
     "lora_bias": ({"lora_bias": True}, "'lora_bias' is True; allowed: False"),
     "pissa": ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa'"),
