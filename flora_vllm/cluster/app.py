@@ -121,7 +121,7 @@ def build_app(config: ClusterConfig) -> Any:
             },
             "ingress_deployment_config": {
                 "num_replicas": config.ingress.replicas,
-                "ray_actor_options": {"num_cpus": 0},
+                "ray_actor_options": {"num_cpus": config.ingress.cpus},
                 "max_ongoing_requests": 10_000,
             },
         }

@@ -135,18 +135,22 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class IngressConfig:
-    """retry_s: how long a request whose replica died before its first byte is tried elsewhere."""
+    """retry_s: how long a request whose replica died before its first byte is tried elsewhere.
+
+    cpus: reserved for each ingress; more than 0 keeps it off nodes whose CPUs the engines use up.
+    """
 
     replicas: int = 1
+    cpus: float = 0.0
     host: str = "127.0.0.1"
     port: int = 8000
     retry_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or not 0 < self.port < 65536 or self.retry_s < 0:
+        if self.replicas < 1 or not 0 < self.port < 65536 or self.retry_s < 0 or self.cpus < 0:
             raise ConfigError(
-                "ingress: need replicas >= 1, 0 < port < 65536 and retry_s >= 0, got "
-                f"{self.replicas}, {self.port} and {self.retry_s}"
+                "ingress: need replicas >= 1, 0 < port < 65536, retry_s >= 0 and cpus >= 0, got "
+                f"{self.replicas}, {self.port}, {self.retry_s} and {self.cpus}"
             )
 
 

@@ -25,8 +25,9 @@ class ClusterError(FloraError, RuntimeError):
 
 
 def cpus_needed(config: ClusterConfig) -> int:
-    """Logical CPUs for all replicas at their largest number."""
-    return math.ceil(sum((m.autoscale.max_replicas if m.autoscale else m.replicas) * m.cpus for m in config.models))
+    """Logical CPUs for all replicas and ingresses at their largest number."""
+    engines = sum((m.autoscale.max_replicas if m.autoscale else m.replicas) * m.cpus for m in config.models)
+    return math.ceil(engines + config.ingress.replicas * config.ingress.cpus)
 
 
 def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
@@ -123,18 +124,15 @@ def _reasons(name: str) -> str:
 
 
 def first_faults(config: ClusterConfig, patience_s: float = 10.0) -> list[str]:
-    """What cannot be served as asked, once every controller has a plan."""
+    """What cannot be served as asked; replicas that have just come get `patience_s` to report."""
     deadline = time.monotonic() + patience_s
-    reports: dict[str, Any] = {}
-    while time.monotonic() < deadline:
+    faults = ["no placement controller answers"]
+    while faults and time.monotonic() < deadline:
         with contextlib.suppress(ClusterError):
-            reports = status(config.name)["models"]
-        if reports and all(r["plans"] for r in reports.values()):
-            break
+            reports = status(config.name)["models"].values()
+            faults = [f"{r['model']}: {what}: {why}" for r in reports for what, why in _all_faults(r)]
+            faults += [f"{r['model']}: no plan yet" for r in reports if not r["plans"]]
         time.sleep(0.5)
-    faults = []
-    for report in reports.values():
-        faults += [f"{report['model']}: {what}: {why}" for what, why in _all_faults(report)]
     return faults
 
 

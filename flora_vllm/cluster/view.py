@@ -56,13 +56,19 @@ class CatalogueView:
             self._task = asyncio.create_task(self._refresh_loop())
             await self.refresh()
         entry = self._entries.get(name)
-        if (entry is None or entry == newer_than) and time.monotonic() - self._rescanned_s >= RESCAN_S:
-            async with self._asking:
-                if time.monotonic() - self._rescanned_s >= RESCAN_S:
-                    self._rescanned_s = time.monotonic()
-                    try:
-                        self._take(await self._link.rescan(self._born, self._number))
-                    except (ConnectionError, TimeoutError) as error:
-                        log.info("catalogue not refreshed: %s", error)
+        if name and (entry is None or entry == newer_than):
+            await self._rescan_since(time.monotonic())
             entry = self._entries.get(name)
         return entry
+
+    async def _rescan_since(self, asked_s: float) -> None:
+        """Has the sources looked at after `asked_s`; all who wait share one look."""
+        async with self._asking:
+            if self._rescanned_s >= asked_s:
+                return
+            await asyncio.sleep(max(0.0, self._rescanned_s + RESCAN_S - time.monotonic()))
+            self._rescanned_s = time.monotonic()
+            try:
+                self._take(await self._link.rescan(self._born, self._number))
+            except (ConnectionError, TimeoutError) as error:
+                log.info("catalogue not refreshed: %s", error)
