@@ -254,7 +254,6 @@ def test_view_outlives_the_controller_and_asks_for_unknown_names(tmp_path):
         view = CatalogueView(controller, refresh_s=60.0)
         assert await view.get("poems") is not None
         write_adapter(tmp_path, "prose")
-        view._rescanned_s = -1e9
         assert await view.get("prose") is not None
 
         class Gone:
@@ -264,7 +263,6 @@ def test_view_outlives_the_controller_and_asks_for_unknown_names(tmp_path):
             rescan = news
 
         view._link = Gone()
-        view._rescanned_s = -1e9
         assert await view.get("poems") is not None
         assert await view.get("nobody") is None
 

@@ -27,7 +27,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
-PORT = 8172
+PORT = fleets.free_port()
 URL = f"http://127.0.0.1:{PORT}/v1"
 APP = "flora"
 

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
-NODES, PORT = 4, 8171
+NODES, PORT = 4, fleets.free_port()
 URL = f"http://127.0.0.1:{PORT}"
 NAMES = [f"a{i}" for i in range(8)]
 
