@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 from flora_vllm.adapter import ModelLayout
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats import examine, read_adapter
 
 # Hidden 64, keys and values 32, feed-forward 96: no two sides of a layer can be mixed up unnoticed.
 _SIZES = {
@@ -101,3 +104,21 @@ def edit_tensors(path: Path, **changes: torch.Tensor | None) -> None:
     file = path / "adapter_model.safetensors"
     tensors = {**load_file(file), **changes}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+def faults_of(path: Path, **options: Any) -> tuple[str, ...]:
+    """The faults, after checking that the raised error lists every one of them and nothing was returned."""
+    found = examine(path, **options)
+    assert found.adapter is None
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(path, **options)
+    assert f"({len(found.faults)} fault" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert all(fault in str(caught.value) for fault in found.faults)
+    return found.faults
+
+
+def the_fault(path: Path, **options: Any) -> str:
+    faults = faults_of(path, **options)
+    assert len(faults) == 1, faults
+    return faults[0]

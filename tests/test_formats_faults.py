@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats_support import edit_config, edit_tensors, linear_layout, save_peft_adapter, tiny_model
-from peft import HiraConfig, IA3Config, LoraConfig, PeftType
+from formats_support import edit_config, edit_tensors, faults_of, the_fault
+from peft import PeftType
 from safetensors.torch import load_file, save_file
 
 from flora_vllm.adapter import ModelLayout
-from flora_vllm.errors import AdapterError
-from flora_vllm.formats import FAMILIES, examine, read_adapter, write_flora
+from flora_vllm.formats import FAMILIES, read_adapter, write_flora
 
 torch.set_num_threads(1)
 
@@ -32,24 +31,6 @@ def flora(tmp_path: Path) -> Path:
     path = write_flora(tmp_path / "adapter", pairs, target_modules=["q_proj", "v_proj"])
     assert read_adapter(path, layout=LAYOUT, max_flora_rank=3).rank == 3
     return path
-
-
-def faults_of(path: Path, **options) -> tuple[str, ...]:
-    """The faults, after checking that the raised error lists every one of them and nothing was returned."""
-    found = examine(path, **options)
-    assert found.adapter is None
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(path, **options)
-    assert f"({len(found.faults)} fault" in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert all(fault in str(caught.value) for fault in found.faults)
-    return found.faults
-
-
-def the_fault(path: Path, **options) -> str:
-    faults = faults_of(path, **options)
-    assert len(faults) == 1, faults
-    return faults[0]
 
 
 @pytest.mark.parametrize("name", sorted({kind.value for kind in PeftType} - set(FAMILIES)))
@@ -373,63 +354,3 @@ def test_files_that_are_not_files(flora: Path) -> None:
     weights(flora).rmdir()
     weights(flora).symlink_to(flora / "gone")
     assert "adapter_model.safetensors: missing" in the_fault(flora)
-
-
-# What PEFT writes when a feature is on that we do not compute.
-LORA_CASES: dict[str, tuple[dict, str]] = {
-    "dora": ({"use_dora": True}, "family 'DORA' is not supported yet; supported: FLORA, HIRA, IA3, LORA"),
-    "dora-zero": ({"use_dora": 0}, "'use_dora' is 0; allowed: False"),
-    "bias": ({"bias": "lora_only"}, "'bias' is 'lora_only'; allowed: 'none'"),
-    "lora_bias": ({"lora_bias": True}, "'lora_bias' is True; allowed: False"),
-    "pissa": ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa'"),
-    "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' is [1]"),
-    "parameters": ({"target_parameters": ["experts.up"]}, "'target_parameters'"),
-    "replication": ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
-    "alora": ({"alora_invocation_tokens": [5]}, "'alora_invocation_tokens'"),
-    "qalora": ({"use_qalora": True}, "'use_qalora' is True"),
-    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "'use_bdlora'"),
-    "alpha-nan": ({"lora_alpha": float("nan")}, "'lora_alpha' is nan; allowed: a finite number"),
-    "alpha-huge": ({"lora_alpha": 10**400}, "'lora_alpha' is 1000"),
-    "alpha-missing": ({"lora_alpha": ...}, "key 'lora_alpha' is missing"),
-    "alpha-pattern": ({"alpha_pattern": {"q_proj": "8"}}, "'alpha_pattern'"),
-    "rslora": ({"use_rslora": 1}, "'use_rslora' is 1; allowed: true or false"),
-}
-
-
-@pytest.mark.parametrize("case", LORA_CASES)
-def test_lora_features_that_change_the_result(case: str, tmp_path: Path) -> None:
-    changes, message = LORA_CASES[case]
-    save_peft_adapter(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
-    assert "limit 3; start the server with --max-lora-rank 4" in the_fault(tmp_path, max_lora_rank=3)
-    assert read_adapter(tmp_path, max_lora_rank=4, max_flora_rank=1).rank == 4
-    edit_config(tmp_path, **changes)
-    assert message in the_fault(tmp_path)
-
-
-def test_a_real_dora_adapter_is_refused_by_name(tmp_path: Path) -> None:
-    save_peft_adapter(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), tmp_path)
-    assert "family 'DORA' is not supported yet" in the_fault(tmp_path)
-
-
-def test_ia3_side_and_shape_must_agree(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    layout = linear_layout(model)
-    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    save_peft_adapter(model, config, tmp_path)
-    assert read_adapter(tmp_path, layout=layout, max_flora_rank=1).rank == 1
-    edit_config(tmp_path, feedforward_modules=["k_proj"])
-    assert all("ia3_l' has shape" in fault for fault in faults_of(tmp_path))
-    assert len(faults_of(tmp_path)) == 4
-    edit_config(tmp_path, feedforward_modules=None)
-    assert "'feedforward_modules' is None" in the_fault(tmp_path, layout=layout)
-
-
-def test_hira_rank_is_limited_without_its_identity(tmp_path: Path) -> None:
-    save_peft_adapter(tiny_model("llama"), HiraConfig(r=4, target_modules=["q_proj"]), tmp_path)
-    adapter = read_adapter(tmp_path, max_flora_rank=4)
-    hadamard = adapter.modules[Q0].hadamard
-    assert hadamard is not None
-    assert (hadamard.identity, hadamard.scale, hadamard.rank) == (True, 1.0, 4)
-    assert "limit 3" in the_fault(tmp_path, max_flora_rank=3)
-    edit_config(tmp_path, r=5)
-    assert len(faults_of(tmp_path)) == 4
