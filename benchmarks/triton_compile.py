@@ -8,8 +8,6 @@ prove that a kernel compiles and does not spill; they say nothing of its speed o
 """
 
 import argparse
-import json
-import platform
 import re
 import subprocess
 import tempfile
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+from harness import append_rows, environment
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -191,11 +190,10 @@ def main() -> None:
                     f"{report.shared_bytes:8}  {counts}",
                     flush=True,
                 )
-                rows.append({"triton": triton.__version__, "machine": platform.machine(), **asdict(report)})
+                rows.append(asdict(report))
     if not options.no_record:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        here = environment()
+        append_rows(RESULTS, [here | {"bench": "triton_compile"} | row for row in rows])
     for fault in faults:
         print("FAULT", fault)
     raise SystemExit(1 if faults else 0)

@@ -1,7 +1,7 @@
 """The Triton kernels compiled for GPUs that are not here: no spills, within the chip's memory, on its tensor cores."""
 
 import dataclasses
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 @pytest.fixture(scope="module")
 def bench():
-    file = Path(__file__).parents[1] / "benchmarks" / "triton_compile.py"
-    spec = importlib.util.spec_from_file_location("triton_compile", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("triton_compile")
 
 
 @pytest.fixture(scope="module", autouse=True)
