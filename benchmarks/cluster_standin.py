@@ -102,7 +102,7 @@ class StockStandIn:
             await asyncio.sleep(engine.load_s)
             return adapter
 
-        self._load = serve.multiplexed(max_num_models_per_replica=slots)(load)
+        self._load: Any = serve.multiplexed(max_num_models_per_replica=slots)(load)
 
     async def completions(self, _body: dict[str, Any], _raw: Any, adapter: Entry | None) -> AsyncIterator[str]:
         if adapter is not None:
