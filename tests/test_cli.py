@@ -21,9 +21,11 @@ def command(monkeypatch):
 
     def make(run):
         module = ModuleType("flora_probe_command")
-        module.add_arguments = lambda parser: parser.add_argument("--size", type=int, default=1)
-        module.run = run
-        module.__spec__ = argparse.Namespace(name="flora_probe_command")
+        vars(module).update(
+            add_arguments=lambda parser: parser.add_argument("--size", type=int, default=1),
+            run=run,
+            __spec__=argparse.Namespace(name="flora_probe_command"),
+        )
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(cli, "COMMANDS", (*COMMANDS, Command("probe", module.__name__, "a probe")))
 
