@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from peft import PeftType
 from safetensors.torch import load_file, save_file
 
 from flora_vllm.adapter import ModelLayout
-from flora_vllm.formats import FAMILIES, read_adapter, write_flora
+from flora_vllm.formats import FAMILIES, examine, read_adapter, write_flora
 
 torch.set_num_threads(1)
 
@@ -354,3 +355,20 @@ def test_files_that_are_not_files(flora: Path) -> None:
     weights(flora).rmdir()
     weights(flora).symlink_to(flora / "gone")
     assert "adapter_model.safetensors: missing" in the_fault(flora)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(key: str, flora: Path) -> None:
+    endless = "(.|..|...)+[#!]"
+    edit_config(flora, **{key: {endless: 2} if key == "rank_pattern" else endless})
+    start = time.process_time()
+    assert "takes too long to match module names" in "\n".join(faults_of(flora))
+    assert time.process_time() - start < 10
+    edit_config(flora, **{key: {"q_proj": 2} if key == "rank_pattern" else ".*_proj"})
+    assert "takes too long" not in "\n".join(examine(flora).faults)
+
+
+@pytest.mark.parametrize("pattern", ["(?:q_proj){e<=1}", "[[:alpha:]]_proj"])
+def test_a_pattern_of_another_dialect_is_refused(pattern: str, flora: Path) -> None:
+    edit_config(flora, target_modules=pattern)
+    assert f"'target_modules' is '{pattern}'" in "\n".join(faults_of(flora))

@@ -32,7 +32,7 @@ PARTS = (
     Part("bootstrap"),
     Part("errors"),
     Part("adapter", ("errors",), ("torch",)),
-    Part("formats", ("errors", "adapter"), ("torch", "safetensors", "huggingface_hub")),
+    Part("formats", ("errors", "adapter"), ("torch", "regex", "safetensors", "huggingface_hub")),
     Part("ops.terms", (), ("torch",)),
     Part("ops", ("errors", "ops.terms"), ("torch", "triton")),
     Part("slots", ("adapter", "errors", "ops.terms", "ops"), ("torch",)),

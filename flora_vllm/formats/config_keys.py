@@ -5,10 +5,11 @@ drop in silence. `BOOKKEEPING` is the one list of keys that never change the res
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from flora_vllm.formats.patterns import speaks_re
 
 # True if the value can be served.
 Check = Callable[[Any], bool]
@@ -36,10 +37,7 @@ def _is_number(value: object) -> bool:
 
 def _is_regex(value: object, within: str = "{}") -> bool:
     """Whether `value` compiles where PEFT puts it."""
-    try:
-        return isinstance(value, str) and re.compile(within.format(value)) is not None
-    except (re.error, RecursionError, OverflowError):
-        return False
+    return isinstance(value, str) and speaks_re(within.format(value))
 
 
 def _is_layers_pattern(value: object) -> bool:

@@ -2,12 +2,14 @@
 
 Sources: `peft/tuners/tuners_utils.py::check_target_module_exists`, `peft/utils/other.py::get_pattern_key`,
 `peft/tuners/ia3/model.py::_check_target_module_feedforward`. The asymmetries below are PEFT's.
+Patterns come with the adapter: every function raises AdapterError for one that takes too long to match.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from flora_vllm.formats.patterns import full_match, match_start
 
 ALL_LINEAR = "all-linear"
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "score", "classifier"})
@@ -38,7 +40,7 @@ class Targets:
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == ALL_LINEAR:
                 return module.rpartition(".")[2] not in OUTPUT_LAYERS
-            return re.fullmatch(self.target_modules, module) is not None
+            return full_match(self.target_modules, module)
         if module in self.target_modules:
             # An entry that is the whole path wins over layers_to_transform, as in PEFT.
             return True
@@ -48,7 +50,7 @@ class Targets:
         if not self.exclude_modules:
             return False
         if isinstance(self.exclude_modules, str):
-            return re.fullmatch(self.exclude_modules, module) is not None
+            return full_match(self.exclude_modules, module)
         return module in self.exclude_modules or _ends_with_one_of(module, self.exclude_modules)
 
     def _layer_is_chosen(self, module: str) -> bool:
@@ -59,7 +61,7 @@ class Targets:
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             # With no pattern PEFT wants something before the list's name ("model.layers.3."), else not.
             start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-            match = re.match(rf"{start}{pattern}\.(?P<idx>\d+)\.", module)
+            match = match_start(rf"{start}{pattern}\.(?P<idx>\d+)\.", module)
             if match is not None:
                 layer = int(match["idx"])
                 return layer == chosen if isinstance(chosen, int) else layer in chosen
@@ -69,7 +71,7 @@ class Targets:
 def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key of `rank_pattern` or `alpha_pattern` that fits `module`, else `default`."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if match_start(rf"(.*\.)?({pattern})$", module):
             return value
     return patterns.get(module, default)
 
@@ -77,7 +79,7 @@ def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 def is_feedforward(feedforward_modules: str | Iterable[str], module: str) -> bool:
     """IA3: whether the vector scales the input of `module`. PEFT compares bare endings, without a dot."""
     if isinstance(feedforward_modules, str):
-        return re.fullmatch(feedforward_modules, module) is not None
+        return full_match(feedforward_modules, module)
     return any(module.endswith(ending) for ending in feedforward_modules)
 
 
