@@ -55,14 +55,16 @@ class AdaptedLinear:
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., I) -> (..., O)."""
-        x_TI = x.reshape(-1, x.shape[-1])
+        # Once a layer and step: a small model on a CPU feels each microsecond here.
+        is_flat = x.ndim == 2
+        x_TI = x if is_flat else x.reshape(-1, x.shape[-1])
         segments = self._step.segments_for(x_TI.shape[0])
         y_TO = self._kernel.forward(x_TI, bias, segments)
         if segments is not None and self._hidden_bias is not None:
             for slot, rows in segments:
                 if slot in self._bias_gain:
                     y_TO[rows] += (self._bias_gain[slot] * self._hidden_bias).to(y_TO.dtype)
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        return y_TO if is_flat else y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 _layers: "weakref.WeakValueDictionary[int, AdaptedLinear]" = weakref.WeakValueDictionary()

@@ -96,9 +96,11 @@ class NativeLinear:
         tokens, in_features = x_TI.shape
         assert in_features == self.in_features, f"x has {in_features} features, W {self.in_features}"
         assert x_TI.dtype == self.dtype, f"x is {x_TI.dtype}, W {self.dtype}"
-        if x_TI.stride(1) != 1:
+        row_stride, stride = x_TI.stride()
+        if stride != 1:
             x_TI = x_TI.contiguous()
-        y_TO = torch.empty(tokens, self.out_features, dtype=self.dtype)
+            row_stride = in_features
+        y_TO = x_TI.new_empty((tokens, self.out_features))
         step = None
         if segments is not None:
             assert segments.starts[-1] == tokens, f"segments cover {segments.starts[-1]} of {tokens} tokens"
@@ -107,7 +109,7 @@ class NativeLinear:
         if bias_O is not None:
             assert bias_O.dtype == self.dtype, f"bias is {bias_O.dtype}, W {self.dtype}"
             bias = bias_O.data_ptr()
-        if not self._forward(self._handle, x_TI.data_ptr(), x_TI.stride(0), tokens, bias, y_TO.data_ptr(), step):
+        if not self._forward(self._handle, x_TI.data_ptr(), row_stride, tokens, bias, y_TO.data_ptr(), step):
             raise MemoryError("no memory for the op's scratch")
         return y_TO
 
