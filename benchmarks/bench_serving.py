@@ -65,8 +65,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flora-pools-")))
-        pools = _pools(setup, folder)
-        _start(setup, stack, pools)
+        pools = _start(setup, stack, folder)
         traffics = _traffics(options, pools)
         _throughput(setup, traffics)
         latencies = [] if options.quick else _latency(setup, traffics)
@@ -87,11 +86,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="ranks 1 and 8, fewer requests, nothing written")
     parser.add_argument("--lengths", type=Path, help="CSV of prompt_tokens,output_tokens")
     parser.add_argument("--scale", type=float, default=0.125, help="factor on every length (default: 0.125)")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 3, quick 2)")
-    parser.add_argument("--requests", type=int, help="requests of a traffic in a round (default: 64, quick 32)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 3)", default=3)
+    parser.add_argument("--requests", type=int, help="requests of a traffic in a round (default: 40, quick 32)")
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 3)
-    options.requests = options.requests or (32 if options.quick else 64)
+    options.requests = options.requests or (32 if options.quick else 40)
     options.ranks = (1, 8) if options.quick else RANKS
     options.scale_pools = (64, 2000) if options.quick else SCALE_POOLS
     return options
@@ -105,21 +103,31 @@ def _pools(setup: Setup, folder: Path) -> dict[str, dict[str, Path]]:
     return pools
 
 
-def _start(setup: Setup, stack: contextlib.ExitStack, pools: dict[str, dict[str, Path]]) -> None:
+def _start(setup: Setup, stack: contextlib.ExitStack, folder: Path) -> dict[str, dict[str, Path]]:
+    """The servers, all starting at once while the adapters are written; returns the pools of adapters."""
     common = ["--max-num-seqs", str(CONCURRENCY), "--no-enable-prefix-caching"]
     adapted = [*common, "--enable-lora", "--max-loras", str(SLOTS), "--max-lora-rank", "32", "--max-cpu-loras", "4096"]
     wanted = {
-        "vllm": dict(flora=False, options=common),
-        "vllm_lora": dict(flora=False, options=adapted),
-        "plugin": dict(flora=True, options=[*adapted, "--max-flora-rank", "32"]),
+        "vllm": (False, common),
+        "vllm_lora": (False, adapted),
+        "plugin": (True, [*adapted, "--max-flora-rank", "32"]),
     }
-    for name, how in wanted.items():
-        progress(f"starting {name}")
-        server = ServerProcess(setup.model, served_name="base", eager=False, quiet=True, **how)
-        setup.servers[name] = stack.enter_context(server)
+    for name, (flora, options) in wanted.items():
+        setup.servers[name] = ServerProcess(
+            setup.model, served_name="base", eager=False, quiet=True, flora=flora, options=options
+        )
+        stack.push(setup.servers[name])
+    progress("starting three servers")
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        starts = [threads.submit(server.__enter__) for server in setup.servers.values()]
+        pools = _pools(setup, folder)
+        for start in starts:
+            start.result()
+    progress("servers are up")
     _register(setup.servers["vllm_lora"], pools["lora_r8"])
     everything = {name: path for pool in pools.values() for name, path in pool.items()}
     _register(setup.servers["plugin"], everything)
+    return pools
 
 
 def _register(server: ServerProcess, adapters: dict[str, Path]) -> None:
@@ -171,9 +179,9 @@ def _latency(setup: Setup, traffics: Sequence[Traffic]) -> list[dict]:
     capacity_per_s = statistics.median(setup.rates["vllm"]) / mean_output
     chosen = [t for t in traffics if t.name in ("vllm", "vllm_lora_r8", "lora_r8", "flora_r1", "flora_r8", "mix")]
     rows = []
-    for share in (0.1, 0.2, 0.4, 0.6, 0.8):
+    for share in (0.2, 0.4, 0.6, 0.8):
         for traffic in chosen:
-            requests = make_requests(setup.lengths, setup.options.requests // 2, traffic.pool, traffic.law, seed=7)
+            requests = make_requests(setup.lengths, 24, traffic.pool, traffic.law, seed=7)
             url, rate = setup.servers[traffic.server].url, share * capacity_per_s
             found = asyncio.run(at_rate(url, requests, rate, seed=7))
             row = {"traffic": traffic.name, "rate_per_s": round(rate, 3), "requests": len(found)}
@@ -194,9 +202,12 @@ def _ratio(setup: Setup, name: str, against: str) -> float:
 
 
 def _summary(setup: Setup) -> dict:
-    # With CONCURRENCY sequences in flight a step yields that many tokens.
-    step_s = CONCURRENCY / statistics.median(setup.rates["base_only"])
-    bound = predicted_ratio(setup.model, rank=8, pool=POOL, concurrency=CONCURRENCY, step_s=step_s)
+    bounds = {
+        rank: predicted_ratio(
+            setup.model, rank, POOL, CONCURRENCY, 1 / statistics.median(setup.rates["base_only"]), setup.lengths
+        )
+        for rank in setup.options.ranks
+    }
     return {
         "benchmark": "serving",
         "quick": setup.options.quick,
@@ -206,8 +217,9 @@ def _summary(setup: Setup) -> dict:
         "lora_r8_vs_vllm": _ratio(setup, "lora_r8", "vllm"),
         "flora_r8_vs_vllm_lora_r8": _ratio(setup, "flora_r8", "vllm_lora_r8"),
         "lora_r8_vs_vllm_lora_r8": _ratio(setup, "lora_r8", "vllm_lora_r8"),
-        "flora_r8_vs_bound": round(_ratio(setup, "flora_r8", "base_only") / bound, 4),
-        "flora_r8_predicted_vs_base_only": round(bound, 4),
+        "flora_r8_vs_bound": round(_ratio(setup, "flora_r8", "base_only") / bounds[8], 4),
+        "predicted_vs_base_only": {f"flora_r{rank}": round(bound, 4) for rank, bound in bounds.items()},
+        "measured_vs_base_only": {f"flora_r{rank}": _ratio(setup, f"flora_r{rank}", "base_only") for rank in bounds},
         "mix_vs_vllm": _ratio(setup, "mix", "vllm"),
         "adapters_2000_vs_64": _ratio(setup, "adapters_2000", "adapters_64"),
     }

@@ -47,10 +47,12 @@ def _factors(
     shapes: dict[str, tuple[int, int]], kind: str, rank: int, generator: torch.Generator
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     centre = 1.0 if kind == "flora" else 0.0
+    # One draw for the whole adapter: two thousand of them are made.
+    count = rank * sum(out_features + in_features for out_features, in_features in shapes.values())
+    values = (torch.randn(count, generator=generator) * SPREAD + centre).bfloat16()
     for module, (out_features, in_features) in shapes.items():
-        a_RI = torch.randn(rank, in_features, generator=generator) * SPREAD + centre
-        b_OR = torch.randn(out_features, rank, generator=generator) * SPREAD + centre
-        yield module, (a_RI.bfloat16(), b_OR.bfloat16())
+        a, b, values = values.split((rank * in_features, rank * out_features, len(values) - rank * sum(shapes[module])))
+        yield module, (a.view(rank, in_features), b.view(out_features, rank))
 
 
 def _write_lora(path: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], rank: int) -> None:

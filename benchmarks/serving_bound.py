@@ -1,12 +1,13 @@
 """What the rows model allows FLoRA traffic, from steps measured without adapters.
 
-A decode step of n sequences costs some time for its linear layers, which grows with the rows they multiply, and the
-rest (attention, sampling, Python), which does not depend on adapters. The model says FLoRA changes only the rows:
-a segment of m tokens costs the cheaper of m·r rows and m + c(r) rows. So
+A step costs some time for its linear layers, which grows with the rows they multiply, and the rest (attention,
+sampling, Python), which does not depend on adapters. The model says FLoRA changes only the rows: a segment of m tokens
+costs the cheaper of m·r rows and m + c(r) rows. So, by output token,
 
-    predicted ratio = t_step(n) / (t_step(n) + t_linear(rows) - t_linear(n))
+    predicted ratio = t / (t + decode extra / n + prefill extra / output tokens of a request)
 
-with t_linear measured on the model's own layer shapes by the op without adapters, and t_step from the base-only run.
+with t from the base-only run at n sequences, and extra = t_linear(rows with adapters) - t_linear(rows without),
+measured on the model's own layer shapes by the op without adapters. A prefill is one segment of its prompt's length.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,26 +28,31 @@ from flora_vllm.ops.table import calibrated_rule, make_linear
 DRAWS = 200
 
 
-def predicted_ratio(model: Path, rank: int, pool: int, concurrency: int, step_s: float) -> float:
+def predicted_ratio(
+    model: Path, rank: int, pool: int, concurrency: int, token_s: float, lengths: Sequence[tuple[int, int]]
+) -> float:
     """Throughput of FLoRA traffic over base-only traffic by the rows model.
 
-    `step_s`: seconds of a base-only step at `concurrency`. Steps with a prefill in them are left out of the model:
-    their rows are modulated and cost little more than base rows.
+    `token_s`: seconds per output token of base-only traffic. `lengths`: (prompt, output) tokens of the requests.
     """
     shapes = Counter(_packed(linear_shapes(model)))
-    rules = {
-        shape: calibrated_rule("auto", shape[1], shape[0], torch.bfloat16, torch.device("cpu")) for shape in shapes
-    }
+    rules = [
+        calibrated_rule("auto", shape[1], shape[0], torch.bfloat16, torch.device("cpu")) for shape in shapes.elements()
+    ]
     linear_s = _measure(shapes, concurrency)
-    base_s = linear_s(float(concurrency))
     weights = [(i + 1) ** -ZIPF_EXPONENT for i in range(pool)]
     rng = random.Random(0)
-    extra = []
+    decode_s = []
     for _ in range(DRAWS):
         segments = Counter(rng.choices(range(pool), weights, k=concurrency)).values()
-        rows = statistics.mean(_rows(list(segments), rank, rule) for rule in rules.values())
-        extra.append(linear_s(rows) - base_s)
-    return step_s / (step_s + statistics.mean(extra))
+        rows = statistics.mean(_rows(list(segments), rank, rule) for rule in rules)
+        decode_s.append(linear_s(rows) - linear_s(concurrency))
+    prompts = [prompt for prompt, _ in lengths]
+    more_rows = statistics.mean(_rows([p], rank, rule) - p for p in prompts for rule in set(rules))
+    # A prefill joins a step that is already bound by arithmetic: each further row costs what it costs there.
+    prefill_s = more_rows * (linear_s(256) - linear_s(128)) / 128
+    output_tokens = statistics.mean(output for _, output in lengths)
+    return token_s / (token_s + statistics.mean(decode_s) / concurrency + prefill_s / output_tokens)
 
 
 def _rows(segments: list[int], rank: int, rule: DispatchRule) -> float:
