@@ -32,9 +32,7 @@ from flora_vllm.slots import LinearLayout, SliceLayout
 
 logger = logging.getLogger(__name__)
 
-_UNKNOWN_ROWS = (
-    "only the language model of a multimodal model can be adapted; train without its towers and connectors"
-)
+_UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
 
 
 @dataclass
@@ -68,12 +66,12 @@ def attach(
         if isinstance(module, LinearBase) and id(module) not in seen:
             seen.add(id(module))
             step = step_of(name)
-            reason = _UNKNOWN_ROWS if step is None else _refusal(name, only)
-            if step is not None and reason is None:
-                found[name], steps[name] = module, step
-            else:
-                attached.refused[name] = reason
+            reason = _refusal(name, only)
+            if step is None or reason is not None:
+                attached.refused[name] = reason or _UNKNOWN_ROWS
                 _give_back(module)
+            else:
+                found[name], steps[name] = module, step
         elif isinstance(module, VocabParallelEmbedding):
             attached.refused[name] = "embeddings and lm_head cannot be adapted yet; train without them"
         elif isinstance(module, MoERunner):

@@ -18,7 +18,8 @@ from typing import Any
 
 from flora_vllm.batch import Step
 from flora_vllm.errors import ConfigError
-from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.hooks import ENCODER_HOOKS, offers, verify
+from flora_vllm.plugin.speech import detect_language_with_adapter
 
 WHISPER = "WhisperForConditionalGeneration"
 _MAPPING = f"vllm.model_executor.models.whisper:{WHISPER}.get_mm_mapping"  # patches/0013
@@ -32,7 +33,9 @@ def prepare_config(config: Any) -> None:
             f"encoder-decoder models of architecture {architecture} cannot be served with adapters: which of their "
             f"rows belong to which request is known for {WHISPER} only; start without --enable-flora"
         )
+    verify(config.device_config.device_type, ENCODER_HOOKS)
     config.lora_config.enable_tower_connector_lora = True
+    detect_language_with_adapter()
 
 
 def describe_whisper(model: Any) -> None:

@@ -17,6 +17,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -57,6 +58,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self.options: FloraOptions = options
         self.attached = Attached()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        if self.rows.has_encoder:
+            run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
@@ -83,7 +86,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if compute_logits is None:
             return
 
-        steps = {self.rows.step_of(name) for name in self.attached.layers}
+        steps = [step for step in self.rows.steps.values() if step in map(self.rows.step_of, self.attached.layers)]
 
         def verified(*args: Any, **kwargs: Any) -> Any:
             for step in steps:
