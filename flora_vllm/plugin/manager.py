@@ -58,6 +58,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self.options: FloraOptions = options
         self.attached = Attached()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
         if self.rows.has_encoder:
             run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
