@@ -1,8 +1,8 @@
 """What the current step asks of the adapted layers: which tokens use which slot, and whether that was honoured.
 
-One `Step` per model. The host sets it before the model runs; the op reads it. It exists because compiled code and
-CUDA graphs freeze whatever Python they saw once: the op must look here each time, and a step whose adapter tokens
-never reached the op must not have its output used.
+One `Step` per row space: a model's tokens and, where it has an encoder, the encoder's rows. The host sets it before
+the model runs; the op reads it. It exists because compiled code and CUDA graphs freeze whatever Python they saw once:
+the op must look here each time, and a step whose adapter tokens never reached the op must not have its output used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,15 @@ from flora_vllm.ops.terms import Segments, group_by_slot
 
 
 class Step:
-    """The tokens of the step that runs now, grouped by slot. `segments` is None if no token uses an adapter."""
+    """The tokens of the step that runs now, grouped by slot. `segments` is None if no token uses an adapter.
 
-    def __init__(self) -> None:
+    `may_pad`: layers may be called with more rows than there are tokens; where not, the numbers must agree.
+    """
+
+    def __init__(self, *, may_pad: bool = True) -> None:
         self.segments: Segments | None = None
+        self._may_pad = may_pad
+        self._known = True
         self._served = True
         self._padded: dict[int, Segments] = {}
 
@@ -26,6 +31,7 @@ class Step:
         ids_T = torch.as_tensor(adapter_of_token, dtype=torch.int64)
         used = [int(i) for i in torch.unique(ids_T).tolist() if i > 0]
         self._padded.clear()
+        self._known = True
         if not used:
             self.segments = None
             return
@@ -36,8 +42,14 @@ class Step:
 
     def clear(self) -> None:
         self.segments = None
-        self._served = True
+        self._known = self._served = True
         self._padded.clear()
+
+    def expire(self, *, is_base: bool) -> None:
+        """A step begins that may set no mapping of these rows. Until it does they are base rows if nothing in the
+        step uses an adapter (`is_base`), and otherwise a layer that is called with them raises."""
+        self.clear()
+        self._known = is_base
 
     def begin(self) -> None:
         """A model run starts under the present mapping."""
@@ -45,14 +57,20 @@ class Step:
 
     def segments_for(self, tokens: int) -> Segments | None:
         """The segments for a layer called with `tokens` rows; rows beyond the mapping are padding without adapter."""
+        if not self._known:
+            raise StepError(
+                f"an adapted layer was called with {tokens} rows of which this step never said whose they are; "
+                "adapters cannot follow. Please report this with the model's name"
+            )
         self._served = True
         segments = self.segments
         if segments is None or segments.tokens == tokens:
             return segments
-        if segments.tokens > tokens:
+        if segments.tokens > tokens or not self._may_pad:
+            which = "parts of the batch" if segments.tokens > tokens else "rows that are not the batch's"
             raise StepError(
                 f"an adapted layer was called with {tokens} rows in a step of {segments.tokens} tokens: "
-                "this model runs its layers on parts of the batch, which adapters cannot follow"
+                f"this model runs its layers on {which}, which adapters cannot follow"
             )
         if tokens not in self._padded:
             self._padded[tokens] = _pad(segments, tokens)

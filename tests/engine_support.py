@@ -63,15 +63,16 @@ class Engine:
 
     def ask(self, asks: Sequence[Ask], tokens: int = 8) -> list[Answer]:
         """Serve all of `asks` in one batch, greedily; answers in the same order."""
+        prompts = [{"prompt_token_ids": list(a.prompt)} for a in asks]
+        return self.generate(prompts, [a.adapter for a in asks], tokens)
+
+    def generate(self, prompts: Sequence[Any], adapters: Sequence[Path | None], tokens: int) -> list[Answer]:
+        """The same for prompts of any form that vLLM takes."""
         import vllm
 
         sampling = vllm.SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, detokenize=False, ignore_eos=True)
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(a.prompt)} for a in asks],
-            sampling,
-            lora_request=[self.request_for(a.adapter) for a in asks],
-            use_tqdm=False,
-        )
+        requests = [self.request_for(adapter) for adapter in adapters]
+        outputs = self.llm.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
         return [_answer(output.outputs[0]) for output in outputs]
 
     def manager(self) -> Any:
@@ -136,7 +137,9 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 
 
 def load(model: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    is_encoder_decoder = transformers.AutoConfig.from_pretrained(model).is_encoder_decoder
+    kind = transformers.AutoModelForSpeechSeq2Seq if is_encoder_decoder else transformers.AutoModelForCausalLM
+    return kind.from_pretrained(model, attn_implementation="eager").eval()
 
 
 def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -144,7 +147,7 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "proj_out")
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from patched_encoder import encoder_results, speech_results
 
 from flora_vllm.errors import AdapterError, ConfigError
 from flora_vllm.plugin import hooks
@@ -356,10 +357,12 @@ def main() -> None:
         place = Path(name)
         write_adapters(place)
         results = {
+            "encoder": encoder_results(),
             "graphs": graph_results(),
             "options": list(option_results(write_model(place))),
             "serving": asyncio.run(serving_results(place)),
             "preload": asyncio.run(preload_results()),
+            "speech": asyncio.run(speech_results()),
         }
     vllm = importlib.import_module("vllm")
     report = {

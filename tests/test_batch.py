@@ -64,6 +64,32 @@ def test_fewer_rows_than_tokens_raise():
         step.segments_for(2)
 
 
+def test_rows_that_are_not_tokens_take_no_padding():
+    step = Step(may_pad=False)
+    step.set_mapping([7, 0, 7], {7: 1})
+    assert step.segments_for(3) is step.segments
+    with pytest.raises(StepError, match=r"called with 4 rows in a step of 3 tokens.* not the batch's"):
+        step.segments_for(4)
+    step.set_mapping([0, 0, 0], {7: 1})
+    assert step.segments_for(4) is None
+
+
+def test_rows_without_a_mapping_are_base_rows_only_where_the_whole_step_is():
+    step = Step(may_pad=False)
+    step.set_mapping([7, 0, 7], {7: 1})
+    step.expire(is_base=True)
+    assert step.segments_for(3) is None
+    step.expire(is_base=False)
+    step.verify()
+    with pytest.raises(StepError, match="3 rows of which this step never said whose they are"):
+        step.segments_for(3)
+    step.set_mapping([7, 7], {7: 1})
+    assert step.segments_for(2) is step.segments
+    step.expire(is_base=False)
+    step.clear()
+    assert step.segments_for(3) is None
+
+
 def test_a_step_with_adapter_tokens_that_never_reached_the_op_raises():
     step = Step()
     step.set_mapping([7], {7: 1})

@@ -243,7 +243,7 @@ def test_hooks_hold_on_patched_vllm_too(reports):
     assert reports[0]["faults"] == reports[1]["faults"] == []
 
 
-@pytest.mark.parametrize("part", ["options", "serving", "preload", "graphs"])
+@pytest.mark.parametrize("part", ["options", "serving", "preload", "graphs", "encoder", "speech"])
 def test_plugin_does_the_same_through_vllms_hooks_as_by_replacement(reports, part):
     stock, patched = (report["results"][part] for report in reports)
     assert stock == patched
@@ -260,6 +260,10 @@ def test_what_is_compared_is_what_serving_needs(reports):
     assert options["managers"] == ["FloraWorkerManager", "LRUCacheWorkerLoRAManager"]
     assert options["experts"] == ["refused: experts with LoRA: False", "refused: experts with LoRA: True"]
     assert results["graphs"] == ["FULL", "FULL", "NONE", "NONE"]
+    assert results["speech"] == {"a": "one", "base": None}
+    rows, *orders = results["encoder"]
+    assert rows == ["TOWER", "CONNECTOR", "LANGUAGE", None, 100, 100]
+    assert orders == [["new", "old"], [[2, 2, 1, 1], [2, 2, 1, 1]], ["new", "old"]]
     # Loaded twice, reloaded by content while a request runs, released once it finished; a faulty adapter is a 400.
     *answers, calls = results["serving"]
     released = ["add one inplace=False", "add two inplace=False", "finished", "remove one"]

@@ -1,15 +1,18 @@
 """The plugin: the only package that names vLLM's internals.
 
-    options.py    what the user may set, and how it reaches every process
-    hooks.py      the table of vLLM symbols we rely on; versions; checked before anything is replaced
-    install.py    replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
-    flags.py      command-line flags and their way into the engine's config
-    attach.py     which layers of a model can be adapted, and how
-    manager.py    worker side: adapters in host memory, slots, the step's mapping
-    loader.py     one adapter directory -> what a worker keeps
-    identity.py   the name under which the engine knows one content
-    frontend.py   server side: names and identities, load, unload, resolvers
-    offline.py    flora_vllm.LLM
+    options.py        what the user may set, and how it reaches every process
+    hooks.py          the table of vLLM symbols we rely on; versions; checked before anything is replaced
+    install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
+    flags.py          command-line flags and their way into the engine's config
+    attach.py         which layers of a model can be adapted, and how
+    manager.py        worker side: adapters in host memory, slots, the step's mapping
+    encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are
+    encoder_order.py  the order in which vLLM's runners encode
+    loader.py         one adapter directory -> what a worker keeps
+    identity.py       the name under which the engine knows one content
+    frontend.py       server side: names and identities, load, unload, resolvers
+    speech.py         the adapter's part in vLLM's speech server
+    offline.py        flora_vllm.LLM
 
 Nothing in `register` touches a GPU or imports vLLM's worker: it runs in every vLLM process, also for users who do
 not use FLoRA, so it may neither be slow nor fail; a failure is kept and raised when FLoRA is asked for.

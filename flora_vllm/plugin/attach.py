@@ -32,6 +32,8 @@ from flora_vllm.slots import LinearLayout, SliceLayout
 
 logger = logging.getLogger(__name__)
 
+_UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+
 
 @dataclass
 class Attached:
@@ -46,29 +48,30 @@ class Attached:
 def attach(
     model: torch.nn.Module,
     packed_modules: Mapping[str, Sequence[str]],
-    step: Step,
+    step_of: Callable[[str], Step | None],
     path: PathChoice,
     device: torch.device,
-    language_prefix: str | None,
     only: Callable[[str], bool],
 ) -> Attached:
     """Take over every linear layer that adapters may change.
 
-    `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `language_prefix`: in a multimodal model, the
-    part whose rows are the step's tokens. `only`: the operator's restriction to some modules.
+    `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `step_of`: the step that says whose a layer's
+    rows are, None if nothing does. `only`: the operator's restriction to some modules.
     """
     attached = Attached()
     found: dict[str, Any] = {}
+    steps: dict[str, Step] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and id(module) not in seen:
             seen.add(id(module))
-            reason = _refusal(name, language_prefix, only)
-            if reason is None:
-                found[name] = module
-            else:
-                attached.refused[name] = reason
+            step = step_of(name)
+            reason = _refusal(name, only)
+            if step is None or reason is not None:
+                attached.refused[name] = reason or _UNKNOWN_ROWS
                 _give_back(module)
+            else:
+                found[name], steps[name] = module, step
         elif isinstance(module, VocabParallelEmbedding):
             attached.refused[name] = "embeddings and lm_head cannot be adapted yet; train without them"
         elif isinstance(module, MoERunner):
@@ -80,16 +83,14 @@ def attach(
         if isinstance(layout, LinearLayout) and kind not in bypassing:
             attached.layouts[name] = layout
             attached.dtypes[name] = module.params_dtype
-            attached.layers[name] = _take_over(module, layout, step, path, device)
+            attached.layers[name] = _take_over(module, layout, steps[name], path, device)
         else:
             attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
             _give_back(module)
     return attached
 
 
-def _refusal(name: str, language_prefix: str | None, only: Callable[[str], bool]) -> str | None:
-    if language_prefix is not None and not name.startswith(language_prefix):
-        return "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+def _refusal(name: str, only: Callable[[str], bool]) -> str | None:
     if name.endswith("kv_b_proj"):
         return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
     return None if only(name) else "left out by the server's --lora-target-modules"

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.plugin import encoder_rows
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import KEY, FloraOptions, carried, options_of
 
@@ -126,5 +127,5 @@ def _after_config(config: Any) -> None:
     if config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError("adapters are not served with pipeline parallelism yet; use --tensor-parallel-size instead")
     if config.model_config.is_encoder_decoder:
-        raise ConfigError("encoder-decoder models cannot be served with adapters yet; start without --enable-flora")
+        encoder_rows.prepare_config(config)
     config.additional_config = {**config.additional_config, KEY: carried(options)}

@@ -46,6 +46,9 @@ _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _SYNC = "vllm.v1.engine.llm_engine:LLMEngine"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 _ADMISSION = f"{_SERVING}.admit_lora"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_SPEECH = "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing"
+_ORDERED = "vllm.v1.worker.utils:encoder_inputs_in_batch_order"
 
 _CONFIG = (
     Hook(f"{_ARGS}.add_cli_args", ("parser",)),
@@ -119,6 +122,8 @@ _WORKER_SIDE = (
     Hook(f"{_CACHE}.remove_oldest", ("self",)),
     Hook(f"{_CACHE}._on_remove", ("self", "key", "value")),
     Hook("vllm.lora.layers:LoRAMapping.index_mapping"),
+    Hook("vllm.lora.layers:LoRAMapping.type"),
+    Hook("vllm.lora.layers:LoRAMappingType.LANGUAGE"),
     Hook("vllm.lora.utils:get_adapter_absolute_path", ("lora_path",)),
     Hook("vllm.lora.request:LoRARequest.lora_name"),
     Hook("vllm.lora.request:LoRARequest.lora_int_id"),
@@ -217,7 +222,51 @@ _SERVER = (
     Hook("vllm.lora.resolver:_LoRAResolverRegistry.resolvers"),
     Hook("vllm.lora.resolver:_LoRAResolverRegistry.register_resolver", ("self", "resolver_name", "resolver")),
 )
-HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER
+# What encoder-decoder models need beside: modules that other engines need not import.
+ENCODER_HOOKS = (
+    Hook("vllm.config:ModelConfig.architecture"),
+    Hook("vllm.config:VllmConfig.use_v2_model_runner"),
+    Hook("vllm.config.lora:LoRAConfig.enable_tower_connector_lora"),
+    Hook("vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier", ("self", "mm_hash", "lora_request")),
+    Hook(f"{_WORKER}.supports_tower_connector_lora", ("self",)),
+    Hook("vllm.lora.layers:LoRAMappingType.TOWER"),
+    Hook("vllm.lora.layers:LoRAMappingType.CONNECTOR"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.from_string_field"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.tower_model"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.connector"),
+    Hook(
+        "vllm.model_executor.models.interfaces:SupportsMultiModal.get_mm_lora_token_counts",
+        ("self", "modality", "mm_kwargs", "num_mm_embeds"),
+    ),
+    Hook("vllm.model_executor.models.whisper:WhisperForConditionalGeneration.embed_multimodal", ("self",)),
+    Hook("vllm.model_executor.models.whisper:WhisperModel.forward", ("self", "positions", "encoder_outputs")),
+    Hook(
+        "vllm.model_executor.models.whisper:WhisperCrossAttention.forward",
+        ("self", "hidden_states", "encoder_hidden_states"),
+    ),
+    Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_encoder_inputs"),
+    Hook(f"{_RUNNER}._execute_mm_encoder", ("self", "scheduler_output")),
+    Hook(f"{_RUNNER}._batch_mm_inputs_from_scheduler", ("self", "scheduler_output"), unless=_ORDERED),
+    Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch")),
+    Hook("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids"),
+    Hook("vllm.v1.worker.gpu.input_batch:InputBatch.req_ids"),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
+        ("model", "lora_manager", "scheduled_encoder_inputs"),
+        unless=_ORDERED,
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.encoder_decoder:EncoderDecoderModelState.prepare_inputs_embeds",
+        ("self", "scheduled_encoder_inputs", "input_batch", "req_states"),
+    ),
+    Hook(f"{_SPEECH}._preprocess_speech_to_text", ("self", "request", "audio_data", "request_id")),
+    Hook(f"{_SPEECH}._detect_language", ("self", "audio_chunk", "request_id")),
+    Hook(f"{_SPEECH}._maybe_get_adapters", ("self", "request")),
+    Hook(f"{_ASYNC}.generate", ("self", "prompt", "sampling_params", "request_id", "lora_request")),
+    Hook(f"{_ASYNC}.abort", ("self", "request_id")),
+)
+COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER
+HOOKS = COMMON_HOOKS + ENCODER_HOOKS
 
 
 def vllm_version() -> str:
@@ -302,10 +351,10 @@ def source_fault(sets: Sequence[str], source: str) -> str | None:
     return f"no longer sets {missing}" if missing else None
 
 
-def verify(device: str) -> None:
+def verify(device: str, hooks: Sequence[Hook] = COMMON_HOOKS) -> None:
     """Raises HookError with every fault unless this vLLM is one we can serve on."""
     version = vllm_version()
-    faults = [f for f in [version_fault(version)] if f] + hook_faults(device)
+    faults = [f for f in [version_fault(version)] if f] + hook_faults(device, hooks)
     if faults:
         raise HookError(
             f"vLLM {version} cannot be used with flora-vllm:\n" + "\n".join(f"  - {fault}" for fault in faults)

@@ -15,9 +15,10 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.batch import Step
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
+from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
 
@@ -28,7 +29,7 @@ _managers: "weakref.WeakSet[FloraModelManager]" = weakref.WeakSet()
 
 def adapter_step_pending() -> bool:
     """Whether the step about to run has adapter tokens (GPU: it may then not replay a CUDA graph)."""
-    return any(manager.step.segments is not None for manager in _managers)
+    return any(manager.rows.tokens.segments is not None for manager in _managers)
 
 
 def is_managing() -> bool:
@@ -55,26 +56,26 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         options = options_of(vllm_config.additional_config)
         assert options is not None, "made only for engines that ask for FLoRA"
         self.options: FloraOptions = options
-        self.step = Step()
         self.attached = Attached()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
+        if self.rows.has_encoder:
+            run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
-        # Only the language model's rows are the step's tokens; towers are refused at attach.
+        self.rows = row_spaces(self.model)
         self.supports_mm = hasattr(self.model, "get_mm_mapping")
-        self.supports_tower_connector_lora = False
+        self.supports_tower_connector_lora = self.rows.has_encoder
         self.punica_wrapper_mapping = {}
 
     def _create_lora_modules(self) -> None:
-        prefix = self.model.get_mm_mapping().language_model[0] if self.supports_mm else None
         self.attached = attach(
             self.model,
             self.packed_modules_mapping,
-            self.step,
+            self.rows.step_of,
             self.options.path,
             self.device,
-            prefix,
             self._match_target_modules,
         )
         self._guard_logits()
@@ -86,8 +87,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if compute_logits is None:
             return
 
+        steps = [step for step in self.rows.steps.values() if step in map(self.rows.step_of, self.attached.layers)]
+
         def verified(*args: Any, **kwargs: Any) -> Any:
-            self.step.verify()
+            for step in steps:
+                step.verify()
             return compute_logits(*args, **kwargs)
 
         self.model.compute_logits = verified
@@ -118,19 +122,19 @@ class FloraModelManager(LRUCacheLoRAModelManager):
 
     def set_adapter_mapping(self, mapping: Any) -> None:
         super().set_adapter_mapping(mapping)
-        self.step.begin()
+        self.rows.begin(mapping.type.name)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         slots = {adapter_id: index + 1 for index, adapter_id in enumerate(self.lora_index_to_id) if adapter_id}
         # Warm-up adapters and those without a layer on this rank change nothing: their tokens are base tokens.
         idle = {i for i in slots if not self._registered_adapters.cache[i].layers}
-        self.step.set_mapping(mapping.index_mapping, slots | dict.fromkeys(idle, 0))
+        self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots | dict.fromkeys(idle, 0))
 
     def remove_all_adapters(self) -> None:
         for adapter_id in list(self._active_adapters.cache):
             self._deactivate_adapter(adapter_id)
         super().remove_all_adapters()
-        self.step.clear()
+        self.rows.clear()
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoadedAdapter:
         return LoadedAdapter(lora_id, rank, {})
