@@ -1,0 +1,127 @@
+"""The roofline page: what the rows model predicts beside what was measured, and what it predicts for GPUs.
+
+    python benchmarks/roofline.py        # rewrites the tables of benchmarks/README.md from the last full runs
+
+The model: a step costs the rows that W is multiplied with, but never less than reading W and the adapters once. A
+segment of m tokens and rank r costs the cheaper of m·r rows (stacked) and m + c(r) rows (modulated); LoRA's rows are
+r (I + O) / (I O) of a row for each token. Measured: geometric means over the layer shapes, bfloat16, thread CPU time.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from bench_ops import MIXES, RANKS
+from harness import RESULTS, geometric_mean
+
+PAGE = Path(__file__).with_name("README.md")
+MARKS = "<!-- tables: python benchmarks/roofline.py -->", "<!-- end of tables -->"
+# Rows at which a product stops being bound by reading W: peak bfloat16 FLOP/s over bytes/s (one core of a Zen 4;
+# H100 SXM 989 TFLOP/s, 3.35 TB/s with what cuBLAS reaches of it; H200 the same with 4.8 TB/s).
+RIDGES = {"CPU": 6.8, "H100": 239.0, "H200": 186.0}
+GPU_WIDTH = 4096
+# A modulated weight tile of 256 rows costs a tensor-core product of depth 16.
+GPU_TILE_ROWS, GPU_MODULATION_ROWS = 256, 16
+
+
+def flora_rows(mix: Iterable[int], rank: int, modulation: Callable[[int, int], float]) -> float:
+    """Rows of a step; `modulation(tokens, rank)` is what modulating a segment costs beside its tokens."""
+    if rank == 1:
+        return sum(mix)
+    return sum(min(m * rank, m + modulation(m, rank)) for m in mix)
+
+
+def flora_ratio(
+    mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, modulation: Callable[[int, int], float]
+) -> float:
+    """Time of a step with FLoRA over the same step without adapters."""
+    return _ratio(mix, rank, shape, ridge, flora_rows(mix, rank, modulation))
+
+
+def lora_ratio(mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float) -> float:
+    """Time of a step with LoRA, in the base's own pass, over the same step without adapters."""
+    return _ratio(mix, rank, shape, ridge, sum(mix) * (1 + rank * sum(shape) / math.prod(shape)))
+
+
+def _ratio(mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, rows: float) -> float:
+    adapters = len(mix) * rank * sum(shape) / math.prod(shape)  # their bytes, in units of W's
+    return max(ridge * (1 + adapters), rows) / max(ridge, sum(mix))
+
+
+def last_run(file: Path) -> tuple[list[dict], dict]:
+    """The rows of the last full run and its summary."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    ends = [i for i, row in enumerate(rows) if "quick" in row]
+    before = ends[-2] + 1 if len(ends) > 1 else 0
+    return rows[before : ends[-1]], rows[ends[-1]]
+
+
+def ops_table() -> list[str]:
+    rows, _ = last_run(RESULTS / "ops.jsonl")
+    rows = [row for row in rows if row["dtype"] == "bfloat16"]
+    lines = ["| mix of one step | rank | FLoRA predicted | FLoRA measured | LoRA predicted | LoRA measured |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (name, mix), rank in ((item, rank) for item in MIXES.items() for rank in RANKS):
+        measured = {kind: _rows_of(rows, name, kind, rank) for kind in ("flora", "lora")}
+        shapes = [((row["in"], row["out"]), row["rule"]) for row in measured["flora"]]
+        flora = geometric_mean(
+            flora_ratio(mix, rank, shape, RIDGES["CPU"], lambda _, r, rule=rule: rule["constant"] + rule["slope"] * r)
+            for shape, rule in shapes
+        )
+        lora = geometric_mean(lora_ratio(mix, rank, shape, RIDGES["CPU"]) for shape, _ in shapes)
+        seen = {kind: geometric_mean(row["vs_base"] for row in found) for kind, found in measured.items()}
+        lines.append(f"| {name} | {rank} | {flora:.2f} | {seen['flora']:.2f} | {lora:.2f} | {seen['lora']:.2f} |")
+    return lines
+
+
+def _rows_of(rows: Sequence[dict], mix: str, candidate: str, rank: int) -> list[dict]:
+    return [row for row in rows if (row["mix"], row["candidate"], row["rank"]) == (mix, candidate, rank)]
+
+
+def serving_table() -> list[str]:
+    _, summary = last_run(RESULTS / "serving.jsonl")
+    predicted, measured = summary["predicted_vs_base_only"], summary["measured_vs_base_only"]
+    lines = ["| traffic, Zipf over 64 adapters | predicted, of base-only traffic | measured |", "|---|---|---|"]
+    for name, value in predicted.items():
+        lines.append(f"| FLoRA rank {name.removeprefix('flora_r')} | {value:.2f} | {measured[name]:.2f} |")
+    return lines
+
+
+def gpu_table() -> list[str]:
+    mixes = {**MIXES, "64 decode/64 adapters": [1] * 64, "64 decode/64 adapters + 2048 prefill": [1] * 64 + [2048]}
+    lines = [
+        "| mix of one step | rank | H100: FLoRA | LoRA | H200: FLoRA | LoRA | better |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shape = (GPU_WIDTH, GPU_WIDTH)
+
+    def modulation(tokens: int, _rank: int) -> float:
+        return GPU_MODULATION_ROWS * math.ceil(tokens / GPU_TILE_ROWS)
+
+    for (name, mix), rank in ((item, rank) for item in mixes.items() for rank in RANKS):
+        cells, better = [], set()
+        for chip in ("H100", "H200"):
+            pair = (flora_ratio(mix, rank, shape, RIDGES[chip], modulation), lora_ratio(mix, rank, shape, RIDGES[chip]))
+            cells += [f"{value:.2f}" for value in pair]
+            better.add("LoRA" if pair[0] > pair[1] + 0.005 else "FLoRA" if pair[1] > pair[0] + 0.005 else "equal")
+        lines.append(f"| {name} | {rank} | {' | '.join(cells)} | {' or '.join(sorted(better))} |")
+    return lines
+
+
+def main() -> None:
+    sections = {
+        "One core, measured": ops_table,
+        "The engine, measured": serving_table,
+        "H100 and H200, predicted": gpu_table,
+    }
+    text = "\n\n".join(f"### {title}\n\n" + "\n".join(table()) for title, table in sections.items())
+    page = PAGE.read_text()
+    start, end = (page.index(mark) for mark in MARKS)
+    PAGE.write_text(page[: start + len(MARKS[0])] + "\n\n" + text + "\n\n" + page[end:])
+    print(re.sub(r"\n{3,}", "\n\n", text))
+
+
+if __name__ == "__main__":
+    main()
