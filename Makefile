@@ -24,7 +24,7 @@ demo: setup
 	@$(BIN)/flora-vllm demo
 
 test: setup
-	@$(BIN)/python -m pytest $(or $(PYTEST_ARGS),-m "not cluster")
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not cluster")
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster

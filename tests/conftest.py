@@ -1,11 +1,13 @@
-"""What every test may count on: no network, two threads, seeded torch, tiny models made once, the real model cached.
+"""What every test may count on: no network, seeded torch, tiny models made once, the real ones cached.
 
 The environment is set before anything imports torch, transformers or vLLM: they read it once. It is inherited by
 every engine and server that a test starts.
 """
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -21,6 +23,9 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # It inherits what its controller has set, and shares the cores with the other workers.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402  (the environment comes first)
 import torch  # noqa: E402
@@ -49,7 +54,8 @@ def smollm2_dir(cache_directory: Path) -> Path:
     """SmolLM2-135M-Instruct, bfloat16; downloaded by the first test that needs it."""
     from flora_vllm.model_assets import fetch_smollm2
 
-    return fetch_smollm2(cache_directory / "smollm2")
+    with _alone(cache_directory):
+        return fetch_smollm2(cache_directory / "smollm2")
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +63,17 @@ def whisper_base_dir(cache_directory: Path) -> Path:
     """Whisper-base, float16; downloaded by the first test that needs it."""
     from flora_vllm.model_assets import fetch_whisper_base
 
-    return fetch_whisper_base(cache_directory / "whisper-base")
+    with _alone(cache_directory):
+        return fetch_whisper_base(cache_directory / "whisper-base")
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Of several workers one fetches, the others wait."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
