@@ -13,15 +13,11 @@ from typing import Any
 
 from flora_vllm.cluster.app import build_app
 from flora_vllm.cluster.config import ClusterConfig
-from flora_vllm.errors import ConfigError, FloraError
+from flora_vllm.errors import ClusterError, ConfigError
 
 # A local Ray holds requests and answers only; its default would reserve a third of the memory.
 OBJECT_STORE_BYTES = 256 * 2**20
 REACH_S = 10.0
-
-
-class ClusterError(FloraError, RuntimeError):
-    """The cluster is not there, or did not come up; the message says what Ray said."""
 
 
 def cpus_needed(config: ClusterConfig) -> int:
@@ -41,14 +37,17 @@ def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
-        _check_reachable(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            found = _find(address)
+            _check_reachable(found)
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(f"no Ray cluster at {address}: {error}") from error
         return False
     needed = cpus_needed(config) if config is not None else 1
+    # Without an address Ray would look for one in RAY_ADDRESS and in what the last cluster here left behind.
     ray.init(
+        address="local",
         num_cpus=max(os.cpu_count() or 1, needed),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
@@ -58,15 +57,22 @@ def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
     return True
 
 
+def _find(address: str) -> str:
+    """What "auto" stands for: RAY_ADDRESS, or the cluster of this machine. Raises ConnectionError if there is none."""
+    from flora_vllm.cluster.ray_hooks import find_local_ray
+
+    return (os.environ.get("RAY_ADDRESS") or find_local_ray()) if address == "auto" else address
+
+
 def _check_reachable(address: str) -> None:
-    """Raises ClusterError if nobody listens: Ray itself tries for minutes and then ends the process."""
+    """Raises ConnectionError if nobody listens: Ray itself tries for minutes and then ends the process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=REACH_S).close()
     except OSError as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}") from error
+        raise ConnectionError(f"nobody listens at {address} ({error})") from error
 
 
 def _has_directory(path: str) -> bool:

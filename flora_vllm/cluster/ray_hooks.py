@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import exceptions, serve
+from ray._private.services import canonicalize_bootstrap_address
 from ray.serve._private.common import RequestRoutingInfo
 from ray.serve._private.constants import SERVE_DEPLOYMENT_ACTOR_PREFIX, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingContext, DeploymentActorConfig, RequestRouterConfig
@@ -38,6 +39,7 @@ __all__ = [
     "controller_link",
     "controller_names",
     "find_controller",
+    "find_local_ray",
     "own_controller",
     "replica_identity",
     "tell_routers",
@@ -48,6 +50,7 @@ CONTROLLER = "flora_placement"
 
 # (module, attribute path, parameters that must be there, what for)
 HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("ray._private.services", "canonicalize_bootstrap_address", ("addr",), "a cluster of this machine"),
     ("ray.serve", "get_deployment_actor", ("actor_name",), "a replica finds the controller"),
     ("ray.serve.request_router", "RequestRouter.choose_replicas", ("candidate_replicas", "pending_request"), "routing"),
     ("ray.serve.request_router", "RequestRouter.update_replicas", ("replicas",), "routing"),
@@ -112,6 +115,13 @@ def check_hooks(with_llm: bool = True) -> None:
         faults += [f"{module}.{path} (for {purpose}) has no {p!r}" for p in parameters if p not in known]
     if faults:
         raise HookError(f"ray {ray.__version__} is not the Ray we checked:\n" + "\n".join(f"  - {f}" for f in faults))
+
+
+def find_local_ray() -> str:
+    """host:port of the Ray that runs on this machine, or ran here last. Raises ConnectionError if there was none."""
+    found = canonicalize_bootstrap_address("auto")
+    assert found is not None, 'Ray answers "auto" with an address or an error'
+    return found
 
 
 def replica_identity() -> tuple[str, str]:
