@@ -25,6 +25,10 @@ QUICK_DEATH = {
 }
 
 
+# A resource that only the head has.
+HEAD = "head"
+
+
 def free_port() -> int:
     """A port nobody listens on now."""
     with socket.socket() as probe:
@@ -60,6 +64,7 @@ def fleet(nodes: int, port: int, *, cpus: float = 2, gpus: float = 0) -> Iterato
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    head["resources"] = {HEAD: 1}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:

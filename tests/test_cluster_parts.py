@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import threading
 
 import pytest
 from cluster_support import minimal, write_adapter
@@ -109,6 +110,25 @@ def test_unreachable_source_keeps_the_rest(tmp_path):
     bad.rename(tmp_path / "moved")
     assert catalogue.scan() == ([], [])
     assert "cannot list" in catalogue.store_faults[str(bad)]
+
+
+def test_a_source_that_does_not_answer_holds_up_nobody(tmp_path):
+    write_adapter(tmp_path / "good", "poems")
+    catalogue = Catalogue(["slow://", str(tmp_path / "good")], patience_s=0.2)
+    slow, answers = catalogue._sources[0], threading.Event()
+
+    def hang():
+        answers.wait(30)
+        return {"prose": Entry("prose", "v", "slow://prose", 1, 1)}, {}
+
+    slow.scan = hang
+    assert [e.name for e in catalogue.scan()[0]] == ["poems"]
+    assert "has not answered" in catalogue.store_faults["slow://"]
+    assert not catalogue.is_complete()
+    answers.set()
+    assert [e.name for e in catalogue.scan()[0]] == ["prose"]
+    assert catalogue.is_complete()
+    assert not catalogue.store_faults
 
 
 def test_object_store_through_fsspec(tmp_path):

@@ -75,9 +75,9 @@ class ModelConfig:
     """One base model and its replicas.
 
     slots: adapters in memory per replica. max_rank: largest rank served. adapter_bytes: memory for adapters per
-    replica, None for no limit but the slots. device: "gpu" or "cpu"; "auto" is what Ray's nodes have.
-    cpus: CPU cores reserved per worker. engine: further vLLM engine arguments. environment: variables for the replicas.
-    max_requests: requests running or queued on one replica.
+    replica, None for no limit but the slots. device: "gpu" or "cpu". cpus: CPU cores reserved per replica. engine:
+    further vLLM engine arguments. environment: variables for the replicas. max_requests: requests running or queued on
+    one replica.
     """
 
     name: str
@@ -111,7 +111,13 @@ class ModelConfig:
         if self.slots <= self.policy.reserve_slots:
             faults.append(f"slots {self.slots} leave none after policy.reserve_slots {self.policy.reserve_slots}")
         reserved = {"model", "tensor_parallel_size", "pipeline_parallel_size", "enable_lora", "max_loras"}
-        reserved |= {"max_cpu_loras", "additional_config", "lora_modules", "distributed_executor_backend"}
+        reserved |= {
+            "max_cpu_loras",
+            "max_lora_rank",
+            "additional_config",
+            "lora_modules",
+            "distributed_executor_backend",
+        }
         faults += [f"engine: {key} is set from other keys of this file" for key in sorted(reserved & set(self.engine))]
         if faults:
             raise ConfigError(f"model {self.name}: " + "; ".join(faults))

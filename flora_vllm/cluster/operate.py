@@ -7,13 +7,15 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flora_vllm.cluster.app import build_app
 from flora_vllm.cluster.config import ClusterConfig
 from flora_vllm.errors import ClusterError, ConfigError
+
+log = logging.getLogger(__name__)
 
 # A local Ray holds requests and answers only; its default would reserve a third of the memory.
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -24,6 +26,22 @@ def cpus_needed(config: ClusterConfig) -> int:
     """Logical CPUs for all replicas and ingresses at their largest number."""
     engines = sum((m.autoscale.max_replicas if m.autoscale else m.replicas) * m.cpus for m in config.models)
     return math.ceil(engines + config.ingress.replicas * config.ingress.cpus)
+
+
+def lacks(config: ClusterConfig) -> str | None:
+    """Why the replicas asked for at the start cannot all run on the connected Ray now; None if they can."""
+    import ray
+
+    replicas = {m.name: m.autoscale.min_replicas if m.autoscale else m.replicas for m in config.models}
+    gpus = sum(replicas[m.name] * m.tensor_parallel * m.pipeline_parallel for m in config.models if m.device == "gpu")
+    cpus = sum(replicas[m.name] * m.cpus for m in config.models) + config.ingress.replicas * config.ingress.cpus
+    there = ray.cluster_resources()
+    short = [
+        f"{needed:g} {what}s are needed and {there.get(what, 0):g} are there"
+        for what, needed in (("GPU", gpus), ("CPU", cpus))
+        if there.get(what, 0) < needed
+    ]
+    return "; ".join(short) or None
 
 
 def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
@@ -54,6 +72,10 @@ def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    short = None if config is None else lacks(config)
+    if short is not None:
+        ray.shutdown()
+        raise ClusterError(f"this machine cannot run the configuration: {short}; device: cpu needs no GPU")
     return True
 
 
@@ -101,21 +123,38 @@ def check_sources(config: ClusterConfig) -> list[str]:
     return warnings
 
 
-def up(config: ClusterConfig) -> list[str]:
-    """Deploys on the connected Ray and waits until it serves; warnings. Raises ClusterError with Serve's reason."""
+def up(config: ClusterConfig, warn: Callable[[str], None] = log.warning) -> None:
+    """Deploys on the connected Ray and waits until it serves; `warn` hears at once of what is not as asked.
+
+    Raises ConfigError, or ClusterError with Serve's reason.
+    """
     from ray import serve
+
+    from flora_vllm.cluster.ray_hooks import serve_address
 
     # Serve prints every option of every deployment otherwise.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    warnings = check_sources(config)
+    for warning in check_sources(config):
+        warn(warning)
+    short = lacks(config)
+    if short is not None:
+        warn(f"{short}: replicas wait for nodes to join")
     app = build_app(config)
-    serve.start(http_options={"host": config.ingress.host, "port": config.ingress.port})
+    asked = (config.ingress.host, config.ingress.port)
+    serve.start(http_options={"host": asked[0], "port": asked[1]})
+    there = serve_address()
+    if there != asked:
+        raise ClusterError(
+            f"Serve runs on this Ray already and listens at {there[0]}:{there[1]}, not at {asked[0]}:{asked[1]}: "
+            "write its host and port under `ingress` in the configuration, or end it with `serve shutdown`"
+        )
     try:
         serve.run(app, name=config.name, route_prefix="/")
     except RuntimeError as error:
         reasons = _reasons(config.name)
         raise ClusterError(f"the application {config.name} did not come up: {error}\n{reasons}") from error
-    return warnings + first_faults(config)
+    for fault in first_faults(config):
+        warn(fault)
 
 
 def _reasons(name: str) -> str:

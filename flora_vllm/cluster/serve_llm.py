@@ -70,7 +70,12 @@ class FloraLLMServer(LLMServer):
                 except (AdapterError, StaleVersionError, StoreError, NoRoomError) as error:
                     yield _refusal(error)
                     return
+            is_first = True
             async for chunk in await method(request, raw):
+                if is_first:
+                    # A dead engine answers every request with an error at once; the ingress tries another replica.
+                    self._runtime.agent.exit_if_dead()
+                    is_first = False
                 yield chunk
 
     async def chat(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
@@ -97,6 +102,12 @@ class FloraLLMServer(LLMServer):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook for custom scaling signals."""
         return self._runtime.signals()
+
+    async def __del__(self) -> None:
+        """Serve calls and awaits it when the replica stops on purpose."""
+        if hasattr(self, "_runtime"):
+            await self._runtime.stop()
+        await super().__del__()
 
 
 class FloraIngress(OpenAiIngress):
@@ -134,7 +145,9 @@ class FloraIngress(OpenAiIngress):
             return getattr(handle, call_method).remote(request, raw, target.adapter)
 
         def refusal(chunk: Any) -> int | None:
-            return chunk.error.code if isinstance(chunk, ErrorResponse) else None
+            # Streams come in lists of what was ready together.
+            first: Any = chunk[0] if isinstance(chunk, list) and chunk else chunk
+            return first.error.code if isinstance(first, ErrorResponse) else None
 
         try:
             async for chunk in answer(self._names(), body.model, call, refusal, self._retry_s):

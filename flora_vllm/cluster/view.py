@@ -42,7 +42,7 @@ class CatalogueView:
 
     def _take(self, news: CatalogueNews) -> None:
         if news.is_full:
-            self._entries = {}
+            self._entries = {} if news.is_complete else self._entries
         elif news.born != self._born or news.number < self._number:
             return
         self._born, self._number = news.born, news.number
