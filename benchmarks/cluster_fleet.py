@@ -21,6 +21,7 @@ QUICK_DEATH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "4",
+    "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -49,10 +50,14 @@ class Fleet:
         self.nodes.append(node)
         return node
 
-    def kill_node(self, node: Any) -> None:
-        """The raylet and everything on the node, without notice."""
+    def kill_node(self, node: Any, patience_s: float = 60.0) -> None:
+        """The raylet and everything on the node, without notice; returns when Ray knows that it is dead."""
+        import ray
+
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+        gone = wait_for(lambda: all(not n["Alive"] for n in ray.nodes() if n["NodeID"] == node.node_id), patience_s)
+        assert gone, f"Ray did not notice within {patience_s} s that a node died"
 
 
 @contextlib.contextmanager
@@ -87,10 +92,12 @@ def fleet(nodes: int, port: int, *, cpus: float = 2, gpus: float = 0) -> Iterato
 class Sample:
     """One request: when it began and how long it took, how it ended, and the node whose chunks came last.
 
+    began: by time.monotonic(); at_s: the same, from the beginning of the load.
     kind: ok, error_event (a stream that ended aloud), silent (one that ended without its mark), http_NNN, or the name
     of the client's exception.
     """
 
+    began: float
     at_s: float
     seconds: float
     kind: str
@@ -120,7 +127,7 @@ async def over_http(client: Any, url: str, body: dict[str, Any], begin_s: float)
             kind = _kind(text) if response.status_code == 200 else f"http_{response.status_code}"
     except httpx.HTTPError as error:
         kind = type(error).__name__
-    return Sample(at - begin_s, time.monotonic() - at, kind, _node(text), first)
+    return Sample(at, at - begin_s, time.monotonic() - at, kind, _node(text), first)
 
 
 async def drive(
