@@ -61,14 +61,14 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(nodes: int, port: int, *, cpus: float = 2, gpus: float = 0) -> Iterator[Fleet]:
+def fleet(nodes: int, port: int, *, head_cpus: float = 2, cpus: float = 2, gpus: float = 0) -> Iterator[Fleet]:
     """A running Ray with Serve's proxy on the head at `port`; everything is ended on leaving."""
     os.environ.update({k: v for k, v in QUICK_DEATH.items() if k not in os.environ})
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    head = {"num_cpus": head_cpus, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     head["resources"] = {HEAD: 1}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
