@@ -25,6 +25,10 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("models:\n- {name: base, source: hub/id, policy: {copy_share: 1}}\n")
     assert read_config(path).models[0].policy.copy_share == 1.0
+    path.write_text("models:\n- {name: base, source: ./model, adapters: [../adapters, /a, s3://b/c]}\n")
+    (model,) = read_config(path).models
+    assert model.source == str(tmp_path / "model")
+    assert model.adapters == (str(tmp_path.parent / "adapters"), "/a", "s3://b/c")
 
 
 @pytest.mark.parametrize(
@@ -37,11 +41,13 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
         (minimal(adapter_options={"x:y": {}}), ["x:y"]),
         (minimal(adapter_options={"x": {"min_copies": 3, "max_copies": 2}}), ["min_copies"]),
         (minimal(slots=1), ["leave none"]),
+        (minimal(adapters=["adapters"]), ["'adapters' must be an absolute path"]),
         (minimal(device="tpu"), ["gpu or cpu"]),
         (minimal(engine={"max_loras": 3}), ["max_loras"]),
         (minimal(policy={"copy_share": 7}, routing={"choices": 0}), ["copy_share", "choices"]),
         (minimal(replicas=True), ["replicas must be int"]),
         ({"models": minimal()["models"] * 2}, ["distinct"]),
+        ({**minimal(), "name": "my app"}, ["'my app' is not allowed"]),
         ({**minimal(), "timing": {"lost_s": 0.1}}, ["lost_s"]),
     ],
 )

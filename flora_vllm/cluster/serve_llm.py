@@ -71,12 +71,16 @@ class FloraLLMServer(LLMServer):
                     yield _refusal(error)
                     return
             is_first = True
-            async for chunk in await method(request, raw):
-                if is_first:
-                    # A dead engine answers every request with an error at once; the ingress tries another replica.
-                    self._runtime.agent.exit_if_dead()
-                    is_first = False
-                yield chunk
+            try:
+                async for chunk in await method(request, raw):
+                    if is_first:
+                        self._runtime.agent.exit_if_dead()
+                        is_first = False
+                    yield chunk
+            except Exception:
+                # A dead engine fails every request at once: without its replica the ingress tries another one.
+                self._runtime.agent.exit_if_dead()
+                raise
 
     async def chat(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
         return self._with_adapter(super().chat, request, raw_request_info, adapter)
