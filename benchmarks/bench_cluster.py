@@ -135,7 +135,8 @@ def result_of(rows: list[dict], quick: bool) -> dict:
             find(rows, "p95_s", policy="ours", load="hot"), find(rows, "p95_s", policy="stock", load="hot")
         ),
         "lost_on_node_kill": find(rows, "lost", part="b", load="node_kill"),
-        "in_flight_on_node_kill": find(rows, "in_flight_at_the_kill", part="b", load="node_kill"),
+        "lost_elsewhere_on_node_kill": find(rows, "lost_elsewhere", part="b", load="node_kill"),
+        "in_flight_there_on_node_kill": find(rows, "in_flight_there", part="b", load="node_kill"),
         "silent_truncations": sum(silent) if silent else None,
         "real_two_over_one": find(rows, "two_over_one", load="ratio"),
     }

@@ -21,8 +21,13 @@ QUICK_DEATH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "4",
+    "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+# A resource that only the head has.
+HEAD = "head"
 
 
 def free_port() -> int:
@@ -45,21 +50,26 @@ class Fleet:
         self.nodes.append(node)
         return node
 
-    def kill_node(self, node: Any) -> None:
-        """The raylet and everything on the node, without notice."""
+    def kill_node(self, node: Any, patience_s: float = 60.0) -> None:
+        """The raylet and everything on the node, without notice; returns when Ray knows that it is dead."""
+        import ray
+
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+        gone = wait_for(lambda: all(not n["Alive"] for n in ray.nodes() if n["NodeID"] == node.node_id), patience_s)
+        assert gone, f"Ray did not notice within {patience_s} s that a node died"
 
 
 @contextlib.contextmanager
-def fleet(nodes: int, port: int, *, cpus: float = 2, gpus: float = 0) -> Iterator[Fleet]:
+def fleet(nodes: int, port: int, *, head_cpus: float = 2, cpus: float = 2, gpus: float = 0) -> Iterator[Fleet]:
     """A running Ray with Serve's proxy on the head at `port`; everything is ended on leaving."""
     os.environ.update({k: v for k, v in QUICK_DEATH.items() if k not in os.environ})
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    head = {"num_cpus": head_cpus, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    head["resources"] = {HEAD: 1}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
@@ -72,20 +82,34 @@ def fleet(nodes: int, port: int, *, cpus: float = 2, gpus: float = 0) -> Iterato
         serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
         yield made
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
-        cluster.shutdown()
+        _end(cluster)
+
+
+def _end(cluster: Any) -> None:
+    """Ends all processes, without Serve's farewell: it waits half a minute for a replica that is just starting."""
+    import psutil
+    import ray
+
+    raylets = [p.process.pid for node in cluster.list_all_nodes() for p in node.all_processes.get("raylet", [])]
+    workers = [p for pid in raylets if psutil.pid_exists(pid) for p in psutil.Process(pid).children(recursive=True)]
+    ray.shutdown()
+    cluster.shutdown()
+    for process in psutil.wait_procs(workers, timeout=3)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(workers, timeout=10)
 
 
 @dataclass(frozen=True)
 class Sample:
     """One request: when it began and how long it took, how it ended, and the node whose chunks came last.
 
+    began: by time.monotonic(); at_s: the same, from the beginning of the load.
     kind: ok, error_event (a stream that ended aloud), silent (one that ended without its mark), http_NNN, or the name
     of the client's exception.
     """
 
+    began: float
     at_s: float
     seconds: float
     kind: str
@@ -115,7 +139,7 @@ async def over_http(client: Any, url: str, body: dict[str, Any], begin_s: float)
             kind = _kind(text) if response.status_code == 200 else f"http_{response.status_code}"
     except httpx.HTTPError as error:
         kind = type(error).__name__
-    return Sample(at - begin_s, time.monotonic() - at, kind, _node(text), first)
+    return Sample(at, at - begin_s, time.monotonic() - at, kind, _node(text), first)
 
 
 async def drive(

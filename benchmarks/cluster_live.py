@@ -121,18 +121,18 @@ def stand_in_cluster(seconds: float) -> list[dict]:
 
 
 def _node_kill(fleet: Any, port: int) -> dict:
-    victim, moment = fleet.nodes[0], []
+    """Zipf load through the ingress while a node dies, between the kill and the moment Ray knows of it."""
+    victim, moments = fleet.nodes[0], []
 
     def kill() -> None:
-        moment.append(time.monotonic())
+        moments.append(time.monotonic())
         fleet.kill_node(victim)
+        moments.append(time.monotonic())
 
-    begin = time.monotonic()
     samples = fleets.drive_http(f"http://127.0.0.1:{port}", 15, RATE_PER_S, zipf, [(4.0, kill)])
-    killed_s = moment[0] - begin
+    killed, noticed = moments
     lost = [s for s in samples if s.kind != "ok"]
-    # A sample's own clock starts a little after `begin`; what ran at the kill on that node is lost or was retried.
-    running = [s for s in samples if s.at_s < killed_s < s.at_s + s.seconds + 0.5]
+    there = [s for s in samples if s.node == victim.node_id and s.began < noticed and s.began + s.seconds > killed]
     return {
         "part": "b",
         "policy": "ours",
@@ -140,8 +140,9 @@ def _node_kill(fleet: Any, port: int) -> dict:
         "requests": len(samples),
         "kinds": fleets.kinds(samples),
         "lost": len(lost),
-        "lost_elsewhere": sum(s.node not in (victim.node_id, None) for s in lost),
-        "in_flight_at_the_kill": len(running),
+        "lost_elsewhere": sum(s.node != victim.node_id for s in lost),
+        "in_flight_there": len(there),
+        "noticed_after_s": round(noticed - killed, 2),
         "silent": sum(s.kind == "silent" for s in samples),
     }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cluster_fleet as fleets
 import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -90,6 +91,9 @@ class StandIn:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return self._runtime.signals()
 
+    async def __del__(self) -> None:
+        await self._runtime.stop()
+
 
 class StockStandIn:
     """The same engine behind Serve's own multiplexing and router, as ray.serve.llm uses them."""
@@ -164,7 +168,8 @@ def stand_in_app(config: ClusterConfig, engine: EngineSize, bundle: dict[str, fl
         Front,
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0},
+        # On the head, as in a cluster whose engines take all CPUs elsewhere: a node that dies takes no ingress along.
+        ray_actor_options={"num_cpus": 0, "resources": {fleets.HEAD: 0.001}},
         health_check_period_s=1,
     )
     return front.bind(replicas, model.name, config.ingress.retry_s)

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flora_vllm.errors import AdapterError, ConfigError, FloraError, HookError, StepError
+    from flora_vllm.errors import AdapterError, ClusterError, ConfigError, FloraError, HookError, StepError
     from flora_vllm.formats import read_adapter, write_flora
     from flora_vllm.plugin.offline import LLM
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AdapterError",
+    "ClusterError",
     "ConfigError",
     "FloraError",
     "HookError",
@@ -29,6 +30,7 @@ __all__ = [
 _HOME = {
     "LLM": "flora_vllm.plugin.offline",
     "AdapterError": "flora_vllm.errors",
+    "ClusterError": "flora_vllm.errors",
     "ConfigError": "flora_vllm.errors",
     "FloraError": "flora_vllm.errors",
     "HookError": "flora_vllm.errors",

@@ -2,6 +2,7 @@
 
     FloraError
       AdapterError   an adapter that cannot be served exactly; the message lists every fault
+      ClusterError   a Ray cluster that is not there, or an application on it that did not come up
       ConfigError    an option with a value that makes no sense
       HookError      vLLM is not the vLLM we checked; serving would not be safe
       StepError      a step's adapter tokens were not served by our op; its output must not be used
@@ -18,6 +19,10 @@ class FloraError(Exception):
 
 class AdapterError(FloraError, ValueError):
     """The adapter was refused; nothing of it was kept."""
+
+
+class ClusterError(FloraError, RuntimeError):
+    """The cluster is not there, or did not come up; the message says what Ray said."""
 
 
 class ConfigError(FloraError, ValueError):

@@ -1,20 +1,25 @@
-"""Files that `flora-vllm cluster` writes, what it says of bad input, and Ray's names: no cluster is started."""
+"""Files that `flora-vllm cluster` writes, what it says of bad input, Ray's names, and a Ray that it starts itself."""
 
 import copy
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
 
 from flora_vllm.cli import main
 from flora_vllm.cluster.config import ClusterConfig, parse, to_data
-from flora_vllm.errors import ConfigError, HookError
+from flora_vllm.errors import ClusterError, ConfigError, HookError
 
 with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
     warnings.simplefilter("ignore")
-    from flora_vllm.cluster import manifest, ray_hooks
-    from flora_vllm.cluster.app import build_from_data, deployment_options
+    import ray
+
+    from flora_vllm.cluster import manifest, operate, ray_hooks
+    from flora_vllm.cluster.app import build_app, build_from_data, deployment_options
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and vLLM warn when imported
 
@@ -139,7 +144,46 @@ def test_a_missing_name_is_told(monkeypatch):
     assert "colour" in str(caught.value)
 
 
-def test_the_application_builds_from_plain_data(tmp_path):
+@pytest.fixture
+def dead_cluster(monkeypatch):
+    """This machine as a cluster left it that was killed: Ray's directory names an address where nobody is."""
+    # Not tmp_path: Ray puts sockets there, whose paths are short.
+    root = Path(tempfile.mkdtemp(prefix="ray"))
+    (root / "ray").mkdir()
+    (root / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(root))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield "127.0.0.1:1"
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.mark.usefixtures("dead_cluster")
+def test_a_dead_clusters_address_is_told_at_once(monkeypatch, capsys):
+    # Ray takes any Ray that runs on the machine, also one of somebody else, before the address left behind.
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    for action in (["status"], ["explain", "poems"], ["down"]):
+        assert main(["cluster", *action]) == 1
+        error = capsys.readouterr().err
+        assert "no Ray cluster at auto" in error
+        assert "nobody listens at" in error
+
+
+def test_the_application_needs_a_connection(config):
+    with pytest.raises(ClusterError, match="not connected to Ray"):
+        build_app(config)
+    assert not ray.is_initialized()
+
+
+def test_a_ray_of_our_own_beside_a_dead_clusters_address(dead_cluster, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", dead_cluster)
     data = {"models": [{"name": "tiny", "source": str(tmp_path), "device": "cpu", "cpus": 0.5}]}
-    app = build_from_data(data)
+    try:
+        assert operate.connect(None, parse(ClusterConfig, data))
+        assert ray.cluster_resources()["CPU"] >= 1
+        app = build_from_data(data)
+        short = operate.lacks(parse(ClusterConfig, {"models": [{"name": "big", "source": "x", "tensor_parallel": 99}]}))
+    finally:
+        operate.stop_all()
     assert app._bound_deployment.name == "FloraIngress"
+    assert short is not None
+    assert "99 GPUs are needed" in short

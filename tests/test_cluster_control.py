@@ -161,9 +161,9 @@ def test_scaling_by_requests_and_adapters():
 # ---- controller and view
 
 
-def make_controller(root, **model):
+def make_controller(root, lost_s=60.0, **model):
     data = to_data(ModelConfig("base", "/m", adapters=(str(root),), **model))
-    timing = TimingConfig(sync_s=0.05, lost_s=0.4, plan_s=0.05, settle_s=0.1)
+    timing = TimingConfig(sync_s=0.05, lost_s=lost_s, plan_s=0.05, settle_s=30.0)
     controller = PlacementController(data, to_data(StoreConfig(scan_s=0.05)), to_data(timing))
     controller._export = lambda moves: None  # type: ignore[method-assign]  # metrics need a Ray worker
     return controller
@@ -174,16 +174,27 @@ def report(replica, resident=(), **more):
     return Report(replica, resident=tuple(resident), **{**fields, **more})
 
 
-async def settle(controller, *replicas, seconds=0.3, **more):
-    """Lets replicas sync for a while; the last orders of each."""
-    orders = {}
+async def until(what, seconds=30.0):
+    """Waits for `await what()` to be true, or something else that is; returns it. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while not (found := await what()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        await asyncio.sleep(0.02)
+    return found
+
+
+async def settle(controller, *replicas, what):
+    """Replicas sync, each with what it was told to hold, until `what(orders)` holds; the last orders of each."""
+    orders = {}
+
+    async def sync_all():
         for r in replicas:
             known = orders.get(r)
             resident = () if known is None or known.wanted is None else [e.id for e in known.wanted]
-            orders[r] = await controller.sync(report(r, resident, **more))
-        await asyncio.sleep(0.02)
+            orders[r] = await controller.sync(report(r, resident))
+        return all(o.wanted is not None for o in orders.values()) and what(orders)
+
+    await until(sync_all)
     return orders
 
 
@@ -193,21 +204,23 @@ def test_controller_places_repairs_and_recovers(tmp_path):
     options = {"adapter_options": asked["adapter_options"].adapter_options, "replicas": 3}
 
     async def run():
-        controller = make_controller(tmp_path, **options)
-        orders = await settle(controller, "r0", "r1", "r2")
+        # Long enough for this test's own pauses, short enough to wait for.
+        controller = make_controller(tmp_path, lost_s=1.5, **options)
+        orders = await settle(controller, "r0", "r1", "r2", what=lambda o: sum(bool(x.wanted) for x in o.values()) == 2)
         holders = {r for r, o in orders.items() if o.wanted}
-        assert len(holders) == 2
         # One holder goes silent: the plan repairs itself on the third.
         left = {"r0", "r1", "r2"} - {sorted(holders)[0]}
-        orders = await settle(controller, *sorted(left), seconds=1.0)
-        assert all(o.wanted for o in orders.values())
+        orders = await settle(controller, *sorted(left), what=lambda o: all(x.wanted for x in o.values()))
         # A new controller adopts what is resident.
         successor = make_controller(tmp_path, **options)
         (entry,) = orders[sorted(left)[0]].wanted
-        for _ in range(10):
+
+        async def has_planned():
             for r in ("r0", "r1", "r2"):
                 await successor.sync(report(r, [entry.id] if r in left else []))
-            await asyncio.sleep(0.03)
+            return (await successor.status())["plans"] >= 5
+
+        await until(has_planned)
         status = await successor.status()
         assert {r for r, x in status["replicas"].items() if x["wanted"]} == left
         assert status["moves"] == 0
@@ -227,21 +240,30 @@ def test_controller_follows_the_catalogue(tmp_path):
         await controller.sync(report("r0", [first.id], busy_s={first.id: 3.0}))
         write_adapter(tmp_path, "poems", b"second")
         write_adapter(tmp_path, "prose")
-        await asyncio.sleep(0.3)
-        second = await view.get("poems")
+
+        async def newer():
+            entry = await view.get("poems")
+            return entry if entry is not None and entry.version != first.version else None
+
+        second = await until(newer)
         assert second is not None
-        assert second.version != first.version
-        assert await view.get("prose") is not None
+        await until(lambda: view.get("prose"))
         orders = await controller.sync(report("r0", [first.id]))
         assert orders.stale == (first.id,)
+
         # The new version takes over the demand of the old one, so it is placed before anyone asks for it.
-        await asyncio.sleep(0.2)
-        orders = await controller.sync(report("r0", [first.id]))
-        assert [e.id for e in orders.wanted or ()] == [second.id]
+        async def is_placed():
+            orders = await controller.sync(report("r0", [first.id]))
+            return [e.id for e in orders.wanted or ()] == [second.id]
+
+        await until(is_placed)
         for f in (tmp_path / "prose").iterdir():
             f.unlink()
-        await asyncio.sleep(0.3)
-        assert await view.get("prose") is None
+
+        async def is_gone():
+            return await view.get("prose") is None
+
+        await until(is_gone)
 
     asyncio.run(run())
 
@@ -269,6 +291,33 @@ def test_view_outlives_the_controller_and_asks_for_unknown_names(tmp_path):
     asyncio.run(run())
 
 
+def test_a_controller_that_has_not_heard_from_a_store_takes_nothing_away(tmp_path):
+    write_adapter(tmp_path, "poems")
+
+    async def run():
+        first = make_controller(tmp_path)
+        view = CatalogueView(first, refresh_s=60.0)
+        known = await view.get("poems")
+        assert known is not None
+        # A new controller while the store is away: the name stays known, and what is in memory stays there.
+        away = tmp_path.rename(tmp_path.with_name("away"))
+        second = make_controller(tmp_path)
+        view._link = second
+        await view.refresh()
+        orders = await second.sync(report("r0", [known.id]))
+        assert orders.stale == ()
+        assert await view.get("poems") == known
+        # The store is back with another adapter instead: now the old one is gone for all.
+        away.rename(tmp_path)
+        (tmp_path / "poems").rename(tmp_path / "prose")
+        await second._scan()
+        await view.refresh()
+        assert view.names() == ["prose"]
+        assert (await second.sync(report("r0", [known.id]))).stale == (known.id,)
+
+    asyncio.run(run())
+
+
 def test_controller_reports_what_cannot_be_served(tmp_path):
     write_adapter(tmp_path, "wide", config='{"r": 64}')
     write_adapter(tmp_path, "x:y")
@@ -277,7 +326,7 @@ def test_controller_reports_what_cannot_be_served(tmp_path):
 
     async def run():
         controller = make_controller(tmp_path / ".")
-        await settle(controller, "r0")
+        await settle(controller, "r0", what=lambda _: True)
         faulty = controller._names["faulty"]
         await controller.sync(report("r0", faults={faulty: "no such layer"}))
         status = await controller.status()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import threading
 
 import pytest
 from cluster_support import minimal, write_adapter
@@ -24,6 +25,10 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("models:\n- {name: base, source: hub/id, policy: {copy_share: 1}}\n")
     assert read_config(path).models[0].policy.copy_share == 1.0
+    path.write_text("models:\n- {name: base, source: ./model, adapters: [../adapters, /a, s3://b/c]}\n")
+    (model,) = read_config(path).models
+    assert model.source == str(tmp_path / "model")
+    assert model.adapters == (str(tmp_path.parent / "adapters"), "/a", "s3://b/c")
 
 
 @pytest.mark.parametrize(
@@ -36,11 +41,13 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
         (minimal(adapter_options={"x:y": {}}), ["x:y"]),
         (minimal(adapter_options={"x": {"min_copies": 3, "max_copies": 2}}), ["min_copies"]),
         (minimal(slots=1), ["leave none"]),
+        (minimal(adapters=["adapters"]), ["'adapters' must be an absolute path"]),
         (minimal(device="tpu"), ["gpu or cpu"]),
         (minimal(engine={"max_loras": 3}), ["max_loras"]),
         (minimal(policy={"copy_share": 7}, routing={"choices": 0}), ["copy_share", "choices"]),
         (minimal(replicas=True), ["replicas must be int"]),
         ({"models": minimal()["models"] * 2}, ["distinct"]),
+        ({**minimal(), "name": "my app"}, ["'my app' is not allowed"]),
         ({**minimal(), "timing": {"lost_s": 0.1}}, ["lost_s"]),
     ],
 )
@@ -109,6 +116,25 @@ def test_unreachable_source_keeps_the_rest(tmp_path):
     bad.rename(tmp_path / "moved")
     assert catalogue.scan() == ([], [])
     assert "cannot list" in catalogue.store_faults[str(bad)]
+
+
+def test_a_source_that_does_not_answer_holds_up_nobody(tmp_path):
+    write_adapter(tmp_path / "good", "poems")
+    catalogue = Catalogue(["slow://", str(tmp_path / "good")], patience_s=0.2)
+    slow, answers = catalogue._sources[0], threading.Event()
+
+    def hang():
+        answers.wait(30)
+        return {"prose": Entry("prose", "v", "slow://prose", 1, 1)}, {}
+
+    slow.scan = hang
+    assert [e.name for e in catalogue.scan()[0]] == ["poems"]
+    assert "has not answered" in catalogue.store_faults["slow://"]
+    assert not catalogue.is_complete()
+    answers.set()
+    assert [e.name for e in catalogue.scan()[0]] == ["prose"]
+    assert catalogue.is_complete()
+    assert not catalogue.store_faults
 
 
 def test_object_store_through_fsspec(tmp_path):

@@ -84,10 +84,13 @@ class ReplicaAgent:
         """Ends the process when the engine died: a dead engine with a live actor would answer errors at once and look
         idle, so routers would prefer it until enough health checks failed."""
         while True:
-            if self._is_dead():
-                log.error("engine died; replica exits")
-                os._exit(ENGINE_DIED)
+            self.exit_if_dead()
             await asyncio.sleep(min(0.25, self._sync_s))
+
+    def exit_if_dead(self) -> None:
+        if self._is_dead():
+            log.error("engine died; replica exits")
+            os._exit(ENGINE_DIED)
 
     async def _follow(self) -> None:
         while True:
@@ -101,6 +104,11 @@ class ReplicaAgent:
                 await self._memory.drop_stale(lambda i, stale=stale: i not in stale)
             if orders.wanted is not None and (self._warming is None or self._warming.done()):
                 self._warming = self._spawn(self._memory.prewarm(orders.wanted))
+
+    def stop(self) -> None:
+        """Ends the background work: the replica is about to go."""
+        for task in self._tasks:
+            task.cancel()
 
     async def _exchange(self) -> Orders | None:
         try:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_vllm.cluster.config import ClusterConfig, ModelConfig, parse, to_data
-from flora_vllm.errors import ConfigError
+from flora_vllm.errors import ClusterError, ConfigError
 
 ROUTER = "flora_vllm.cluster.router.AdapterAffinityRouter"
 IMPORT_PATH = "flora_vllm.cluster.app:build_from_data"
@@ -100,14 +100,22 @@ def _llm_config(config: ClusterConfig, model: ModelConfig) -> Any:
 
 
 def build_app(config: ClusterConfig) -> Any:
-    """A Serve application: run it with `serve.run(build_app(config), name=config.name)`.
+    """A Serve application: run it with `serve.run(build_app(config), name=config.name)`, connected to Ray.
 
-    Raises HookError if this Ray is not one we can use, ConfigError for a setting that ray.serve.llm refuses.
+    Raises HookError if this Ray is not one we can use, ClusterError without a connection, ConfigError for a setting
+    that ray.serve.llm refuses.
     """
+    import ray
+
     from flora_vllm.cluster.ray_hooks import build_openai_app, check_hooks
     from flora_vllm.cluster.serve_llm import FloraIngress
 
     check_hooks()
+    if not ray.is_initialized():
+        # ray.serve.llm would start or join whatever Ray it finds, with options that nobody chose.
+        raise ClusterError(
+            "not connected to Ray: call ray.init(...) or flora_vllm.cluster.operate.connect(address, config) first"
+        )
     try:
         llm_configs = [_llm_config(config, model) for model in config.models]
     except ValueError as error:

@@ -70,8 +70,7 @@ def _up(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     is_ours = operate.connect(args.address, config)
     try:
-        for warning in operate.up(config):
-            print(f"warning: {warning}", file=sys.stderr)
+        operate.up(config, lambda warning: print(f"warning: {warning}", file=sys.stderr, flush=True))
         endpoint = f"http://{config.ingress.host}:{config.ingress.port}/v1"
         print(f"serving {', '.join(m.name for m in config.models)} at {endpoint}", flush=True)
         if is_ours:

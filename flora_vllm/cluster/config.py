@@ -3,7 +3,7 @@
     models:
       - name: smol
         source: HuggingFaceTB/SmolLM2-135M-Instruct
-        adapters: [/shared/adapters, "s3://bucket/adapters"]
+        adapters: [./adapters, /shared/adapters, "s3://bucket/adapters"]
         slots: 8
         replicas: 2
         adapter_options: {poems: {min_copies: 2, tenant: acme}}
@@ -28,6 +28,10 @@ from flora_vllm.errors import ConfigError
 
 # Ray's ingress splits adapter ids at the first colon, and an at sign separates name and version.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+# Paths of the configuration file that are relative to it.
+RELATIVE = ("./", "../")
 
 
 def name_fault(name: str) -> str | None:
@@ -75,9 +79,9 @@ class ModelConfig:
     """One base model and its replicas.
 
     slots: adapters in memory per replica. max_rank: largest rank served. adapter_bytes: memory for adapters per
-    replica, None for no limit but the slots. device: "gpu" or "cpu"; "auto" is what Ray's nodes have.
-    cpus: CPU cores reserved per worker. engine: further vLLM engine arguments. environment: variables for the replicas.
-    max_requests: requests running or queued on one replica.
+    replica, None for no limit but the slots. device: "gpu" or "cpu". cpus: CPU cores reserved per replica. engine:
+    further vLLM engine arguments. environment: variables for the replicas. max_requests: requests running or queued on
+    one replica.
     """
 
     name: str
@@ -108,10 +112,21 @@ class ModelConfig:
         faults += [f"{key} must be >= 1, got {getattr(self, key)}" for key in positive if getattr(self, key) < 1]
         if self.device not in ("gpu", "cpu"):
             faults.append(f"device must be gpu or cpu, got {self.device!r}")
+        faults += [
+            f"adapters: {uri!r} must be an absolute path, one that begins with './', or a URL such as s3://bucket/path"
+            for uri in self.adapters
+            if "://" not in uri and not uri.startswith(("/", *RELATIVE))
+        ]
         if self.slots <= self.policy.reserve_slots:
             faults.append(f"slots {self.slots} leave none after policy.reserve_slots {self.policy.reserve_slots}")
         reserved = {"model", "tensor_parallel_size", "pipeline_parallel_size", "enable_lora", "max_loras"}
-        reserved |= {"max_cpu_loras", "additional_config", "lora_modules", "distributed_executor_backend"}
+        reserved |= {
+            "max_cpu_loras",
+            "max_lora_rank",
+            "additional_config",
+            "lora_modules",
+            "distributed_executor_backend",
+        }
         faults += [f"engine: {key} is set from other keys of this file" for key in sorted(reserved & set(self.engine))]
         if faults:
             raise ConfigError(f"model {self.name}: " + "; ".join(faults))
@@ -182,6 +197,9 @@ class ClusterConfig:
     timing: TimingConfig = TimingConfig()
 
     def __post_init__(self) -> None:
+        fault = name_fault(self.name)
+        if fault is not None:
+            raise ConfigError(fault)
         names = [m.name for m in self.models]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"models: need at least one and distinct names, got {names}")
@@ -258,8 +276,20 @@ def to_data(value: Any) -> Any:
     return value
 
 
+def _anchored(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    """Relative paths made absolute: replicas run in directories of their own."""
+
+    def anchor(path: str) -> str:
+        return str((folder / path).resolve()) if path.startswith(RELATIVE) else path
+
+    models = (
+        dataclasses.replace(m, source=anchor(m.source), adapters=tuple(map(anchor, m.adapters))) for m in config.models
+    )
+    return dataclasses.replace(config, models=tuple(models))
+
+
 def read_config(path: str | Path) -> ClusterConfig:
-    """Reads the YAML file. Raises ConfigError naming the file and every fault."""
+    """Reads the YAML file; `./` and `../` paths in it are relative to it. Raises ConfigError with every fault."""
     import yaml
 
     try:
@@ -270,6 +300,6 @@ def read_config(path: str | Path) -> ClusterConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     try:
-        return parse(ClusterConfig, data)
+        return _anchored(parse(ClusterConfig, data), Path(path).parent)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from error

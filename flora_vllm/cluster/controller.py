@@ -41,7 +41,7 @@ class PlacementController:
         self._born, self._born_s = uuid.uuid4().hex, time.monotonic()
         self._changes: list[tuple[int, Entry | None, str]] = []
         self._number = 0
-        self._has_scanned, self._has_planned = False, False
+        self._has_scanned, self._was_complete, self._has_planned = False, False, False
         self._joined_s = self._born_s
         self._moves = self._plans = self._syncs = 0
         self._plan_ms = 0.0
@@ -81,7 +81,10 @@ class PlacementController:
                 del self._changes[: len(self._changes) // 2]
             for uri, fault in self._catalogue.store_faults.items():
                 log.warning("adapter source %s: %s", uri, fault)
-            self._has_scanned = True
+            if self._has_scanned and not self._was_complete and self._catalogue.is_complete():
+                # Who asked before got a part; under a new sign everybody gets the whole.
+                self._born = uuid.uuid4().hex
+            self._has_scanned, self._was_complete = True, self._catalogue.is_complete()
 
     def _put(self, entry: Entry) -> None:
         old = self._by_id.get(self._names.get(entry.name, ""))
@@ -137,7 +140,7 @@ class PlacementController:
             self._plan()
         refused = set(report.faults)
         wanted = [self._by_id[i] for i in self._planner.wanted(report.replica) if i in self._by_id and i not in refused]
-        stale = [i for i in report.resident if i not in self._by_id] if self._has_scanned else []
+        stale = [i for i in report.resident if i not in self._by_id] if self._was_complete else []
         return Orders(tuple(wanted) if self._has_planned else None, tuple(stale), self._replicas_wanted())
 
     async def leave(self, replica: str) -> None:
@@ -160,7 +163,8 @@ class PlacementController:
             await self._scan()
         oldest = self._changes[0][0] if self._changes else self._number
         if born != self._born or number < oldest - 1:
-            return CatalogueNews(self._born, self._number, True, tuple(self._by_id.values()), ())
+            entries = tuple(self._by_id.values())
+            return CatalogueNews(self._born, self._number, True, entries, (), self._was_complete)
         last: dict[str, Entry | None] = {name: entry for n, entry, name in self._changes if n > number}
         return CatalogueNews(
             self._born,

@@ -55,7 +55,10 @@ class Directory:
         if colon and base not in self._handles:
             raise UnknownModelError(f"there is no base model {base!r}; there are {', '.join(sorted(self._handles))}")
         name = adapter if colon else model
-        entries = await asyncio.gather(*(self._views[b].get(name, newer_than=newer_than) for b in bases))
+        entries = await asyncio.gather(*(self._views[b].known(name) for b in bases))
+        if all(entry is None or entry == newer_than for entry in entries):
+            # Only now: looking at the sources of every base model that lacks the name would slow each request.
+            entries = await asyncio.gather(*(self._views[b].get(name, newer_than=newer_than) for b in bases))
         found = [Target(b, e) for b, e in zip(bases, entries, strict=True) if e is not None]
         if not found:
             raise UnknownModelError(f"the model {model!r} does not exist")
@@ -78,7 +81,7 @@ class Directory:
 
     async def listing(self) -> list[tuple[str, str, Entry]]:
         """(name a client can use, base model, adapter) of every adapter."""
-        await asyncio.gather(*(view.get("") for view in self._views.values()))
+        await asyncio.gather(*(view.known("") for view in self._views.values()))
         owners: dict[str, list[str]] = {}
         for base, view in self._views.items():
             for name in view.names():
@@ -86,7 +89,7 @@ class Directory:
         out = []
         for name, bases in sorted(owners.items()):
             for base in bases:
-                entry = await self._views[base].get(name)
+                entry = await self._views[base].known(name)
                 plain = len(bases) == 1 and name not in self._handles
                 if entry is not None:
                     out.append((name if plain else f"{base}:{name}", base, entry))

@@ -39,10 +39,15 @@ class Orders:
 
 @dataclass(frozen=True)
 class CatalogueNews:
-    """Changes since the number the asker had; with `is_full` everything the asker had is void."""
+    """Changes since the number the asker had.
+
+    With `is_full` they are everything the teller knows; if a source has not answered it yet (`is_complete` is false),
+    what the asker had is still good.
+    """
 
     born: str
     number: int
     is_full: bool
     entries: tuple[Entry, ...]
     removed: tuple[str, ...]
+    is_complete: bool = True

@@ -7,27 +7,41 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flora_vllm.cluster.app import build_app
 from flora_vllm.cluster.config import ClusterConfig
-from flora_vllm.errors import ConfigError, FloraError
+from flora_vllm.errors import ClusterError, ConfigError
+
+log = logging.getLogger(__name__)
 
 # A local Ray holds requests and answers only; its default would reserve a third of the memory.
 OBJECT_STORE_BYTES = 256 * 2**20
 REACH_S = 10.0
 
 
-class ClusterError(FloraError, RuntimeError):
-    """The cluster is not there, or did not come up; the message says what Ray said."""
-
-
 def cpus_needed(config: ClusterConfig) -> int:
     """Logical CPUs for all replicas and ingresses at their largest number."""
     engines = sum((m.autoscale.max_replicas if m.autoscale else m.replicas) * m.cpus for m in config.models)
     return math.ceil(engines + config.ingress.replicas * config.ingress.cpus)
+
+
+def lacks(config: ClusterConfig) -> str | None:
+    """Why the replicas asked for at the start cannot all run on the connected Ray now; None if they can."""
+    import ray
+
+    replicas = {m.name: m.autoscale.min_replicas if m.autoscale else m.replicas for m in config.models}
+    gpus = sum(replicas[m.name] * m.tensor_parallel * m.pipeline_parallel for m in config.models if m.device == "gpu")
+    cpus = sum(replicas[m.name] * m.cpus for m in config.models) + config.ingress.replicas * config.ingress.cpus
+    there = ray.cluster_resources()
+    short = [
+        f"{needed:g} {what}s are needed and {there.get(what, 0):g} are there"
+        for what, needed in (("GPU", gpus), ("CPU", cpus))
+        if there.get(what, 0) < needed
+    ]
+    return "; ".join(short) or None
 
 
 def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
@@ -41,32 +55,46 @@ def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
-        _check_reachable(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            found = _find(address)
+            _check_reachable(found)
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(f"no Ray cluster at {address}: {error}") from error
         return False
     needed = cpus_needed(config) if config is not None else 1
+    # Without an address Ray would look for one in RAY_ADDRESS and in what the last cluster here left behind.
     ray.init(
+        address="local",
         num_cpus=max(os.cpu_count() or 1, needed),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    short = None if config is None else lacks(config)
+    if short is not None:
+        ray.shutdown()
+        raise ClusterError(f"this machine cannot run the configuration: {short}; device: cpu needs no GPU")
     return True
 
 
+def _find(address: str) -> str:
+    """What "auto" stands for: RAY_ADDRESS, or the cluster of this machine. Raises ConnectionError if there is none."""
+    from flora_vllm.cluster.ray_hooks import find_local_ray
+
+    return (os.environ.get("RAY_ADDRESS") or find_local_ray()) if address == "auto" else address
+
+
 def _check_reachable(address: str) -> None:
-    """Raises ClusterError if nobody listens: Ray itself tries for minutes and then ends the process."""
+    """Raises ConnectionError if nobody listens: Ray itself tries for minutes and then ends the process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=REACH_S).close()
     except OSError as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}") from error
+        raise ConnectionError(f"nobody listens at {address} ({error})") from error
 
 
 def _has_directory(path: str) -> bool:
@@ -95,21 +123,38 @@ def check_sources(config: ClusterConfig) -> list[str]:
     return warnings
 
 
-def up(config: ClusterConfig) -> list[str]:
-    """Deploys on the connected Ray and waits until it serves; warnings. Raises ClusterError with Serve's reason."""
+def up(config: ClusterConfig, warn: Callable[[str], None] = log.warning) -> None:
+    """Deploys on the connected Ray and waits until it serves; `warn` hears at once of what is not as asked.
+
+    Raises ConfigError, or ClusterError with Serve's reason.
+    """
     from ray import serve
+
+    from flora_vllm.cluster.ray_hooks import serve_address
 
     # Serve prints every option of every deployment otherwise.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    warnings = check_sources(config)
+    for warning in check_sources(config):
+        warn(warning)
+    short = lacks(config)
+    if short is not None:
+        warn(f"{short}: replicas wait for nodes to join")
     app = build_app(config)
-    serve.start(http_options={"host": config.ingress.host, "port": config.ingress.port})
+    asked = (config.ingress.host, config.ingress.port)
+    serve.start(http_options={"host": asked[0], "port": asked[1]})
+    there = serve_address()
+    if there != asked:
+        raise ClusterError(
+            f"Serve runs on this Ray already and listens at {there[0]}:{there[1]}, not at {asked[0]}:{asked[1]}: "
+            "write its host and port under `ingress` in the configuration, or end it with `serve shutdown`"
+        )
     try:
         serve.run(app, name=config.name, route_prefix="/")
     except RuntimeError as error:
         reasons = _reasons(config.name)
         raise ClusterError(f"the application {config.name} did not come up: {error}\n{reasons}") from error
-    return warnings + first_faults(config)
+    for fault in first_faults(config):
+        warn(fault)
 
 
 def _reasons(name: str) -> str:

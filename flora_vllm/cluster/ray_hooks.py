@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import exceptions, serve
+from ray._private.services import canonicalize_bootstrap_address
 from ray.serve._private.common import RequestRoutingInfo
 from ray.serve._private.constants import SERVE_DEPLOYMENT_ACTOR_PREFIX, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingContext, DeploymentActorConfig, RequestRouterConfig
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.util import metrics
 
@@ -38,8 +40,10 @@ __all__ = [
     "controller_link",
     "controller_names",
     "find_controller",
+    "find_local_ray",
     "own_controller",
     "replica_identity",
+    "serve_address",
     "tell_routers",
     "until_lost",
 ]
@@ -48,6 +52,7 @@ CONTROLLER = "flora_placement"
 
 # (module, attribute path, parameters that must be there, what for)
 HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("ray._private.services", "canonicalize_bootstrap_address", ("addr",), "a cluster of this machine"),
     ("ray.serve", "get_deployment_actor", ("actor_name",), "a replica finds the controller"),
     ("ray.serve.request_router", "RequestRouter.choose_replicas", ("candidate_replicas", "pending_request"), "routing"),
     ("ray.serve.request_router", "RequestRouter.update_replicas", ("replicas",), "routing"),
@@ -55,6 +60,8 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("ray.serve.request_router", "RunningReplica.multiplexed_model_ids", (), "what is in memory where"),
     ("ray.serve._private.common", "RequestRoutingInfo", ("replica_id", "multiplexed_model_ids"), "tell the routers"),
     ("ray.serve._private.client", "ServeControllerClient.record_request_routing_info", ("info",), "tell the routers"),
+    ("ray.serve._private.client", "ServeControllerClient.http_config", (), "where Serve listens"),
+    ("ray.serve.exceptions", "DeploymentUnavailableError", (), "retry"),
     ("ray.serve.config", "DeploymentActorConfig", ("name", "actor_class", "init_kwargs"), "the controller"),
     ("ray.serve.config", "AutoscalingContext.total_num_requests", (), "scaling by requests"),
     ("ray.serve.config", "AutoscalingContext.aggregated_metrics", (), "scaling by adapters"),
@@ -114,9 +121,23 @@ def check_hooks(with_llm: bool = True) -> None:
         raise HookError(f"ray {ray.__version__} is not the Ray we checked:\n" + "\n".join(f"  - {f}" for f in faults))
 
 
+def find_local_ray() -> str:
+    """host:port of the Ray that runs on this machine, or ran here last. Raises ConnectionError if there was none."""
+    found = canonicalize_bootstrap_address("auto")
+    assert found is not None, 'Ray answers "auto" with an address or an error'
+    return found
+
+
 def replica_identity() -> tuple[str, str]:
     """(replica id, node id) of the Serve replica this runs in."""
     return serve.get_replica_context().replica_id.unique_id, ray.get_runtime_context().get_node_id()
+
+
+def serve_address() -> tuple[str, int]:
+    """Host and port of the Serve that runs on the connected Ray."""
+    client = _get_global_client()
+    assert client is not None, "Serve was started"
+    return client.http_config.host, client.http_config.port
 
 
 def tell_routers(adapter_ids: list[str]) -> None:
@@ -198,16 +219,24 @@ def controller_link(app: str, deployment: str) -> _ControllerLink:
 
 
 async def until_lost(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The chunks of a handle's response; a replica that went away shows as LostError."""
+    """The chunks of a handle's response; a replica that went away, or broke the answer off, shows as LostError."""
+    has_begun = False
     try:
         async for chunk in chunks:
+            has_begun = True
             yield chunk
     except exceptions.RayTaskError as error:
-        # The user code in the replica raised: trying again elsewhere would repeat it.
-        raise error
-    except (exceptions.RayActorError, exceptions.RayError) as error:
-        first = str(error).strip().splitlines()
-        raise LostError(f"{type(error).__name__}: {first[0] if first else 'replica gone'}") from error
+        # Code in the replica raised. Before the first chunk another replica would only raise it again.
+        if not has_begun:
+            raise
+        raise LostError(_first_line(error)) from error
+    except (exceptions.RayError, DeploymentUnavailableError) as error:
+        raise LostError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'replica gone'}"
 
 
 class ControllerMetrics:

@@ -1,6 +1,7 @@
 """What every replica runs beside its engine, whatever the engine is: memory, agent, link to the controller."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from flora_vllm.cluster.memory import AdapterMemory, Engine
 from flora_vllm.cluster.messages import Report
 from flora_vllm.cluster.ray_hooks import own_controller, replica_identity, tell_routers
 from flora_vllm.cluster.store import Cache
+
+log = logging.getLogger("ray.serve")
 
 # No limit but the slots.
 AMPLE = 2**62
@@ -39,6 +42,15 @@ class ReplicaRuntime:
     async def start(self) -> None:
         await self.agent.start(PATIENCE_S)
         self._cleaner = asyncio.create_task(self._clean_loop())
+
+    async def stop(self) -> None:
+        """The replica goes on purpose: the controller places its adapters elsewhere without waiting for its silence."""
+        self._cleaner.cancel()
+        self.agent.stop()
+        try:
+            await self._controller.leave(self.replica)
+        except (ConnectionError, TimeoutError) as error:
+            log.info("no placement controller to leave: %s", error)
 
     async def _clean_loop(self) -> None:
         while True:

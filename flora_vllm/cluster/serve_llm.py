@@ -70,8 +70,17 @@ class FloraLLMServer(LLMServer):
                 except (AdapterError, StaleVersionError, StoreError, NoRoomError) as error:
                     yield _refusal(error)
                     return
-            async for chunk in await method(request, raw):
-                yield chunk
+            is_first = True
+            try:
+                async for chunk in await method(request, raw):
+                    if is_first:
+                        self._runtime.agent.exit_if_dead()
+                        is_first = False
+                    yield chunk
+            except Exception:
+                # A dead engine fails every request at once: without its replica the ingress tries another one.
+                self._runtime.agent.exit_if_dead()
+                raise
 
     async def chat(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
         return self._with_adapter(super().chat, request, raw_request_info, adapter)
@@ -97,6 +106,12 @@ class FloraLLMServer(LLMServer):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook for custom scaling signals."""
         return self._runtime.signals()
+
+    async def __del__(self) -> None:
+        """Serve calls and awaits it when the replica stops on purpose."""
+        if hasattr(self, "_runtime"):
+            await self._runtime.stop()
+        await super().__del__()
 
 
 class FloraIngress(OpenAiIngress):
@@ -134,7 +149,9 @@ class FloraIngress(OpenAiIngress):
             return getattr(handle, call_method).remote(request, raw, target.adapter)
 
         def refusal(chunk: Any) -> int | None:
-            return chunk.error.code if isinstance(chunk, ErrorResponse) else None
+            # Streams come in lists of what was ready together.
+            first: Any = chunk[0] if isinstance(chunk, list) and chunk else chunk
+            return first.error.code if isinstance(first, ErrorResponse) else None
 
         try:
             async for chunk in answer(self._names(), body.model, call, refusal, self._retry_s):

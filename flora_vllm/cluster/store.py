@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -204,10 +205,17 @@ class Cache:
 
 
 class Catalogue:
-    """All sources of one base model together; a name in two sources belongs to the first."""
+    """All sources of one base model together; a name in two sources belongs to the first.
 
-    def __init__(self, uris: Iterable[str]) -> None:
+    Sources are listed side by side, and one that does not answer within `patience_s` holds up nobody: it is a store
+    fault until its answer comes.
+    """
+
+    def __init__(self, uris: Iterable[str], patience_s: float = 10.0) -> None:
         self._sources = [Source(uri) for uri in uris]
+        self._patience_s = patience_s
+        self._pool = ThreadPoolExecutor(max(1, len(self._sources)), thread_name_prefix="flora-scan")
+        self._asked: dict[str, Future[tuple[dict[str, Entry], dict[str, str]]]] = {}
         self._last: dict[str, tuple[dict[str, Entry], dict[str, str]]] = {}
         self.entries: dict[str, Entry] = {}
         self.faults: dict[str, str] = {}
@@ -215,12 +223,7 @@ class Catalogue:
 
     def scan(self) -> tuple[list[Entry], list[Entry]]:
         """(new or changed, removed) since the last scan. An unreachable source keeps what it had."""
-        store_faults: dict[str, str] = {}
-        for source in self._sources:
-            try:
-                self._last[source.uri] = source.scan()
-            except StoreError as error:
-                store_faults[source.uri] = str(error)
+        store_faults = self._list_sources()
         entries: dict[str, Entry] = {}
         faults: dict[str, str] = {}
         for source in self._sources:
@@ -233,3 +236,26 @@ class Catalogue:
         removed = [e for n, e in self.entries.items() if n not in entries]
         self.entries, self.faults, self.store_faults = entries, faults, store_faults
         return added, removed
+
+    def is_complete(self) -> bool:
+        """Every source was listed at least once, so a name that is not here does not exist."""
+        return all(source.uri in self._last for source in self._sources)
+
+    def _list_sources(self) -> dict[str, str]:
+        """Brings `_last` up to date; faults by source."""
+        for source in self._sources:
+            if source.uri not in self._asked:
+                self._asked[source.uri] = self._pool.submit(source.scan)
+        done, _ = wait(self._asked.values(), timeout=self._patience_s)
+        faults: dict[str, str] = {}
+        for source in self._sources:
+            future = self._asked[source.uri]
+            if future not in done:
+                faults[source.uri] = f"{source.uri} has not answered for {self._patience_s:g} s or more"
+                continue
+            del self._asked[source.uri]
+            try:
+                self._last[source.uri] = future.result()
+            except StoreError as error:
+                faults[source.uri] = str(error)
+        return faults

@@ -42,7 +42,7 @@ class CatalogueView:
 
     def _take(self, news: CatalogueNews) -> None:
         if news.is_full:
-            self._entries = {}
+            self._entries = {} if news.is_complete else self._entries
         elif news.born != self._born or news.number < self._number:
             return
         self._born, self._number = news.born, news.number
@@ -50,13 +50,17 @@ class CatalogueView:
             self._entries.pop(name, None)
         self._entries.update({e.name: e for e in news.entries})
 
-    async def get(self, name: str, *, newer_than: Entry | None = None) -> Entry | None:
-        """The present version of an adapter, None if there is none; `newer_than` was found to be out of date."""
+    async def known(self, name: str) -> Entry | None:
+        """The adapter as of the last refresh, None if there was none."""
         if self._task is None:
             self._task = asyncio.create_task(self._refresh_loop())
             await self.refresh()
-        entry = self._entries.get(name)
-        if name and (entry is None or entry == newer_than):
+        return self._entries.get(name)
+
+    async def get(self, name: str, *, newer_than: Entry | None = None) -> Entry | None:
+        """The present version of an adapter, None if there is none; `newer_than` was found to be out of date."""
+        entry = await self.known(name)
+        if entry is None or entry == newer_than:
             await self._rescan_since(time.monotonic())
             entry = self._entries.get(name)
         return entry

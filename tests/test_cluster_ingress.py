@@ -1,0 +1,175 @@
+"""What the ingress does with a request: names over several base models, retry, versions, loud ends. No Ray is started.
+
+The controllers are real; handles of replicas are scripts.
+"""
+
+import asyncio
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from cluster_support import write_adapter
+
+from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, to_data
+from flora_vllm.cluster.controller import PlacementController
+from flora_vllm.cluster.streams import LostError
+
+with warnings.catch_warnings():
+    # Ray uses what pydantic deprecated.
+    warnings.simplefilter("ignore")
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    from flora_vllm.cluster import ingress
+    from flora_vllm.cluster.ingress import Directory, UnknownModelError, answer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+DONE = "data: [DONE]\n\n"
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """Base models `smol` with poems and prose, `tiny` with prose and one that is called like the other base model."""
+    adapters = {"smol": ("poems", "prose"), "tiny": ("prose", "smol")}
+    controllers = {}
+    for base, names in adapters.items():
+        for name in names:
+            write_adapter(tmp_path / base, name)
+        model = to_data(ModelConfig(base, "/m", adapters=(str(tmp_path / base),)))
+        controllers[base] = PlacementController(model, to_data(StoreConfig()), to_data(TimingConfig()))
+    monkeypatch.setattr(ingress, "controller_link", lambda _app, deployment: controllers[deployment])
+    handles = {
+        base: SimpleNamespace(app_name="flora", deployment_name=base, options=lambda base=base, **o: (base, o))
+        for base in adapters
+    }
+    return Directory(handles, refresh_s=60.0)
+
+
+def test_names_over_several_base_models(directory):
+    async def found(name):
+        target = await directory.find(name)
+        return target.base, None if target.adapter is None else target.adapter.name
+
+    async def run():
+        assert await found("smol") == ("smol", None)
+        assert await found("poems") == ("smol", "poems")
+        assert await found("smol:poems") == ("smol", "poems")
+        assert await found("tiny:prose") == ("tiny", "prose")
+        assert await found("tiny:smol") == ("tiny", "smol")
+        for name, words in (
+            ("prose", "smol:prose or tiny:prose"),
+            ("nobody", "'nobody' does not exist"),
+            ("tiny:poems", "'tiny:poems' does not exist"),
+            ("big:poems", "there is no base model 'big'"),
+            (None, "names no model"),
+        ):
+            with pytest.raises(UnknownModelError, match=words):
+                await directory.find(name)
+        listed = [(name, base) for name, base, _ in await directory.listing()]
+        assert listed == [("poems", "smol"), ("smol:prose", "smol"), ("tiny:prose", "tiny"), ("tiny:smol", "tiny")]
+
+    asyncio.run(run())
+
+
+def test_requests_carry_the_adapters_version_to_the_router(directory):
+    async def run():
+        target = await directory.find("poems")
+        assert directory.handle(target) == ("smol", {"stream": True, "multiplexed_model_id": target.adapter.id})
+        assert directory.handle(await directory.find("tiny")) == ("tiny", {"stream": True})
+
+    asyncio.run(run())
+
+
+def test_a_name_that_one_base_model_has_needs_no_look_at_the_others_sources(directory, monkeypatch):
+    async def run():
+        assert await directory.find("poems")
+        asked = []
+        for base, view in directory._views.items():
+            monkeypatch.setattr(view, "_rescan_since", lambda _, base=base: asked.append(base))
+        assert (await directory.find("poems")).base == "smol"
+        assert asked == []
+
+    asyncio.run(run())
+
+
+def ask(directory, *scripts, model="poems", before=None):
+    """(chunks of the answer, targets of the attempts); each attempt's script is a list of chunks and exceptions."""
+    left, targets = list(scripts), []
+
+    def call(_handle, target):
+        targets.append(target)
+        if before is not None:
+            before(len(targets))
+        script = left.pop(0)
+
+        async def chunks():
+            for item in script:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+
+        return chunks()
+
+    async def run():
+        def refusal(chunk):
+            return chunk if isinstance(chunk, int) else None
+
+        return [chunk async for chunk in answer(directory, model, call, refusal, retry_s=30.0)]
+
+    return asyncio.run(run()), targets
+
+
+def raised_in_a_replica():
+    return RayTaskError("completions", "traceback", ValueError("user code"))
+
+
+def test_a_request_that_reached_no_replica_is_sent_again(directory):
+    chunks, targets = ask(directory, [ActorDiedError()], [], [ActorDiedError()], [ActorDiedError()], ["data: x", DONE])
+    assert chunks == ["data: x", DONE]
+    assert len(targets) == 5
+
+
+def test_refusals_are_tried_elsewhere_but_not_for_ever(directory):
+    assert ask(directory, [503], ["data: x", DONE])[0] == ["data: x", DONE]
+    assert ask(directory, [503], [503], [503])[0] == [503]
+    # The client's own fault is nobody else's business.
+    assert ask(directory, [400])[0] == [400]
+
+
+def test_an_old_version_is_asked_for_again_as_the_new_one(directory, tmp_path):
+    def change(attempt):
+        if attempt == 1:
+            write_adapter(tmp_path / "smol", "poems", b"new weights")
+
+    chunks, targets = ask(directory, [409], ["data: x", DONE], before=change)
+    assert chunks == ["data: x", DONE]
+    assert targets[0].adapter.version != targets[1].adapter.version
+
+
+def test_a_broken_answer_ends_aloud_and_is_not_repeated(directory):
+    for fault in (ActorDiedError(), raised_in_a_replica()):
+        chunks, targets = ask(directory, ["data: x", fault])
+        assert chunks[0] == "data: x"
+        assert '"error"' in chunks[1]
+        assert chunks[1].endswith(DONE)
+        assert len(targets) == 1
+
+
+def test_what_a_replica_raises_at_once_is_not_tried_elsewhere(directory):
+    with pytest.raises(RayTaskError, match="traceback"):
+        ask(directory, [raised_in_a_replica()])
+
+
+def test_nobody_there_for_too_long(directory):
+    async def run():
+        def call(_handle, _target):
+            async def chunks():
+                raise ActorDiedError()
+                yield
+
+            return chunks()
+
+        return [c async for c in answer(directory, "poems", call, lambda _: None, retry_s=0.2)]
+
+    with pytest.raises(LostError, match="ActorDiedError"):
+        asyncio.run(run())
