@@ -22,7 +22,10 @@ class Step:
         self._padded: dict[int, Segments] = {}
 
     def set_mapping(self, adapter_of_token: Sequence[int], slot_of_adapter: Mapping[int, int]) -> None:
-        """Token t uses adapter id `adapter_of_token[t]` (0 or less: none), which sits in `slot_of_adapter[id]` >= 1."""
+        """Token t uses adapter id `adapter_of_token[t]` (0 or less: none), which sits in `slot_of_adapter[id]`.
+
+        An adapter that changes nothing on this rank sits in slot 0: its tokens are base tokens.
+        """
         ids_T = torch.as_tensor(adapter_of_token, dtype=torch.int64)
         used = [int(i) for i in torch.unique(ids_T).tolist() if i > 0]
         self._padded.clear()
@@ -32,7 +35,7 @@ class Step:
         slot_T = torch.zeros_like(ids_T)
         for adapter_id in used:
             slot_T[ids_T == adapter_id] = slot_of_adapter[adapter_id]
-        self.segments = group_by_slot(slot_T)
+        self.segments = group_by_slot(slot_T) if slot_T.any() else None
 
     def clear(self) -> None:
         self.segments = None

@@ -10,8 +10,8 @@ import pytest
 import torch
 from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer
 
-from flora_vllm.errors import ConfigError, StepError
-from flora_vllm.ops import triton_kernels
+from flora_vllm.errors import ConfigError
+from flora_vllm.ops import triton_kernels, triton_launch, triton_low_rank, triton_opaque
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.ops.triton_step import StepBuffers
@@ -39,8 +39,9 @@ class Recorder:
 def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a captured graph does: the same launches on the same buffers, after slots and step were rewritten."""
     launches: list = []
-    for name in ("flora_stacked", "flora_modulated"):
-        monkeypatch.setattr(triton_kernels, name, Recorder(getattr(triton_kernels, name), launches))
+    for module in (triton_kernels, triton_opaque, triton_low_rank):
+        for name in {"flora_stacked", "flora_modulated", "flora_sum", "flora_low_down"} & module.__dict__.keys():
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     # Captured with empty slots, as at an engine's start.
     layer = Layer((96, 64, 32), 200)
     layer.slots += [None] * 4
@@ -52,7 +53,14 @@ def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: 
     assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
     filled = mixed_layer().slots
-    rewritten = [None, (None, layer.hadamard(6, 64, identity=True), None), None, layer.uniform(9), layer.uniform(1)]
+    low = layer.low_rank(3, 64)
+    rewritten = [
+        None,
+        (None, layer.hadamard(6, 64, identity=True, **low), SliceTerms(**layer.low_rank(16, 32))),
+        None,
+        layer.uniform(9),
+        (SliceTerms(**layer.low_rank(1, 96), gain_O=layer.gain(96), gain_bias=True), None, None),
+    ]
     for slots, counts in ((filled, [2, 1, 1, 4, 1]), (rewritten, [1, 4, 0, 1, 3])):
         layer.slots = slots
         for slot in range(1, 5):
@@ -117,7 +125,7 @@ def test_slots_are_cleared_and_limits_hold() -> None:
     layer = Layer((40,), 48)
     layer.slots += [layer.uniform(3)]
     x_TI, segments = layer.step([1, 2])
-    kernel = layer.kernel("stacked", max_slots=1)
+    kernel = layer.kernel("stacked", slots=1)
     kernel.write_slot(1, None)
     layer.slots[1] = None
     layer.check(kernel, x_TI, segments)
@@ -127,6 +135,8 @@ def test_slots_are_cleared_and_limits_hold() -> None:
         kernel.write_slot(0, layer.uniform(1))
     with pytest.raises(ConfigError, match="rank 17 is above this layer's maximum of 16"):
         kernel.write_slot(1, layer.uniform(17))
+    with pytest.raises(ConfigError, match="low rank 17 is above this layer's maximum of 16"):
+        kernel.write_slot(1, (SliceTerms(**layer.low_rank(17, 40)),))
     with pytest.raises(ConfigError, match="come in pairs"):
         kernel.write_slot(1, (SliceTerms(a_RI=layer.normal(1, 48)),))
     with pytest.raises(ConfigError, match="2 slices of terms"):
@@ -139,7 +149,6 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
     x_TI, segments = layer.step([1, 2])
     kernel = layer.kernel()
     cases = {
-        "contiguous rows": x_TI.T.contiguous().T,
         "the slots' terms are torch.float32": x_TI.half(),
         "interpreter does not multiply bfloat16": x_TI.bfloat16(),
         "not torch.float64": x_TI.double(),
@@ -157,23 +166,10 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
     with pytest.raises(ConfigError, match="needs the layer's weight"):
         layer.kernel("modulated", opaque=True)
     with pytest.raises(ConfigError, match="ranks up to 32"):
-        layer.kernel(max_rank=33)
-
-
-def test_captured_steps_and_low_rank_terms_exclude_each_other() -> None:
-    layer = Layer((40,), 48)
-    low = (SliceTerms(down_RI=layer.normal(2, 48), up_RO=layer.normal(2, 40)),)
-    x_TI, segments = layer.step([1, 1])
-    step = StepBuffers(2, 2, CPU)
-    step.fill(segments, [False, False])
-    kernel = layer.kernel()
-    kernel.forward_step(x_TI, None, step, 2, modulated=False)
-    with pytest.raises(ConfigError, match="would be left out"):
-        kernel.write_slot(1, low)
-    kernel = layer.kernel()
-    kernel.write_slot(1, low)
-    with pytest.raises(StepError, match="low-rank"):
-        kernel.forward_step(x_TI, None, step, 2, modulated=False)
+        layer.kernel(rank=33)
+    step = StepBuffers(3, 2, CPU)
+    with pytest.raises(ConfigError, match="contiguous rows"):
+        triton_launch.launch_expand(x_TI.T.contiguous().T, x_TI, step, kernel.slots, kernel._config(x_TI, 3))
 
 
 def test_no_adapter_at_all_is_the_base_call() -> None:
@@ -193,4 +189,5 @@ def test_views_with_strides_and_odd_addresses() -> None:
     x_TI, segments = layer.step([1, 5])
     wide_TI = torch.cat([x_TI, x_TI], 1)
     for path in ("stacked", "modulated"):
-        layer.check(layer.kernel(path), wide_TI[:, :64], segments)
+        for view_TI in (wide_TI[:, :64], x_TI.T.contiguous().T):
+            layer.check(layer.kernel(path), view_TI, segments)

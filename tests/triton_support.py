@@ -7,7 +7,7 @@ import torch
 
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
 from flora_vllm.ops.reference import reference_linear
-from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
+from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, SlotLimits, group_by_slot
 from flora_vllm.ops.triton_linear import TritonLinear
 
 CPU = torch.device("cpu")
@@ -63,10 +63,15 @@ class Layer:
         slot_T = slot_T[torch.randperm(len(slot_T), generator=self.random)]
         return self.normal(len(slot_T), self.in_features), group_by_slot(slot_T)
 
-    def kernel(self, path: PathChoice = "auto", opaque: bool = False, **options) -> TritonLinear:
+    def low_rank(self, low: int, size: int) -> dict[str, torch.Tensor]:
+        """down and up of a term about as large as W x."""
+        down_RI = self.normal(low, self.in_features) * self.in_features**-0.5
+        return {"down_RI": down_RI.to(self.dtype), "up_RO": (self.normal(low, size) * low**-0.5).to(self.dtype)}
+
+    def kernel(self, path: PathChoice = "auto", opaque: bool = False, **limits: int) -> TritonLinear:
         weight_OI = None if opaque else self.weight_OI
         kernel = TritonLinear(
-            weight_OI, self.base, self.sizes, DispatchRule(path), self.in_features, device=CPU, **options
+            weight_OI, self.base, self.sizes, DispatchRule(path), self.in_features, SlotLimits(**limits), device=CPU
         )
         for slot, terms in enumerate(self.slots):
             if slot:

@@ -87,6 +87,7 @@ _WORKER_SIDE = (
         sets=(
             "model",
             "device",
+            "lora_config",
             "_registered_adapters",
             "_active_adapters",
             "lora_index_to_id",

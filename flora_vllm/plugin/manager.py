@@ -16,7 +16,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.batch import Step
-from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -74,6 +74,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.step,
             self.options.path,
             self.device,
+            SlotLimits(self.lora_slots, self.options.max_rank, self.lora_config.max_lora_rank),
             prefix,
             self._match_target_modules,
         )
