@@ -8,10 +8,10 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton
 
 import pytest
 import torch
-from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer
+from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer, record_launches, replay
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops import triton_kernels, triton_launch, triton_low_rank, triton_opaque
+from flora_vllm.ops import triton_launch
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.ops.triton_step import StepBuffers
@@ -19,29 +19,10 @@ from flora_vllm.ops.triton_step import StepBuffers
 __all__ = ["fresh_memory_is_nan"]
 
 
-class Recorder:
-    """Stands for a kernel: launches it and keeps the launch, as a CUDA graph would."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self._kernel = kernel
-        self._launches = launches
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            # A graph keeps numbers and addresses.
-            self._launches.append((self._kernel, grid, args, kwargs))
-            self._kernel[grid](*args, **kwargs)
-
-        return launch
-
-
 @pytest.mark.parametrize("modulated", [False, True])
 def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a captured graph does: the same launches on the same buffers, after slots and step were rewritten."""
-    launches: list = []
-    for module in (triton_kernels, triton_opaque, triton_low_rank):
-        for name in {"flora_stacked", "flora_modulated", "flora_sum", "flora_low_down"} & module.__dict__.keys():
-            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    launches = record_launches(monkeypatch)
     # Captured with empty slots, as at an engine's start.
     layer = Layer((96, 64, 32), 200)
     layer.slots += [None] * 4
@@ -69,8 +50,7 @@ def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: 
         x_TI.copy_(other_TI)
         step.fill(segments, [modulated] * len(segments.slots))
         y_TO.fill_(float("nan"))
-        for recorded, grid, args, kwargs in list(launches):
-            recorded[grid](*args, **kwargs)
+        replay(launches)
         assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
 

@@ -1,10 +1,12 @@
 """Layers to try the Triton kernels on, in a process where Triton interprets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 
+from flora_vllm.ops import triton_kernels, triton_low_rank, triton_opaque
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, SlotLimits, group_by_slot
@@ -24,6 +26,38 @@ def fresh_memory_is_nan() -> Iterator[None]:
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class Recorder:
+    """Stands for a kernel: launches it and keeps the launch, as a CUDA graph would."""
+
+    def __init__(self, kernel: Any, launches: list) -> None:
+        self._kernel = kernel
+        self._launches = launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            # A graph keeps numbers and addresses.
+            self._launches.append((self._kernel, grid, args, kwargs))
+            self._kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The list that every launch is added to from now on."""
+    launches: list = []
+    recorded = {"flora_stacked", "flora_modulated", "flora_sum", "flora_low_down"}
+    for module in (triton_kernels, triton_opaque, triton_low_rank):
+        for name in recorded & vars(module).keys():
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    return launches
+
+
+def replay(launches: Sequence) -> None:
+    """The same launches again, on the same memory."""
+    for kernel, grid, args, kwargs in list(launches):
+        kernel[grid](*args, **kwargs)
 
 
 class Layer:
