@@ -105,7 +105,7 @@ def _graph_step(monkeypatch, *captured: int) -> Step:
     for tokens in captured:
         step.rehearse(tokens)
         form = step.captured_form(tokens)
-        assert form is step.graphs
+        assert form is not None
         form.note_launches(tokens)
     step.clear()
     return step

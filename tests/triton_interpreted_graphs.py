@@ -172,7 +172,6 @@ def runner(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     # Those of other tests, if they are still there.
     importlib.import_module("flora_vllm.plugin.manager")._managers.clear()
     install._once("cuda graphs", install._keep_adapter_steps_out_of_graphs)
-    install._once("replays", install._write_steps_before_replays)
     with set_current_vllm_config(config), torch.inference_mode():
         yield Runner(config, monkeypatch)
 

@@ -2,7 +2,7 @@
 
 Importing this module needs neither Triton nor a GPU; building a layer does. A segment goes one way for all slices of a
 layer: modulated if the rule says so for any of its ranks. Low-rank terms are two plain products a segment in `forward`,
-kernels in `forward_step`, whose launches may not depend on the step. Nothing here waits for the GPU.
+kernels in `forward_step`, whose launches may not depend on the step. No step waits for the GPU.
 """
 
 import importlib

@@ -40,7 +40,11 @@ def install_worker_side() -> None:
         _once("cpu weights", _keep_cpu_weights)
     else:
         _once("cuda graphs", _keep_adapter_steps_out_of_graphs)
-        _once("replays", _write_steps_before_replays)
+
+
+def install_replays() -> None:
+    """For engines whose CUDA graphs are captured with the op."""
+    _once("replays", _write_steps_before_replays)
 
 
 def _once(name: str, action: Callable[[], Any]) -> None:

@@ -19,6 +19,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from flora_vllm.batch import GraphSteps, Step
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
+from flora_vllm.plugin import install
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -113,6 +114,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
                 f"graph_rows (--flora-graph-rows) cannot be used with this model; leave it out. {len(faults)} layers "
                 f"cannot be captured, the first {faults[0]}"
             )
+        install.install_replays()
         return GraphSteps(self.options.graph_rows, self._max_graph_tokens, self.lora_slots, self.device)
 
     def step_fits_graph(self) -> bool:
