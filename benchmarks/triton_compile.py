@@ -23,7 +23,7 @@ from harness import append_rows, environment
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flora_vllm.ops import triton_kernels, triton_opaque
+from flora_vllm.ops import triton_kernels, triton_low_rank, triton_opaque
 from flora_vllm.ops.triton_config import launch_config
 
 RESULTS = Path(__file__).parent / "results" / "triton_compile.jsonl"
@@ -35,7 +35,7 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "LDG.E.U16", "LDL", "STL", "FFMA")
 
 INDICES = ("tokens", "token_slots", "segments", "counts", "layout", "tiles")
-ADDRESSES = ("table", "gains")
+ADDRESSES = ("table", "gains", "low")
 # Numbers that are multiples of 16 where a layer's sizes are; Triton sees the same at a launch.
 MULTIPLES_OF_16 = ("in_features", "out_features", "x_stride", "w_stride", "y_stride", "split_stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -120,7 +120,7 @@ def _argument_type(name: str, case: Case) -> str:
         return "*i32"
     if name in ADDRESSES:
         return "*i64"
-    if name == "parts" or (name == "y" and case.constants.get("SPLIT", 1) > 1):
+    if name in ("parts", "middle") or (name == "y" and case.constants.get("SPLIT", 1) > 1):
         return "*fp32"
     if name in ("x", "w", "y", "bias", "out", "products", "parts"):
         return f"*{NAMES[case.dtype]}"
@@ -163,9 +163,12 @@ def cases(dtype: torch.dtype, sm: int) -> Iterator[Case]:
     expand = {"BM": config.expand_m, "BK": config.expand_k, "ALIGNED": True}
     yield Case("expand", triton_opaque.flora_expand, dtype, expand, 4, tensor_core=False)
     yield Case("reduce", triton_opaque.flora_reduce, dtype, last, 4, tensor_core=False)
-    for parts, count in ((4, 2), (1, 3)):
-        constants = {**last, "PARTS": parts, "COUNT": count}
-        yield Case(f"sum of {parts}", triton_opaque.flora_sum, dtype, constants, 4, tensor_core=False)
+    low = {"BR": config.low_r, "BK": config.expand_k, "ALIGNED": True}
+    yield Case("low down", triton_low_rank.flora_low_down, dtype, low, 4, tensor_core=False)
+    for parts, count, with_low in ((4, 2, False), (1, 3, False), (2, 3, True)):
+        constants = {**last, "PARTS": parts, "COUNT": count, "LOW": with_low}
+        name = f"sum of {parts}{' and low rank' if with_low else ''}"
+        yield Case(name, triton_opaque.flora_sum, dtype, constants, 4, tensor_core=False)
 
 
 def main() -> None:

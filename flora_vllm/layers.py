@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flora_vllm.batch import Step
+from flora_vllm.batch import GraphSteps, Step
 from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.ops.triton_linear import TritonLinear
 
 
 class AdaptedLinear:
@@ -36,6 +37,12 @@ class AdaptedLinear:
     def kernel(self) -> LinearKernel:
         return self._kernel
 
+    def why_not_captured(self) -> str | None:
+        """Why this layer cannot be part of a CUDA graph that serves adapters, or None."""
+        if not isinstance(self._kernel, TritonLinear):
+            return f"it runs on the {self._kernel.implementation} op"
+        return None if self._hidden_bias is None else "its bias is added by its caller"
+
     @property
     def out_features(self) -> int:
         return sum(self._sizes)
@@ -58,6 +65,9 @@ class AdaptedLinear:
         # Once a layer and step: a small model on a CPU feels each microsecond here.
         is_flat = x.ndim == 2
         x_TI = x if is_flat else x.reshape(-1, x.shape[-1])
+        graphs = self._step.captured_form(x_TI.shape[0])
+        if graphs is not None:
+            return self._captured_form(x_TI, bias, graphs).view(*x.shape[:-1], self.out_features)
         segments = self._step.segments_for(x_TI.shape[0])
         y_TO = self._kernel.forward(x_TI, bias, segments)
         if segments is not None and self._hidden_bias is not None:
@@ -65,6 +75,13 @@ class AdaptedLinear:
                 if slot in self._bias_gain:
                     y_TO[rows] += (self._bias_gain[slot] * self._hidden_bias).to(y_TO.dtype)
         return y_TO if is_flat else y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    def _captured_form(self, x_TI: torch.Tensor, bias: torch.Tensor | None, graphs: GraphSteps) -> torch.Tensor:
+        assert isinstance(self._kernel, TritonLinear), "why_not_captured is asked before graphs are captured"
+        tokens = x_TI.shape[0]
+        y_TO = self._kernel.forward_step(x_TI, bias, graphs.buffers, graphs.rows(tokens), modulated=False)
+        graphs.note_launches(tokens)
+        return y_TO
 
 
 _layers: "weakref.WeakValueDictionary[int, AdaptedLinear]" = weakref.WeakValueDictionary()

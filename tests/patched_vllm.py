@@ -300,8 +300,8 @@ async def preload_results() -> list[Any]:
     return seen
 
 
-def graph_results() -> list[str]:
-    """What both runners dispatch for a step without adapters, and with them."""
+def graph_results() -> list[Any]:
+    """What both runners dispatch for a step without adapters, and with them; what is told before a replay."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import BatchDescriptor
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
@@ -309,8 +309,7 @@ def graph_results() -> list[str]:
 
     from flora_vllm.plugin import install, manager
 
-    install._run_adapter_steps_without_graphs()
-    manager.is_managing = lambda: True
+    install._keep_adapter_steps_out_of_graphs()
     v1: Any = object.__new__(CudagraphDispatcher)
     v2: Any = object.__new__(CudaGraphManager)
     v1.keys_initialized, v1.cudagraph_mode, v1.specialize_lora_count = True, CUDAGraphMode.FULL, False
@@ -321,11 +320,50 @@ def graph_results() -> list[str]:
     v1.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_loras=2))
     v2._graphs_captured, v2._lora_dispatch_map = True, {}
     v2._candidates = {(4, n): [BatchExecutionDescriptor(CUDAGraphMode.FULL, 4, 4, num_active_loras=n)] for n in (0, 1)}
-    seen = []
-    for loras in (0, 1):
-        manager.adapter_step_pending = lambda loras=loras: loras > 0
+    seen: list[Any] = []
+    for loras, room in ((0, 0), (1, 0), (1, 4)):
+        manager.step_runs_eager = lambda loras=loras, room=room: loras > 0 and room < 4
+        manager.adapters_run_eager = lambda n, tokens, room=room: n > 0 and room < tokens
         seen.append(v1.dispatch(4, False, loras > 0, loras)[0].name)
         seen.append(v2.dispatch(4, 4, None, loras).cg_mode.name)
+    return [*seen, *replay_results(v2)]
+
+
+def replay_results(v2: Any) -> list[Any]:
+    """(active adapters, rows) told of both runners' graphs, and that it is told before they replay."""
+    from vllm.compilation import cuda_graph
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, ForwardContext, override_forward_context
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    from flora_vllm.plugin import install, manager
+
+    install._write_steps_before_replays()
+    seen: list[Any] = []
+    manager.before_replay = lambda *numbers: seen.append(numbers)
+    graph = SimpleNamespace(replay=lambda: seen.append("replay"))
+    calm = SimpleNamespace(sync_prev_onload=lambda: None)
+    wrapper: Any = object.__new__(cuda_graph.CUDAGraphWrapper)
+    vars(wrapper).update(runnable=lambda: seen.append("run"), runtime_mode=CUDAGraphMode.FULL, is_debugging_mode=False)
+    known, unknown = BatchDescriptor(4, has_lora=True, num_active_loras=3), BatchDescriptor(8)
+    entry = cuda_graph.CUDAGraphEntry(known, cudagraph=graph)
+    wrapper.concrete_cudagraph_entries = {known: entry}
+    v2.graphs = {v2._candidates[4, 1][0]: graph}
+    with ExitStack() as stack:
+        for module in (cuda_graph, cudagraph_utils):
+            stack.enter_context(patch.object(module, "get_offloader", lambda: calm))
+        wrapper()
+        for mode, descriptor in (
+            (CUDAGraphMode.FULL, known),
+            (CUDAGraphMode.NONE, known),
+            (CUDAGraphMode.NONE, unknown),
+        ):
+            fields = dict.fromkeys(ForwardContext.__dataclass_fields__)
+            fields |= {"cudagraph_runtime_mode": mode, "batch_descriptor": descriptor}
+            context: Any = SimpleNamespace(**fields)
+            with override_forward_context(context):
+                wrapper()
+        v2.run_fullgraph(v2._candidates[4, 1][0])
     return seen
 
 

@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from flora_vllm.batch import Step
+from flora_vllm import batch
+from flora_vllm.batch import GraphSteps, Step
 from flora_vllm.errors import StepError
 
 
@@ -120,3 +121,110 @@ def test_the_error_crosses_processes():
     error = pickle.loads(pickle.dumps(StepError("step")))
     assert isinstance(error, StepError)
     assert str(error) == "step"
+
+
+def _graph_step(monkeypatch, *captured: int) -> Step:
+    """A step of an engine whose graphs of so many rows hold the op."""
+    step = Step()
+    step.graphs = GraphSteps(row_budget=10, max_tokens=8, slots=3, device=torch.device("cpu"))
+    monkeypatch.setattr(batch, "is_capturing", lambda _: True)
+    for tokens in captured:
+        step.rehearse(tokens)
+        form = step.captured_form(tokens)
+        assert form is not None
+        form.note_launches(tokens)
+    step.clear()
+    return step
+
+
+def _written(step: Step) -> list[int]:
+    """The slot of each row, as captured launches would read it now."""
+    assert step.graphs is not None
+    buffers = step.graphs.buffers
+    rows = int(buffers.counts[3])
+    assert int(buffers.counts[2]) == rows
+    slot_T = torch.full((rows,), -1, dtype=torch.int32)
+    slot_T[buffers.tokens[:rows].long()] = buffers.token_slots[:rows]
+    segments = buffers.stacked[: int(buffers.counts[0])]
+    assert sorted(segments[:, 0].tolist()) == sorted(set(slot_T.tolist()))
+    assert int(segments[:, 2].sum()) == rows
+    return slot_T.tolist()
+
+
+def test_only_a_rehearsal_takes_the_captured_form(monkeypatch):
+    step = _graph_step(monkeypatch)
+    step.rehearse(4)
+    assert step.captured_form(4) is step.graphs
+    assert _written(step) == [0, 0, 0, 0]
+    assert step.captured_form(3) is None
+    step.set_mapping([7, 0, 7, 0], {7: 1})
+    assert step.captured_form(4) is None
+    step.rehearse(9)  # larger than any graph
+    assert step.captured_form(9) is None
+    assert Step().captured_form(4) is None
+
+
+def test_a_replay_reads_the_step_padded_with_base_rows_from_where_it_always_was(monkeypatch):
+    step = _graph_step(monkeypatch, 4, 8)
+    assert step.graphs is not None
+    addresses = [view.data_ptr() for view in (step.graphs.buffers.counts, step.graphs.buffers.tokens)]
+    for mapping, tokens, slots in (
+        ([7, 0, 9], 4, [2, 0, 1, 0]),
+        ([9, 9, 9, 7], 4, [1, 1, 1, 2]),
+        ([7], 8, [2] + [0] * 7),
+        ([0, 0], 4, [0] * 4),
+    ):
+        step.set_mapping(mapping, {7: 2, 9: 1})
+        step.begin()
+        step.replay(tokens)
+        assert _written(step) == slots
+        step.verify()
+    assert [view.data_ptr() for view in (step.graphs.buffers.counts, step.graphs.buffers.tokens)] == addresses
+
+
+def test_a_replay_serves_only_with_the_op_in_its_graph(monkeypatch):
+    step = _graph_step(monkeypatch, 4)
+    for tokens in (2, 8):
+        step.set_mapping([7, 7], {7: 1})
+        step.begin()
+        step.replay(tokens)
+        with pytest.raises(StepError, match="base model's"):
+            step.verify()
+    plain = Step()
+    plain.set_mapping([7, 7], {7: 1})
+    plain.begin()
+    plain.replay(4)
+    with pytest.raises(StepError, match="base model's"):
+        plain.verify()
+
+
+def test_each_run_writes_its_step_once_however_many_pieces_replay(monkeypatch):
+    step = _graph_step(monkeypatch, 4)
+    writes = []
+    assert step.graphs is not None
+    monkeypatch.setattr(step.graphs, "write", writes.append)
+    for _ in range(2):
+        step.set_mapping([7, 7], {7: 1})
+        step.begin()
+        for _ in range(3):
+            step.replay(4)
+    assert len(writes) == 2
+
+
+def test_a_mapping_that_is_too_long_for_the_graph_is_not_served_by_it(monkeypatch):
+    """Left by the step before: the run has no requests, its rows are base rows."""
+    step = _graph_step(monkeypatch, 2)
+    step.set_mapping([7, 7, 7], {7: 1})
+    step.begin()
+    step.replay(2)
+    assert _written(step) == [0, 0]
+    with pytest.raises(StepError, match="base model's"):
+        step.verify()
+
+
+def test_adapters_that_change_nothing_make_a_base_step():
+    step = Step()
+    step.set_mapping([7, 0], {7: 0})
+    assert step.segments is None
+    step.begin()
+    step.verify()

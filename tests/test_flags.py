@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,8 @@ def test_python_options_imply_lora(model: str) -> None:
         ({"max_rank": True}, "max_rank"),
         ({"path": "fast"}, "stacked"),
         ({"adapter_root": 3}, "adapter_root"),
+        ({"graph_rows": -1}, "graph_rows"),
+        ({"graph_rows": True}, "graph_rows"),
         ("on", "mapping"),
     ],
 )
@@ -94,6 +97,34 @@ def test_what_cannot_be_served_exactly_is_refused_at_start(model: str) -> None:
 
     with pytest.raises(ConfigError, match="fully_sharded_loras"):
         engine_config(EngineArgs(model=model, fully_sharded_loras=True, additional_config={"flora": {}}))
+
+
+def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this CPU; on a GPU where graphs are off, or replay where the op would not see it."""
+    args = parse("--model", model, "--enable-flora", "--flora-graph-rows", "64")
+    assert options_of(args.additional_config) == FloraOptions(graph_rows=64)
+    with pytest.raises(ConfigError, match=r"graph_rows .* the device is not an NVIDIA GPU; CUDA graphs are off"):
+        engine_config(args)
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from flora_vllm.plugin.flags import _graph_faults
+
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH", raising=False)
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    config: Any = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL, max_cudagraph_capture_size=8),
+        parallel_config=SimpleNamespace(data_parallel_size=1, use_ubatching=False),
+        speculative_config=None,
+    )
+    assert _graph_faults(config) == []
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    config.parallel_config = SimpleNamespace(data_parallel_size=2, use_ubatching=True)
+    config.speculative_config = object()
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    faults = " ".join(_graph_faults(config))
+    for word in ("graphs are off", "data parallel", "microbatches", "speculative", "breakable"):
+        assert word in faults
 
 
 def test_without_the_flag_nothing_changes(model: str) -> None:
@@ -154,5 +185,5 @@ def test_help_teaches_the_flags() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     text = make_arg_parser(FlexibleArgumentParser()).format_help()
-    for flag in ("--enable-flora", "--max-flora-rank", "--flora-path", "--flora-adapter-root"):
+    for flag in ("--enable-flora", "--max-flora-rank", "--flora-path", "--flora-adapter-root", "--flora-graph-rows"):
         assert flag in text

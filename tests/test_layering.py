@@ -36,7 +36,7 @@ PARTS = (
     Part("ops.terms", (), ("torch",)),
     Part("ops", ("errors", "ops.terms"), ("torch", "triton")),
     Part("slots", ("adapter", "errors", "ops.terms", "ops"), ("torch",)),
-    Part("batch", ("errors", "ops.terms"), ("torch",)),
+    Part("batch", ("errors", "ops", "ops.terms"), ("torch",)),
     Part("layers", ("batch", "errors", "ops", "ops.terms", "slots"), ("torch",)),
     Part("plugin", ("adapter", "batch", "errors", "formats", "layers", "ops", "ops.terms", "slots"), ("torch", "vllm")),
     Part("training", ("adapter", "errors", "formats", "ops", "ops.terms"),

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops import native, torch_linear
-from flora_vllm.ops.dispatch import PATHS
+from flora_vllm.ops.dispatch import PATHS, DispatchRule
 from flora_vllm.ops.terms import SliceTerms, group_by_slot
+from flora_vllm.ops.torch_linear import TorchLinear
 
 RANKS = (1, 2, 3, 5, 8, 12, 16, 64)
 
@@ -180,6 +181,19 @@ def test_a_rewritten_slot_forgets_its_old_terms(implementation):
 def test_an_opaque_base_cannot_be_modulated():
     with pytest.raises(ConfigError, match="modulated"):
         Case(torch.float32, 8).make("opaque", "modulated")
+
+
+def test_terms_from_the_host_serve_a_layer_on_a_device():
+    """Meta tensors refuse to meet others, as a GPU's do: slots are read and written where the layer is."""
+    meta = torch.device("meta")
+    case = Case(torch.float32, 37).add_slots(3, 5)
+    weight_OI, x_TI = case.weight_OI.to(meta), torch.empty(14, 37, device=meta)
+    segments = group_by_slot([0, 1, 2, 3, 4, 5, 0, 1, 2, 2, 2, 2, 5, 5])
+    for path in ("stacked", "modulated"):
+        kernel = TorchLinear(weight_OI, lambda x: x @ weight_OI.T, case.sizes, DispatchRule(path), 37, meta)
+        for slot, terms in enumerate(case.slots[1:], 1):
+            kernel.write_slot(slot, terms)
+        assert kernel.forward(x_TI, None, segments).shape == (14, sum(case.sizes))
 
 
 def test_torch_path_has_gradients():

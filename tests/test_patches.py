@@ -259,7 +259,8 @@ def test_what_is_compared_is_what_serving_needs(reports):
     assert options["weights"] == [[True, True, False], [False, False, False]]
     assert options["managers"] == ["FloraWorkerManager", "LRUCacheWorkerLoRAManager"]
     assert options["experts"] == ["refused: experts with LoRA: False", "refused: experts with LoRA: True"]
-    assert results["graphs"] == ["FULL", "FULL", "NONE", "NONE"]
+    told = ["run", [3, 4], "replay", "run", "run", [1, 4], "replay"]
+    assert results["graphs"] == ["FULL", "FULL", "NONE", "NONE", "FULL", "FULL", *told]
     assert results["speech"] == {"a": "one", "base": None}
     rows, *orders = results["encoder"]
     assert rows == ["TOWER", "CONNECTOR", "LANGUAGE", None, 100, 100]

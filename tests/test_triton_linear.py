@@ -10,7 +10,12 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels are tested where Triton is installed")
 
 
-FILES = ("triton_interpreted.py", "triton_interpreted_steps.py")
+FILES = (
+    "triton_interpreted.py",
+    "triton_interpreted_steps.py",
+    "triton_interpreted_table.py",
+    "triton_interpreted_graphs.py",
+)
 
 
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])

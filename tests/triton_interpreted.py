@@ -61,7 +61,7 @@ def test_a_rank_above_the_tensor_cores_16() -> None:
     layer.slots += [layer.uniform(20, identity=True)]
     x_TI, segments = layer.step([1, 4])
     for path in ("stacked", "modulated"):
-        layer.check(layer.kernel(path, max_rank=32), x_TI, segments)
+        layer.check(layer.kernel(path, rank=32), x_TI, segments)
 
 
 def test_long_step_of_many_tiles_and_many_segments() -> None:
@@ -70,7 +70,7 @@ def test_long_step_of_many_tiles_and_many_segments() -> None:
     layer.slots += [layer.uniform(1 + slot % 5) for slot in range(36)]
     x_TI, segments = layer.step([3] + [1 + slot % 4 for slot in range(36)])
     for path in ("stacked", "modulated"):
-        layer.check(layer.kernel(path), x_TI, segments)
+        layer.check(layer.kernel(path, slots=36), x_TI, segments)
 
 
 def test_products_cut_along_in_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_products_cut_along_in_features(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_low_rank_terms_come_between_products_and_gain() -> None:
     layer = Layer((48, 16), 40)
-    low = {"down_RI": layer.normal(4, 40) * 0.1, "up_RO": layer.normal(4, 48) * 0.1}
+    low = layer.low_rank(4, 48)
     layer.slots += [
         (SliceTerms(**low, gain_O=layer.gain(48), gain_bias=True), None),
         (layer.hadamard(2, 48, **low), layer.hadamard(2, 16, gain_O=layer.gain(16))),

@@ -8,10 +8,10 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton
 
 import pytest
 import torch
-from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer
+from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer, record_launches, replay
 
-from flora_vllm.errors import ConfigError, StepError
-from flora_vllm.ops import triton_kernels
+from flora_vllm.errors import ConfigError
+from flora_vllm.ops import triton_launch
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.ops.triton_step import StepBuffers
@@ -19,28 +19,10 @@ from flora_vllm.ops.triton_step import StepBuffers
 __all__ = ["fresh_memory_is_nan"]
 
 
-class Recorder:
-    """Stands for a kernel: launches it and keeps the launch, as a CUDA graph would."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self._kernel = kernel
-        self._launches = launches
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            # A graph keeps numbers and addresses.
-            self._launches.append((self._kernel, grid, args, kwargs))
-            self._kernel[grid](*args, **kwargs)
-
-        return launch
-
-
 @pytest.mark.parametrize("modulated", [False, True])
 def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a captured graph does: the same launches on the same buffers, after slots and step were rewritten."""
-    launches: list = []
-    for name in ("flora_stacked", "flora_modulated"):
-        monkeypatch.setattr(triton_kernels, name, Recorder(getattr(triton_kernels, name), launches))
+    launches = record_launches(monkeypatch)
     # Captured with empty slots, as at an engine's start.
     layer = Layer((96, 64, 32), 200)
     layer.slots += [None] * 4
@@ -52,7 +34,14 @@ def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: 
     assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
     filled = mixed_layer().slots
-    rewritten = [None, (None, layer.hadamard(6, 64, identity=True), None), None, layer.uniform(9), layer.uniform(1)]
+    low = layer.low_rank(3, 64)
+    rewritten = [
+        None,
+        (None, layer.hadamard(6, 64, identity=True, **low), SliceTerms(**layer.low_rank(16, 32))),
+        None,
+        layer.uniform(9),
+        (SliceTerms(**layer.low_rank(1, 96), gain_O=layer.gain(96), gain_bias=True), None, None),
+    ]
     for slots, counts in ((filled, [2, 1, 1, 4, 1]), (rewritten, [1, 4, 0, 1, 3])):
         layer.slots = slots
         for slot in range(1, 5):
@@ -61,8 +50,7 @@ def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: 
         x_TI.copy_(other_TI)
         step.fill(segments, [modulated] * len(segments.slots))
         y_TO.fill_(float("nan"))
-        for recorded, grid, args, kwargs in list(launches):
-            recorded[grid](*args, **kwargs)
+        replay(launches)
         assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
 
@@ -117,7 +105,7 @@ def test_slots_are_cleared_and_limits_hold() -> None:
     layer = Layer((40,), 48)
     layer.slots += [layer.uniform(3)]
     x_TI, segments = layer.step([1, 2])
-    kernel = layer.kernel("stacked", max_slots=1)
+    kernel = layer.kernel("stacked", slots=1)
     kernel.write_slot(1, None)
     layer.slots[1] = None
     layer.check(kernel, x_TI, segments)
@@ -127,6 +115,8 @@ def test_slots_are_cleared_and_limits_hold() -> None:
         kernel.write_slot(0, layer.uniform(1))
     with pytest.raises(ConfigError, match="rank 17 is above this layer's maximum of 16"):
         kernel.write_slot(1, layer.uniform(17))
+    with pytest.raises(ConfigError, match="low rank 17 is above this layer's maximum of 16"):
+        kernel.write_slot(1, (SliceTerms(**layer.low_rank(17, 40)),))
     with pytest.raises(ConfigError, match="come in pairs"):
         kernel.write_slot(1, (SliceTerms(a_RI=layer.normal(1, 48)),))
     with pytest.raises(ConfigError, match="2 slices of terms"):
@@ -139,7 +129,6 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
     x_TI, segments = layer.step([1, 2])
     kernel = layer.kernel()
     cases = {
-        "contiguous rows": x_TI.T.contiguous().T,
         "the slots' terms are torch.float32": x_TI.half(),
         "interpreter does not multiply bfloat16": x_TI.bfloat16(),
         "not torch.float64": x_TI.double(),
@@ -157,23 +146,10 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
     with pytest.raises(ConfigError, match="needs the layer's weight"):
         layer.kernel("modulated", opaque=True)
     with pytest.raises(ConfigError, match="ranks up to 32"):
-        layer.kernel(max_rank=33)
-
-
-def test_captured_steps_and_low_rank_terms_exclude_each_other() -> None:
-    layer = Layer((40,), 48)
-    low = (SliceTerms(down_RI=layer.normal(2, 48), up_RO=layer.normal(2, 40)),)
-    x_TI, segments = layer.step([1, 1])
-    step = StepBuffers(2, 2, CPU)
-    step.fill(segments, [False, False])
-    kernel = layer.kernel()
-    kernel.forward_step(x_TI, None, step, 2, modulated=False)
-    with pytest.raises(ConfigError, match="would be left out"):
-        kernel.write_slot(1, low)
-    kernel = layer.kernel()
-    kernel.write_slot(1, low)
-    with pytest.raises(StepError, match="low-rank"):
-        kernel.forward_step(x_TI, None, step, 2, modulated=False)
+        layer.kernel(rank=33)
+    step = StepBuffers(3, 2, CPU)
+    with pytest.raises(ConfigError, match="contiguous rows"):
+        triton_launch.launch_expand(x_TI.T.contiguous().T, x_TI, step, kernel.slots, kernel._config(x_TI, 3))
 
 
 def test_no_adapter_at_all_is_the_base_call() -> None:
@@ -193,4 +169,5 @@ def test_views_with_strides_and_odd_addresses() -> None:
     x_TI, segments = layer.step([1, 5])
     wide_TI = torch.cat([x_TI, x_TI], 1)
     for path in ("stacked", "modulated"):
-        layer.check(layer.kernel(path), wide_TI[:, :64], segments)
+        for view_TI in (wide_TI[:, :64], x_TI.T.contiguous().T):
+            layer.check(layer.kernel(path), view_TI, segments)

@@ -1,13 +1,15 @@
 """Layers to try the Triton kernels on, in a process where Triton interprets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 
+from flora_vllm.ops import triton_kernels, triton_low_rank, triton_opaque
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
 from flora_vllm.ops.reference import reference_linear
-from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
+from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, SlotLimits, group_by_slot
 from flora_vllm.ops.triton_linear import TritonLinear
 
 CPU = torch.device("cpu")
@@ -24,6 +26,38 @@ def fresh_memory_is_nan() -> Iterator[None]:
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class Recorder:
+    """Stands for a kernel: launches it and keeps the launch, as a CUDA graph would."""
+
+    def __init__(self, kernel: Any, launches: list) -> None:
+        self._kernel = kernel
+        self._launches = launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            # A graph keeps numbers and addresses.
+            self._launches.append((self._kernel, grid, args, kwargs))
+            self._kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The list that every launch is added to from now on."""
+    launches: list = []
+    recorded = {"flora_stacked", "flora_modulated", "flora_sum", "flora_low_down"}
+    for module in (triton_kernels, triton_opaque, triton_low_rank):
+        for name in recorded & vars(module).keys():
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    return launches
+
+
+def replay(launches: Sequence) -> None:
+    """The same launches again, on the same memory."""
+    for kernel, grid, args, kwargs in list(launches):
+        kernel[grid](*args, **kwargs)
 
 
 class Layer:
@@ -63,10 +97,15 @@ class Layer:
         slot_T = slot_T[torch.randperm(len(slot_T), generator=self.random)]
         return self.normal(len(slot_T), self.in_features), group_by_slot(slot_T)
 
-    def kernel(self, path: PathChoice = "auto", opaque: bool = False, **options) -> TritonLinear:
+    def low_rank(self, low: int, size: int) -> dict[str, torch.Tensor]:
+        """down and up of a term about as large as W x."""
+        down_RI = self.normal(low, self.in_features) * self.in_features**-0.5
+        return {"down_RI": down_RI.to(self.dtype), "up_RO": (self.normal(low, size) * low**-0.5).to(self.dtype)}
+
+    def kernel(self, path: PathChoice = "auto", opaque: bool = False, **limits: int) -> TritonLinear:
         weight_OI = None if opaque else self.weight_OI
         kernel = TritonLinear(
-            weight_OI, self.base, self.sizes, DispatchRule(path), self.in_features, device=CPU, **options
+            weight_OI, self.base, self.sizes, DispatchRule(path), self.in_features, SlotLimits(**limits), device=CPU
         )
         for slot, terms in enumerate(self.slots):
             if slot:

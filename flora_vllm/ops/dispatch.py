@@ -25,6 +25,10 @@ PathChoice = Literal["auto", "stacked", "modulated"]
 PATHS: tuple[PathChoice, ...] = ("auto", "stacked", "modulated")
 
 
+# What a measurement needs of a kernel's slots.
+SLOTS_MEASURED, RANKS_MEASURED = 16, 16
+
+
 @dataclass(frozen=True)
 class DispatchRule:
     """Stack or modulate: `path="auto"` takes the cheaper by the rows model, the others force one way for every rank.
@@ -123,10 +127,12 @@ def _measure(make: Callable[[torch.Tensor, DispatchRule], Adaptable], weight_OI:
     """(constant, slope) from four timings: the base at two sizes gives a row's cost, two ranks give the line c(r).
 
     Modulation is timed on eight segments of four tokens, the size at which the rule has to choose; one long segment
-    would hide part of the cost behind reading W.
+    would hide part of the cost behind reading W. A GPU reads W for free up to a few hundred rows: there, of sixty-four.
     """
     out_features, in_features = weight_OI.shape
-    groups, few, many, low, high = 8, 32, 160, 2, 16
+    groups, few, many = (8, 512, 2048) if weight_OI.is_cuda else (8, 32, 160)
+    low, high = 2, RANKS_MEASURED
+    assert 2 * groups == SLOTS_MEASURED, "a slot for each group and rank"
     kernel = make(weight_OI, DispatchRule("modulated"))
     for slot in range(1, 2 * groups + 1):
         rank = low if slot <= groups else high

@@ -1,8 +1,9 @@
 """What runs where: one row per implementation of the adapted linear, first fit wins, and the log says which and why.
 
-    row         serves                                   needs
-    native      CPU, bfloat16 and float32, W readable     a C++ compiler once, unless FLORA_NATIVE=0
-    torch       everything, also bases with no readable W nothing
+    row         serves                                    needs
+    native      CPU, bfloat16 and float32, W readable      a C++ compiler once, unless FLORA_NATIVE=0
+    triton      NVIDIA GPUs, W readable, ranks to 32       Triton, its driver, right results; TRITON_INTERPRET=1: a CPU
+    torch       everything, also bases with no readable W  nothing
 
 A further implementation is one more `_Row` above `torch`.
 """
@@ -14,9 +15,9 @@ from typing import Protocol
 
 import torch
 
-from flora_vllm.ops import native
-from flora_vllm.ops.dispatch import DispatchRule, PathChoice, calibrate
-from flora_vllm.ops.terms import LayerTerms, Segments
+from flora_vllm.ops import native, triton_check, triton_linear
+from flora_vllm.ops.dispatch import RANKS_MEASURED, SLOTS_MEASURED, DispatchRule, PathChoice, calibrate
+from flora_vllm.ops.terms import LayerTerms, Segments, SlotLimits
 from flora_vllm.ops.torch_linear import TorchLinear
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,27 @@ class LinearKernel(Protocol):
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """What a kernel is made from. `weight_OI` None: an opaque base, reached only through `base` (no bias)."""
+
+    weight_OI: torch.Tensor | None
+    base: Base
+    sizes: Sequence[int]
+    in_features: int
+    device: torch.device
+    limits: SlotLimits
+
+
+@dataclass(frozen=True)
 class _Row:
     name: str
-    # (weight or None, device) -> why it cannot serve this layer, or None if it can.
-    refuses: Callable[[torch.Tensor | None, torch.device], str | None]
-    make: Callable[[torch.Tensor | None, Base, Sequence[int], DispatchRule, int], LinearKernel]
+    # (weight or None, device, limits) -> why it cannot serve this layer, or None if it can.
+    refuses: Callable[[torch.Tensor | None, torch.device, SlotLimits], str | None]
+    make: Callable[[_Layer, DispatchRule], LinearKernel]
     build: Callable[[], str]  # what a measurement of this row depends on beside shape and machine
 
 
-def _native_refuses(weight_OI: torch.Tensor | None, device: torch.device) -> str | None:
+def _native_refuses(weight_OI: torch.Tensor | None, device: torch.device, _limits: SlotLimits) -> str | None:
     if device.type != "cpu":
         return f"device is {device.type}"
     if weight_OI is None:
@@ -53,21 +66,33 @@ def _native_refuses(weight_OI: torch.Tensor | None, device: torch.device) -> str
     return native.why_unavailable()
 
 
-def _make_native(
-    weight_OI: torch.Tensor | None, _base: Base, sizes: Sequence[int], rule: DispatchRule, in_features: int
-) -> LinearKernel:
+def _make_native(layer: _Layer, rule: DispatchRule) -> LinearKernel:
+    weight_OI = layer.weight_OI
     assert weight_OI is not None, "chosen only for a readable weight"
-    assert weight_OI.shape[1] == in_features, f"W has {weight_OI.shape[1]} in features, the layer {in_features}"
-    return native.NativeLinear(weight_OI, sizes, rule)
+    assert weight_OI.shape[1] == layer.in_features, f"W has {weight_OI.shape[1]} in features, not {layer.in_features}"
+    return native.NativeLinear(weight_OI, layer.sizes, rule)
 
 
-def _refuses_nothing(_weight_OI: torch.Tensor | None, _device: torch.device) -> str | None:
-    return None
+def _triton_refuses(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits) -> str | None:
+    reason = triton_linear.why_refused(weight_OI, device, limits)
+    if reason is None and weight_OI is not None and device.type == "cuda":
+        reason = triton_check.why_wrong(device, weight_OI.dtype)
+    return reason
+
+
+def _make_triton(layer: _Layer, rule: DispatchRule) -> LinearKernel:
+    assert layer.weight_OI is not None, "chosen only for a readable weight"
+    return triton_linear.TritonLinear(layer.weight_OI, layer.base, layer.sizes, rule, layer.in_features, layer.limits)
+
+
+def _make_torch(layer: _Layer, rule: DispatchRule) -> LinearKernel:
+    return TorchLinear(layer.weight_OI, layer.base, layer.sizes, rule, layer.in_features, layer.device)
 
 
 ROWS = (
     _Row("native", _native_refuses, _make_native, native.build_name),
-    _Row("torch", _refuses_nothing, TorchLinear, lambda: "torch"),
+    _Row("triton", _triton_refuses, _make_triton, triton_linear.build_name),
+    _Row("torch", lambda *_: None, _make_torch, lambda: "torch"),
 )
 
 
@@ -78,41 +103,51 @@ def make_linear(
     rule: DispatchRule,
     in_features: int,
     device: torch.device,
+    limits: SlotLimits | None = None,
 ) -> LinearKernel:
     """The kernel object of one layer. `weight_OI` None: an opaque base, reached only through `base` (no bias).
 
     Raises ConfigError where FLORA_NATIVE=1 cannot be met or the rule asks for a path that the layer cannot take.
     """
-    row = _choose(weight_OI, device)
-    return row.make(weight_OI, base, sizes, rule, in_features)
+    limits = SlotLimits() if limits is None else limits
+    layer = _Layer(weight_OI, base, sizes, in_features, device, limits)
+    return _choose(weight_OI, device, limits).make(layer, rule)
 
 
 def calibrated_rule(
-    path: PathChoice, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    path: PathChoice,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: SlotLimits | None = None,
 ) -> DispatchRule:
     """The dispatch rule of this machine for a layer shape, measured on the implementation that will serve it."""
     probe_OI = torch.empty(1, in_features, dtype=dtype, device=device)
-    row = _choose(probe_OI, device)
+    row = _choose(probe_OI, device, SlotLimits() if limits is None else limits)
+    measured = SlotLimits(SLOTS_MEASURED, RANKS_MEASURED)
 
     def make(weight_OI: torch.Tensor, rule: DispatchRule) -> LinearKernel:
-        sizes = (weight_OI.shape[0],)
-        return row.make(weight_OI, lambda x_TI: torch.nn.functional.linear(x_TI, weight_OI), sizes, rule, in_features)
+        def base(x_TI: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x_TI, weight_OI)
+
+        return row.make(_Layer(weight_OI, base, (weight_OI.shape[0],), in_features, device, measured), rule)
 
     return calibrate(make, row.build(), in_features, out_features, dtype, device, path)
 
 
-def implementation_of(weight_OI: torch.Tensor | None, device: torch.device) -> str:
+def implementation_of(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits | None = None) -> str:
     """Name of the row that serves such a layer."""
-    return _choose(weight_OI, device).name
+    return _choose(weight_OI, device, SlotLimits() if limits is None else limits).name
 
 
 _said: set[str] = set()
 
 
-def _choose(weight_OI: torch.Tensor | None, device: torch.device) -> _Row:
+def _choose(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits) -> _Row:
     reasons = []
     for row in ROWS:
-        reason = row.refuses(weight_OI, device)
+        reason = row.refuses(weight_OI, device, limits)
         if reason is None:
             text = f"adapted linears run on the {row.name} op"
             text += f" ({'; '.join(reasons)})" if reasons else ""

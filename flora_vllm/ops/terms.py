@@ -38,6 +38,15 @@ class SliceTerms:
                 yield tensor
 
 
+@dataclass(frozen=True)
+class SlotLimits:
+    """What the slots of a layer may hold. `rank`: of Hadamard terms, without identity; `low_rank`: of the others."""
+
+    slots: int = 32  # beside slot 0
+    rank: int = 16
+    low_rank: int = 16
+
+
 # One entry per slice; None is a slice the adapter leaves alone. A whole layer left alone is None itself.
 LayerTerms = tuple[SliceTerms | None, ...]
 

@@ -26,6 +26,7 @@ class TorchLinear:
 
     weight_OI: W, or None if the base is opaque (quantised): then everything is stacked through `base`.
     base: x_TI -> y_TO, W x without bias. sizes: out features of each slice, in order.
+    device: where x is, for terms that come from the host; None leaves terms where they are.
     Raises ConfigError if the rule forces the modulated path and there is no W to modulate.
     """
 
@@ -38,6 +39,7 @@ class TorchLinear:
         sizes: Sequence[int],
         rule: DispatchRule,
         in_features: int,
+        device: torch.device | None = None,
     ) -> None:
         if weight_OI is None and rule.path == "modulated":
             raise ConfigError("path 'modulated' needs the layer's weight, which this (quantised) layer does not show")
@@ -45,18 +47,19 @@ class TorchLinear:
         self.base = base
         self.rule = rule
         self.in_features = in_features
+        self.device = device
         self.parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
         self.out_features = sum(sizes)
         self._slots: dict[int, LayerTerms] = {}
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
-        """Slot `slot` (>= 1) has `terms` from now on; None clears it. The tensors are kept, not copied."""
+        """Slot `slot` (>= 1) has `terms` from now on; None clears it. Tensors on `device` are kept, not copied."""
         assert slot >= 1, "slot 0 is the permanent 'no adapter'"
         if terms is None or all(part is None for part in terms):
             self._slots.pop(slot, None)
         else:
             assert len(terms) == len(self.parts), f"{len(terms)} slices of terms for {len(self.parts)} slices"
-            self._slots[slot] = terms
+            self._slots[slot] = terms if self.device is None else tuple(self._placed(part) for part in terms)
 
     def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor:
         """y_TO; `segments` None says that no token has an adapter."""
@@ -111,6 +114,12 @@ class TorchLinear:
                     y_TP[rows_N] = _finish(y_MP, x_TI[rows_N], bias_P, terms).to(y_TP.dtype)
                     start += len(rows_N)
 
+    def _placed(self, part: SliceTerms | None) -> SliceTerms | None:
+        if part is None:
+            return None
+        values = vars(part).items()
+        return SliceTerms(**{k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in values})
+
     def _modulates(self, tokens: int, rank: int) -> bool:
         return self.weight_OI is not None and self.rule.modulates(tokens, rank)
 
@@ -138,7 +147,10 @@ class TorchLinear:
         if all(terms.a_RI is None for terms, _ in group):
             return self._product(x_NI, i).float()
         counts = torch.tensor([len(rows_N) for _, rows_N in group], device=x_TI.device)
-        group_N = torch.repeat_interleave(torch.arange(len(group), device=x_TI.device), counts)
+        # Without the size a GPU would be waited for.
+        group_N = torch.repeat_interleave(
+            torch.arange(len(group), device=x_TI.device), counts, output_size=x_NI.shape[0]
+        )
         a_GRI = torch.stack([_with_identity(terms, terms.a_RI, x_TI.shape[1], x_TI) for terms, _ in group])
         size = self.parts[i].stop - self.parts[i].start
         b_GRO = torch.stack([_with_identity(terms, terms.b_RO, size, x_TI) for terms, _ in group])

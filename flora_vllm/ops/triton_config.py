@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Of Hadamard terms, identity not counted: a token's rows must fit half a row tile, and above 32 the modulation's
 # operands spill.
 MAX_RANK = 32
@@ -32,6 +33,7 @@ class LaunchConfig:
     sum_n: int  # out features per program of the sums and elementwise kernels
     expand_m: int
     expand_k: int
+    low_r: int  # low ranks per program of the low-rank terms' first half
 
 
 def launch_config(
@@ -76,4 +78,5 @@ def launch_config(
         sum_n=256,
         expand_m=16,
         expand_k=256,
+        low_r=16,
     )

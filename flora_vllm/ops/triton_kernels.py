@@ -10,8 +10,9 @@ A row is one base product W(a ∘ x) of one token; a token needs `rank` of them,
   after either has changed. Programs stride over tiles: a grid smaller than the work is slower, never wrong.
 * The modulation is made by the tensor core with the rank padded to 16 in registers (the FMA form spills).
 Layouts: slot table (S, N, 4) int64 [address of a_RI, address of b_RO, rank, flags], gains (S, N) int64 address or 0,
-layout (S, 2N+1) int32 [rows per slice, rows over an opaque base, first row of each slice there], segments (G, 3) int32
-[slot, first list position, tokens], tiles (P, 4) int32 [slice, first column, first and last column of the slice].
+low (S, N, 3) int64 [address of down_RI, address of up_RO, rank], layout (S, 2N+1) int32 [rows per slice, rows over an
+opaque base, first row of each slice there], segments (G, 3) int32 [slot, first list position, tokens], tiles (P, 4)
+int32 [slice, first column, first and last column of the slice].
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 - Triton types a kernel's arguments itself: pointers, integers, constants.

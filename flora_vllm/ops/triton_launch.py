@@ -9,12 +9,11 @@ import torch
 import triton
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops import triton_kernels, triton_opaque
-from flora_vllm.ops.triton_config import LaunchConfig
+from flora_vllm.ops import triton_kernels, triton_low_rank, triton_opaque
+from flora_vllm.ops.triton_config import DTYPES, LaunchConfig
 from flora_vllm.ops.triton_slots import SlotTable
 from flora_vllm.ops.triton_step import StepBuffers
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Decided when the kernels were decorated: TRITON_INTERPRET=1 runs them in Python on the CPU.
 INTERPRETED = not isinstance(triton_kernels.flora_stacked, triton.JITFunction)
 
@@ -92,7 +91,8 @@ def launch_modulated(
     """Modulated segments into `out_TO`, written in place. `programs`: row tiles, or a budget of them."""
     _check_product(x_TI, weight_OI, bias_O, step, slots)
     _check_output(out_TO, _shape(x_TI, slots), x_TI.device)
-    assert slots.max_rank <= config.rank, f"rank {slots.max_rank} does not fit a modulation of {config.rank}"
+    most = slots.limits.rank
+    assert most <= config.rank, f"rank {most} does not fit a modulation of {config.rank}"
     tile_table = tiles.of(config.modulated_n)
     kernel: Any = triton_kernels.flora_modulated
     kernel[(max(programs, 1), tile_table.shape[0])](
@@ -148,6 +148,22 @@ def launch_reduce(
     )  # fmt: skip
 
 
+def launch_low_down(
+    x_TI: torch.Tensor, middle_TNR: torch.Tensor, step: StepBuffers, slots: SlotTable, config: LaunchConfig
+) -> None:
+    """down x of every token whose slot has a low-rank term into `middle_TNR` float32, written in place."""
+    _check_x(x_TI, None, step, slots)
+    shape = (x_TI.shape[0], len(slots.sizes), slots.limits.low_rank)
+    _check_output(middle_TNR, shape, x_TI.device)
+    assert middle_TNR.dtype == torch.float32, f"the low-rank middle is {middle_TNR.dtype}"
+    kernel: Any = triton_low_rank.flora_low_down
+    kernel[(shape[0], shape[1], triton.cdiv(shape[2], config.low_r))](
+        x_TI, middle_TNR, step.tokens, step.token_slots, step.counts, slots.low,
+        shape[1], slots.in_features, x_TI.stride(0), shape[2],
+        BR=config.low_r, BK=config.expand_k, ALIGNED=slots.is_aligned, num_warps=4,
+    )  # fmt: skip
+
+
 def launch_sum(
     parts: torch.Tensor,
     y_TO: torch.Tensor,
@@ -158,16 +174,21 @@ def launch_sum(
     config: LaunchConfig,
     finish: bool,
     stacked_only: bool,
+    middle_TNR: torch.Tensor | None = None,
 ) -> None:
-    """Sum of `parts` (P, T, O) float32, with gain and bias if `finish`, into `y_TO`, written in place."""
+    """Sum of `parts` (P, T, O) float32, with gain and bias if `finish`, into `y_TO`, written in place.
+
+    `middle_TNR`: what `launch_low_down` wrote; up times it is added before gain and bias.
+    """
     _check_output(parts, (parts.shape[0], *y_TO.shape), y_TO.device)
+    assert middle_TNR is None or slots.dtype in (None, y_TO.dtype), f"up is {slots.dtype}, y {y_TO.dtype}"
     tile_table = tiles.of(config.sum_n)
     kernel: Any = triton_opaque.flora_sum
     kernel[(y_TO.shape[0], tile_table.shape[0])](
         parts, y_TO, _present(bias_O, y_TO), step.tokens, step.token_slots, step.counts,
-        slots.table, slots.gains, tile_table,
-        len(slots.sizes), parts.stride(0), parts.stride(1), y_TO.stride(0),
-        COUNT=2 if stacked_only else 3, PARTS=parts.shape[0], BN=config.sum_n,
+        slots.table, slots.gains, slots.low, parts if middle_TNR is None else middle_TNR, tile_table,
+        len(slots.sizes), parts.stride(0), parts.stride(1), y_TO.stride(0), slots.limits.low_rank,
+        COUNT=2 if stacked_only else 3, PARTS=parts.shape[0], BN=config.sum_n, LOW=middle_TNR is not None,
         FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=slots.is_aligned, num_warps=4,
     )  # fmt: skip
 

@@ -116,25 +116,34 @@ def flora_reduce(
 
 @triton.jit
 def flora_sum(
-    parts, y, bias, tokens, token_slots, counts, table, gains, tiles,
-    n_slices, part_stride, parts_stride, y_stride,
-    COUNT: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr,
+    parts, y, bias, tokens, token_slots, counts, table, gains, low, middle, tiles,
+    n_slices, part_stride, parts_stride, y_stride, most,
+    COUNT: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
     FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """y[t] = Σ_p parts[p, t], with gain and bias if FINISH; grid (tokens, P). `parts` may be y itself (PARTS = 1).
 
-    COUNT names the entry of `counts` that holds how many list positions take part (2: the stacked, 3: all).
+    COUNT names the entry of `counts` that holds how many list positions take part (2: the stacked, 3: all). LOW: up
+    times `middle` (see `flora_low_down`) is added before the gain; y then has the terms' dtype.
     """
     ELEMENT: tl.constexpr = y.dtype.element_ty
-    slice_index, column, in_slice, first, _last = _columns(tiles, BN, ALIGNED)
+    slice_index, column, in_slice, first, last = _columns(tiles, BN, ALIGNED)
     for position in range(tl.program_id(0), tl.load(counts + COUNT), tl.num_programs(0)):
         token = tl.load(tokens + position).to(tl.int64)
         acc = tl.zeros((BN,), tl.float32)
         for part in tl.static_range(PARTS):
             part_ptr = parts + tl.full((), part, tl.int64) * part_stride + token * parts_stride + column
             acc += tl.load(part_ptr, mask=in_slice, other=0.0).to(tl.float32)
+        slot = tl.load(token_slots + position).to(tl.int64)
+        if LOW:
+            entry = low + (slot * n_slices + slice_index) * 3
+            middle_ptr = middle + (tl.full((), position, tl.int64) * n_slices + slice_index) * most
+            up_ptr = _pointer(tl.load(entry + 1), ELEMENT, ALIGNED) + (column - first)
+            for _ in range(tl.load(entry + 2).to(tl.int32)):
+                acc += tl.load(middle_ptr) * tl.load(up_ptr, mask=in_slice, other=0.0).to(tl.float32)
+                middle_ptr += 1
+                up_ptr += last - first
         if FINISH:
-            slot = tl.load(token_slots + position).to(tl.int64)
             flags = tl.load(table + (slot * n_slices + slice_index) * 4 + 3)
             gain, bias_N = _gain_and_bias(
                 gains + slot * n_slices + slice_index, bias, column, in_slice, first, HAS_BIAS, ELEMENT, ALIGNED

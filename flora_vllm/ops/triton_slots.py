@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops.terms import LayerTerms, SliceTerms
+from flora_vllm.ops.terms import LayerTerms, SliceTerms, SlotLimits
 
 _IDENTITY, _GAIN_BIAS = 1, 2
 # What the kernels' wide loads ask of addresses (bytes) and of lengths (elements).
@@ -22,30 +22,28 @@ class SlotTable:
     Slot 0 and cleared slots are plain `W x`. Raises ConfigError for terms that the kernels do not serve.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], in_features: int, max_slots: int, max_rank: int, device: torch.device
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], in_features: int, limits: SlotLimits, device: torch.device) -> None:
         self.sizes = tuple(sizes)
         self.in_features = in_features
-        self.max_slots = max_slots
-        self.max_rank = max_rank
+        self.limits = limits
         self.device = device
         # Of the terms; set by the first write.
         self.dtype: torch.dtype | None = None
         # Every address is a multiple of 16 or the kernels take element-wise loads.
         self.is_aligned = all(size % _ALIGNMENT == 0 for size in (*self.sizes, in_features))
-        n = len(self.sizes)
-        self.table = torch.zeros(max_slots + 1, n, 4, dtype=torch.int64, device=device)
-        self.gains = torch.zeros(max_slots + 1, n, dtype=torch.int64, device=device)
-        self.layout = torch.zeros(max_slots + 1, 2 * n + 1, dtype=torch.int32, device=device)
+        n, slots = len(self.sizes), limits.slots + 1
+        self.table = torch.zeros(slots, n, 4, dtype=torch.int64, device=device)
+        self.gains = torch.zeros(slots, n, dtype=torch.int64, device=device)
+        self.low = torch.zeros(slots, n, 3, dtype=torch.int64, device=device)
+        self.layout = torch.zeros(slots, 2 * n + 1, dtype=torch.int32, device=device)
         self._terms: dict[int, LayerTerms] = {}
         self._most_rows = 1
         self._write_rows(slice(None), (None,) * n)
 
     def write(self, slot: int, terms: LayerTerms | None, dtype: torch.dtype) -> None:
         """Slot `slot` (>= 1) has `terms` from now on; None clears it. Tensors are kept, or copied if they must be."""
-        if not 1 <= slot <= self.max_slots:
-            raise ConfigError(f"slot {slot} is out of range; slots are 1 to {self.max_slots} (0 is 'no adapter')")
+        if not 1 <= slot <= self.limits.slots:
+            raise ConfigError(f"slot {slot} is out of range; slots are 1 to {self.limits.slots} (0 is 'no adapter')")
         parts: LayerTerms = (None,) * len(self.sizes) if terms is None else terms
         if len(parts) != len(self.sizes):
             raise ConfigError(f"{len(parts)} slices of terms for a layer of {len(self.sizes)} slices")
@@ -87,7 +85,7 @@ class SlotTable:
         return [rank + plain for rank, plain in zip(ranks, identities, strict=True)] + first[-1:] + first[:-1]
 
     def _write_rows(self, slot: int | slice, terms: LayerTerms) -> None:
-        entries, gains = [], []
+        entries, gains, low = [], [], []
         for part in terms:
             part = SliceTerms() if part is None else part
             a, b = part.a_RI, part.b_RO
@@ -95,8 +93,11 @@ class SlotTable:
             flags |= _GAIN_BIAS if part.gain_bias else 0
             entries.append([_address(a), _address(b), 0 if a is None else a.shape[0], flags])
             gains.append(_address(part.gain_O))
+            down = part.down_RI
+            low.append([_address(down), _address(part.up_RO), 0 if down is None else down.shape[0]])
         self.table[slot] = torch.tensor(entries, dtype=torch.int64).to(self.device)
         self.gains[slot] = torch.tensor(gains, dtype=torch.int64).to(self.device)
+        self.low[slot] = torch.tensor(low, dtype=torch.int64).to(self.device)
         self.layout[slot] = torch.tensor(self._layout(terms), dtype=torch.int32).to(self.device)
 
     def _place(self, part: SliceTerms, size: int, dtype: torch.dtype) -> SliceTerms:
@@ -104,8 +105,9 @@ class SlotTable:
             raise ConfigError("factors come in pairs: a with b, down with up")
         rank = 0 if part.a_RI is None else part.a_RI.shape[0]
         low = 0 if part.down_RI is None else part.down_RI.shape[0]
-        if rank > self.max_rank:
-            raise ConfigError(f"Hadamard rank {rank} is above this layer's maximum of {self.max_rank}")
+        for kind, given, most in (("Hadamard", rank, self.limits.rank), ("low", low, self.limits.low_rank)):
+            if given > most:
+                raise ConfigError(f"{kind} rank {given} is above this layer's maximum of {most}")
         shapes = {
             "a_RI": (rank, self.in_features), "b_RO": (rank, size), "down_RI": (low, self.in_features),
             "up_RO": (low, size), "gain_O": (size,),

@@ -5,7 +5,7 @@ depends on a layer (ranks, addresses) is in that layer's slot table instead.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -52,20 +52,31 @@ class StepBuffers:
         host = torch.zeros(self._flat.shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         sizes = (4, 3 * self.max_segments, 3 * self.max_segments, self.max_tokens, self.max_tokens)
         counts, stacked, modulated, tokens, token_slots = host.split(sizes)
-        runs = [(slot, rows, kind) for (slot, rows), kind in zip(segments, modulates, strict=True) if len(rows)]
-        position = 0
-        for kind, table in ((False, stacked), (True, modulated)):
-            mine = [(slot, rows) for slot, rows, of_kind in runs if of_kind == kind]
-            for i, (slot, rows) in enumerate(mine):
-                table[3 * i : 3 * i + 3] = torch.tensor([slot, position, len(rows)])
-                tokens[position : position + len(rows)] = rows
-                token_slots[position : position + len(rows)] = slot
-                position += len(rows)
-            counts[int(kind)] = len(mine)
+        filled = [0, 0]
+        for i, (first, last) in self.positions(segments, modulates):
+            slot, kind = segments.slots[i], int(modulates[i])
+            table, place = (stacked, modulated)[kind], 3 * filled[kind]
+            table[place : place + 3] = torch.tensor([slot, first, last - first])
+            tokens[first:last] = segments.rows_T[segments.starts[i] : segments.starts[i + 1]]
+            token_slots[first:last] = slot
+            filled[kind] += 1
             if not kind:
-                counts[2] = position
-        counts[3] = position
+                counts[2] = last
+        counts[:2] = torch.tensor(filled)
+        counts[3] = segments.tokens
         self._flat.copy_(host, non_blocking=True)
+
+    @staticmethod
+    def positions(segments: Segments, modulates: Sequence[bool]) -> Iterator[tuple[int, tuple[int, int]]]:
+        """(index, list positions) of each segment that has tokens, in the order of the list."""
+        assert len(modulates) == len(segments.slots), f"{len(modulates)} ways for {len(segments.slots)} segments"
+        position = 0
+        for kind in (False, True):
+            for i, of_kind in enumerate(modulates):
+                tokens = segments.starts[i + 1] - segments.starts[i]
+                if of_kind == kind and tokens:
+                    yield i, (position, position + tokens)
+                    position += tokens
 
 
 class DeviceSteps:

@@ -28,6 +28,7 @@ from flora_vllm.batch import Step
 from flora_vllm.layers import AdaptedLinear
 from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
+from flora_vllm.ops.terms import SlotLimits
 from flora_vllm.slots import LinearLayout, SliceLayout
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def attach(
     step_of: Callable[[str], Step | None],
     path: PathChoice,
     device: torch.device,
+    limits: SlotLimits,
     only: Callable[[str], bool],
 ) -> Attached:
     """Take over every linear layer that adapters may change.
@@ -83,7 +85,7 @@ def attach(
         if isinstance(layout, LinearLayout) and kind not in bypassing:
             attached.layouts[name] = layout
             attached.dtypes[name] = module.params_dtype
-            attached.layers[name] = _take_over(module, layout, steps[name], path, device)
+            attached.layers[name] = _take_over(module, layout, steps[name], path, device, limits)
         else:
             attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
             _give_back(module)
@@ -175,7 +177,9 @@ def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:
     return full, sizes, [module.tp_rank * size for size in sizes]
 
 
-def _take_over(module: Any, layout: LinearLayout, step: Step, path: PathChoice, device: torch.device) -> AdaptedLinear:
+def _take_over(
+    module: Any, layout: LinearLayout, step: Step, path: PathChoice, device: torch.device, limits: SlotLimits
+) -> AdaptedLinear:
     method = module.quant_method
     stock_apply = method.apply
     readable = isinstance(method, UnquantizedLinearMethod) and module.weight.ndim == 2 and module.weight.numel() > 0
@@ -184,8 +188,8 @@ def _take_over(module: Any, layout: LinearLayout, step: Step, path: PathChoice, 
     def base(x_TI: torch.Tensor) -> torch.Tensor:
         return stock_apply(module, x_TI, None)
 
-    rule = calibrated_rule(path, layout.in_features, sum(layout.sizes), module.params_dtype, device)
-    kernel = make_linear(weight_OI, base, layout.sizes, rule, layout.in_features, device)
+    rule = calibrated_rule(path, layout.in_features, sum(layout.sizes), module.params_dtype, device, limits)
+    kernel = make_linear(weight_OI, base, layout.sizes, rule, layout.in_features, device, limits)
     if kernel.implementation == "native":
         # The kernel has its own packed copy, as vLLM's CPU kernels do.
         module.weight = torch.nn.Parameter(torch.empty(0, dtype=module.params_dtype), requires_grad=False)

@@ -45,6 +45,7 @@ _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _SYNC = "vllm.v1.engine.llm_engine:LLMEngine"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
+_WRAPPER = "vllm.compilation.cuda_graph:CUDAGraphWrapper"
 _ADMISSION = f"{_SERVING}.admit_lora"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _SPEECH = "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing"
@@ -90,6 +91,7 @@ _WORKER_SIDE = (
         sets=(
             "model",
             "device",
+            "lora_config",
             "_registered_adapters",
             "_active_adapters",
             "lora_index_to_id",
@@ -169,8 +171,26 @@ _LAYERS = (
     Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch", ("self", "num_tokens"), "cuda"),
     Hook(f"{_GRAPHS}.dispatch", ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"), "cuda"),
     Hook(f"{_GRAPHS}.__init__", ("self",), "cuda", sets=("_graphs_captured",)),
+    Hook(f"{_GRAPHS}.run_fullgraph", ("self", "desc"), "cuda"),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor.num_tokens", None, "cuda"),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor.num_active_loras", None, "cuda"),
+    Hook(f"{_WRAPPER}.__call__", ("self",), "cuda"),
+    Hook(f"{_WRAPPER}.__init__", ("self",), "cuda", sets=("runtime_mode", "concrete_cudagraph_entries")),
+    Hook("vllm.compilation.cuda_graph:CUDAGraphEntry.cudagraph", None, "cuda"),
+    Hook("vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled", (), "cuda"),
+    Hook("vllm.forward_context:is_forward_context_available", (), "cuda"),
+    Hook("vllm.forward_context:get_forward_context", (), "cuda"),
+    Hook("vllm.forward_context:ForwardContext.cudagraph_runtime_mode", None, "cuda"),
+    Hook("vllm.forward_context:ForwardContext.batch_descriptor", None, "cuda"),
     Hook("vllm.forward_context:BatchDescriptor.num_tokens", None, "cuda"),
+    Hook("vllm.forward_context:BatchDescriptor.num_active_loras", None, "cuda"),
     Hook("vllm.config:CUDAGraphMode.NONE", None, "cuda"),
+    Hook("vllm.config:CompilationConfig.cudagraph_mode", None, "cuda"),
+    Hook("vllm.config:CompilationConfig.max_cudagraph_capture_size"),
+    Hook("vllm.config:VllmConfig.compilation_config"),
+    Hook("vllm.config:VllmConfig.speculative_config", None, "cuda"),
+    Hook("vllm.config:ParallelConfig.data_parallel_size", None, "cuda"),
+    Hook("vllm.config:ParallelConfig.use_ubatching", None, "cuda"),
 )
 _ENGINES = (
     Hook(f"{_ASYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),

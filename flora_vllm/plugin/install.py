@@ -39,7 +39,12 @@ def install_worker_side() -> None:
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
     else:
-        _once("cuda graphs", _run_adapter_steps_without_graphs)
+        _once("cuda graphs", _keep_adapter_steps_out_of_graphs)
+
+
+def install_replays() -> None:
+    """For engines whose CUDA graphs are captured with the op."""
+    _once("replays", _write_steps_before_replays)
 
 
 def _once(name: str, action: Callable[[], Any]) -> None:
@@ -150,8 +155,8 @@ def _build_experts_without_lora() -> None:
     layer.FusedMoEConfig = moe_config
 
 
-def _run_adapter_steps_without_graphs() -> None:
-    """CUDA graphs are captured without adapters, so a step with adapter tokens must not replay one."""
+def _keep_adapter_steps_out_of_graphs() -> None:
+    """A step with adapter tokens may not replay a CUDA graph unless it was captured with the op and has room for it."""
     from flora_vllm.plugin import manager
 
     forward = importlib.import_module("vllm.forward_context")
@@ -159,14 +164,14 @@ def _run_adapter_steps_without_graphs() -> None:
     dispatcher = importlib.import_module("vllm.v1.cudagraph_dispatcher").CudagraphDispatcher
     graphs = importlib.import_module("vllm.v1.worker.gpu.cudagraph_utils").CudaGraphManager
     if hooks.offers("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.runs_eager"):  # patches/0010
-        dispatcher.runs_eager = staticmethod(lambda _: manager.adapter_step_pending())
-        graphs.runs_eager = staticmethod(lambda num_loras: num_loras > 0 and manager.is_managing())
+        dispatcher.runs_eager = staticmethod(lambda _: manager.step_runs_eager())
+        graphs.runs_eager = staticmethod(lambda loras, tokens: manager.adapters_run_eager(loras, tokens))
         return
     v1_dispatch = dispatcher.dispatch
 
     @functools.wraps(v1_dispatch)
     def dispatch_v1(self: Any, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        if manager.adapter_step_pending():
+        if manager.step_runs_eager():
             return mode_none, forward.BatchDescriptor(num_tokens)
         return v1_dispatch(self, num_tokens, *args, **kwargs)
 
@@ -176,8 +181,8 @@ def _run_adapter_steps_without_graphs() -> None:
 
     @functools.wraps(v2_dispatch)
     def dispatch_v2(self: Any, num_reqs: int, num_tokens: int, uniform: Any, num_active_loras: int, *args, **kwargs):
-        # This runner dispatches before the step's mapping is set; the count of active adapters is all there is.
-        if not (num_active_loras and self._graphs_captured and manager.is_managing()):
+        # This runner dispatches before the step's mapping is set; these numbers are all there is.
+        if not (self._graphs_captured and manager.adapters_run_eager(num_active_loras, num_tokens)):
             return v2_dispatch(self, num_reqs, num_tokens, uniform, num_active_loras, *args, **kwargs)
         self._graphs_captured = False
         try:
@@ -186,3 +191,40 @@ def _run_adapter_steps_without_graphs() -> None:
             self._graphs_captured = True
 
     graphs.dispatch = dispatch_v2
+
+
+def _write_steps_before_replays() -> None:
+    """What a graph with the op reads of a step is written when it is known which graph replays: right before it."""
+    from flora_vllm.plugin import manager
+
+    forward = importlib.import_module("vllm.forward_context")
+    wrapper: Any = importlib.import_module("vllm.compilation.cuda_graph").CUDAGraphWrapper
+    graphs: Any = importlib.import_module("vllm.v1.worker.gpu.cudagraph_utils").CudaGraphManager
+
+    def tell(descriptor: Any) -> None:
+        manager.before_replay(descriptor.num_active_loras, descriptor.num_tokens)
+
+    if hooks.offers("vllm.compilation.cuda_graph:CUDAGraphWrapper.before_replay"):  # patches/0016
+        wrapper.before_replay = graphs.before_replay = staticmethod(tell)
+        return
+    call = wrapper.__call__
+
+    @functools.wraps(call)
+    def call_told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if forward.is_forward_context_available():
+            context = forward.get_forward_context()
+            if context.cudagraph_runtime_mode == self.runtime_mode:
+                entry = self.concrete_cudagraph_entries.get(context.batch_descriptor)
+                if entry is not None and entry.cudagraph is not None:
+                    tell(context.batch_descriptor)
+        return call(self, *args, **kwargs)
+
+    wrapper.__call__ = call_told
+    run_fullgraph = graphs.run_fullgraph
+
+    @functools.wraps(run_fullgraph)
+    def run_told(self: Any, desc: Any) -> Any:
+        tell(desc)
+        return run_fullgraph(self, desc)
+
+    graphs.run_fullgraph = run_told

@@ -5,6 +5,7 @@ is kept (a slot of each adapted layer instead of padded LoRA buffers) and what a
 vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never written.
 """
 
+import functools
 import logging
 import weakref
 from collections.abc import Mapping
@@ -15,7 +16,10 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.batch import GraphSteps
+from flora_vllm.errors import ConfigError
+from flora_vllm.ops.terms import LayerTerms, SlotLimits
+from flora_vllm.plugin import install
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
@@ -27,22 +31,40 @@ logger = logging.getLogger(__name__)
 _managers: "weakref.WeakSet[FloraModelManager]" = weakref.WeakSet()
 
 
-def adapter_step_pending() -> bool:
-    """Whether the step about to run has adapter tokens (GPU: it may then not replay a CUDA graph)."""
-    return any(manager.rows.tokens.segments is not None for manager in _managers)
+def step_runs_eager() -> bool:
+    """Whether the step whose mapping is set may not replay a CUDA graph, for its adapter tokens' sake."""
+    return any(manager.rows.tokens.segments is not None and not manager.step_fits_graph() for manager in _managers)
 
 
-def is_managing() -> bool:
-    return bool(_managers)
+def adapters_run_eager(num_adapters: int, num_tokens: int) -> bool:
+    """The same of a step whose mapping is not set yet: judged by the most that its tokens could need."""
+    return num_adapters > 0 and any(not manager.tokens_fit_graph(num_tokens) for manager in _managers)
+
+
+def before_replay(num_adapters: int, num_tokens: int) -> None:
+    """A CUDA graph of `num_tokens` rows replays next; with adapters, it was captured in a rehearsal."""
+    if num_adapters > 0:
+        for manager in _managers:
+            manager.rows.tokens.replay(num_tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in host memory, cut to this rank: layer name -> slot contents. `id` and `rank` are vLLM's to read."""
+    """An adapter in host memory, cut to this rank: layer name -> slot contents. `id` and `rank` are vLLM's to read.
+
+    `is_stand_in`: one of those that vLLM makes up to rehearse steps with adapters.
+    """
 
     id: int
     rank: int
     layers: Mapping[str, LayerTerms]
+    is_stand_in: bool = False
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """The most base products that one of its tokens needs in a layer."""
+        parts = (part for terms in self.layers.values() for part in terms if part is not None)
+        return max((part.rank for part in parts), default=1)
 
 
 class FloraModelManager(LRUCacheLoRAModelManager):
@@ -57,6 +79,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         assert options is not None, "made only for engines that ask for FLoRA"
         self.options: FloraOptions = options
         self.attached = Attached()
+        self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
         if self.rows.has_encoder:
@@ -76,10 +99,40 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.rows.step_of,
             self.options.path,
             self.device,
+            SlotLimits(self.lora_slots, self.options.max_rank, self.lora_config.max_lora_rank),
             self._match_target_modules,
         )
         self._guard_logits()
+        if self.options.graph_rows:
+            self.rows.tokens.graphs = self._graph_steps()
         logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
+
+    def _graph_steps(self) -> GraphSteps:
+        """Raises ConfigError if a layer cannot be captured: a graph without it would leave its adapters out."""
+        reasons = {name: layer.why_not_captured() for name, layer in self.attached.layers.items()}
+        faults = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+        if faults:
+            raise ConfigError(
+                f"graph_rows (--flora-graph-rows) cannot be used with this model; leave it out. {len(faults)} layers "
+                f"cannot be captured, the first {faults[0]}"
+            )
+        install.install_replays()
+        return GraphSteps(self.options.graph_rows, self._max_graph_tokens, self.lora_slots, self.device)
+
+    def step_fits_graph(self) -> bool:
+        """Whether a CUDA graph that holds the op may serve the present step."""
+        graphs, segments = self.rows.tokens.graphs, self.rows.tokens.segments
+        if graphs is None or segments is None or not graphs.serves(segments.tokens):
+            return False
+        used = [(self.lora_index_to_id[slot - 1], len(tokens)) for slot, tokens in segments if slot > 0]
+        rows = sum(tokens * self._registered_adapters.cache[adapter_id].rows for adapter_id, tokens in used)
+        return rows <= graphs.row_budget
+
+    def tokens_fit_graph(self, num_tokens: int) -> bool:
+        """The same of any step of so many tokens, whichever adapters it uses."""
+        graphs = self.rows.tokens.graphs
+        most = max((adapter.rows for adapter in self._registered_adapters.cache.values()), default=1)
+        return graphs is not None and graphs.serves(num_tokens) and num_tokens * most <= graphs.row_budget
 
     def _guard_logits(self) -> None:
         """Nothing may be sampled from a step whose adapter tokens ran past the op."""
@@ -126,7 +179,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         slots = {adapter_id: index + 1 for index, adapter_id in enumerate(self.lora_index_to_id) if adapter_id}
-        # Warm-up adapters and those without a layer on this rank change nothing: their tokens are base tokens.
+        if any(self._registered_adapters.cache[i].is_stand_in and i in mapping.index_mapping for i in slots):
+            self.rows.steps[mapping.type.name].rehearse(len(mapping.index_mapping))
+            return
+        # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
         idle = {i for i in slots if not self._registered_adapters.cache[i].layers}
         self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots | dict.fromkeys(idle, 0))
 
@@ -137,7 +193,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self.rows.clear()
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoadedAdapter:
-        return LoadedAdapter(lora_id, rank, {})
+        return LoadedAdapter(lora_id, rank, {}, is_stand_in=True)
 
 
 class FloraWorkerManager(LRUCacheWorkerLoRAManager):

@@ -11,6 +11,7 @@ def LLM(  # noqa: N802 - stands where vllm.LLM stands
     max_flora_rank: int = 16,
     flora_path: str = "auto",
     flora_adapter_root: str | None = None,
+    flora_graph_rows: int = 0,
     **vllm_options: Any,
 ) -> Any:
     """A `vllm.LLM` that serves FLoRA, HiRA, IA3 and LoRA adapters; `vllm_options` go to vLLM unchanged.
@@ -22,7 +23,12 @@ def LLM(  # noqa: N802 - stands where vllm.LLM stands
     """
     import vllm
 
-    options = {"max_rank": max_flora_rank, "path": flora_path, "adapter_root": flora_adapter_root}
+    options = {
+        "max_rank": max_flora_rank,
+        "path": flora_path,
+        "adapter_root": flora_adapter_root,
+        "graph_rows": flora_graph_rows,
+    }
     config = {**(vllm_options.pop("additional_config", None) or {}), KEY: options}
     vllm_options["enable_lora"] = True
     return vllm.LLM(model=model, additional_config=config, **vllm_options)
