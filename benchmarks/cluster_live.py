@@ -230,6 +230,20 @@ def _throughput(url: str, models: list[str], seconds: float, clients: int = 16, 
     return {"tokens_per_s": round(done * tokens / seconds, 1), "answers": done, "failed": failed, "clients": clients}
 
 
+def _homes(config: Any) -> set[str]:
+    """Nodes that replicas report from; empty while there is no controller."""
+    import ray
+
+    from flora_vllm.cluster.ray_hooks import controller_names, find_controller
+
+    try:
+        (deployment,) = controller_names(config.name)
+        state: Any = ray.get(find_controller(config.name, deployment).status.remote(), timeout=30)
+    except (ValueError, ray.exceptions.RayError):
+        return set()
+    return {x["node"] for x in state["replicas"].values()}
+
+
 def real_replicas(model: Path, seconds: float) -> list[dict]:
     """Rows for two real replicas, a node killed under streams, and the one that is left."""
     from flora_vllm.cluster import operate
@@ -238,17 +252,23 @@ def real_replicas(model: Path, seconds: float) -> list[dict]:
     models = ["base", *_write_adapters(model, folder / "adapters", 4)]
     url = f"http://127.0.0.1:{port}"
     setup = {"part": "c", "model": model.name, "adapters": len(models) - 1, "rank": 4, "seconds": seconds}
-    with fleets.fleet(2, port, cpus=1) as fleet:
+    # Two engines and the ingress take all three CPUs of the fleet, so no node has two of them.
+    with fleets.fleet(2, port, head_cpus=1, cpus=1) as fleet:
         harness.progress("(c) starting two vLLM replicas")
-        operate.up(_llm_config(model, folder / "adapters", folder / "cache", port))
+        config = _llm_config(model, folder / "adapters", folder / "cache", port)
+        operate.up(config)
+        assert len(_homes(config)) == 2, "each replica has a node of its own"
         _throughput(url, models, 5)
         harness.progress("(c) two replicas")
         two = _throughput(url, models, seconds)
         harness.progress("(c) node killed under streams")
+        homes = _homes(config)
+        victim = next(n for n in fleet.nodes if n.node_id in homes)
         body = {"prompt": "The quick brown fox", "max_tokens": 32, "temperature": 0, "ignore_eos": True}
         samples = fleets.drive_http(
-            url, 10, 3, lambda i: models[i % len(models)], [(4.0, lambda: fleet.kill_node(fleet.nodes[0]))], body
+            url, 10, 3, lambda i: models[i % len(models)], [(4.0, lambda: fleet.kill_node(victim))], body
         )
+        assert fleets.wait_for(lambda: len(_homes(config)) == 1, 60), "one replica is left"
         kill = {
             "load": "node_kill",
             "kinds": fleets.kinds(samples),
