@@ -35,7 +35,9 @@ def plot_shift(traffic: Traffic, outcomes: Mapping[str, Outcome], folder: Path) 
         for name, outcome in outcomes.items():
             slices = [slice(a, b) for a, b in zip(edges, [*edges[1:], len(windows)], strict=True)]
             values = [of(outcome, s) for s in slices]
-            axes.plot(middle, values, label=LABELS[name], linewidth=2.5 if name == "ours" else 1.2)
+            # Dashes show the line below where two policies do the same.
+            style = "--" if name in ("hash", "punica") else "-"
+            axes.plot(middle, values, style, label=LABELS[name], linewidth=2.5 if name == "ours" else 1.2)
         axes.axvline(traffic.shift_s, color="grey", linestyle=":", label="popularity changes")
         axes.set(xlabel="seconds", ylabel=label, yscale=scale, title=title)
         axes.legend(fontsize="small")

@@ -1,7 +1,10 @@
 """Files that `flora-vllm cluster` writes, what it says of bad input, Ray's names, and a Ray that it starts itself."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -181,9 +184,14 @@ def test_a_ray_of_our_own_beside_a_dead_clusters_address(dead_cluster, monkeypat
         assert operate.connect(None, parse(ClusterConfig, data))
         assert ray.cluster_resources()["CPU"] >= 1
         app = build_from_data(data)
+        # Another process of this user finds it and may talk to it.
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        command = [sys.executable, "-m", "flora_vllm.cli", "cluster", "status", "--name", "nobody"]
+        seen = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         short = operate.lacks(parse(ClusterConfig, {"models": [{"name": "big", "source": "x", "tensor_parallel": 99}]}))
     finally:
         operate.stop_all()
     assert app._bound_deployment.name == "FloraIngress"
+    assert "no application 'nobody' runs on this Ray" in seen.stderr
     assert short is not None
     assert "99 GPUs are needed" in short

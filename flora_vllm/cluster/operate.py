@@ -56,9 +56,9 @@ def connect(address: str | None, config: ClusterConfig | None = None) -> bool:
         return False
     if address is not None:
         try:
-            found = _find(address)
-            _check_reachable(found)
-            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+            _check_reachable(_find(address))
+            # Not what was found: only a cluster that Ray itself finds gets this user's token shown.
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(f"no Ray cluster at {address}: {error}") from error
         return False
@@ -227,7 +227,8 @@ def explain(name: str, adapter: str) -> list[dict[str, Any]]:
         try:
             found.append({"deployment": deployment, **_ask(actor, "explain", plain)})
         except ConfigError as error:
-            errors.append(str(error).splitlines()[-1])
+            # Ray wraps what the controller raised.
+            errors.append(str(getattr(error, "cause", error)))
     if not found:
         raise ConfigError("; ".join(errors) or f"no base model {base!r} in application {name}")
     return found
@@ -236,10 +237,13 @@ def explain(name: str, adapter: str) -> list[dict[str, Any]]:
 def down(name: str) -> None:
     """Stops the application; the Ray cluster stays. Raises ClusterError if it does not run."""
     from ray import serve
+    from ray.exceptions import RayActorError
 
     if name not in serve.status().applications:
         raise ClusterError(f"no application {name!r} runs on this Ray")
-    serve.delete(name)
+    # An `up` that started this Ray ends it as soon as the application is gone, maybe before Serve has said so.
+    with contextlib.suppress(RayActorError):
+        serve.delete(name)
 
 
 def wait_until_gone(name: str) -> None:
