@@ -273,7 +273,7 @@ class RunnerV2:
 
 def test_v1_replays_steps_that_fit_and_serves_all(runner: Runner) -> None:
     engine = RunnerV1(runner)
-    assert runner.manager.step.graphs.captured == set(SIZES)
+    assert runner.manager.rows.tokens.graphs.captured == set(SIZES)
     steps = {
         (0, 0, 0): "FULL",
         (1, 0, 2): "FULL",  # 3 rows of 15, padded to 8 tokens
@@ -295,7 +295,7 @@ def test_v1_replays_steps_that_fit_and_serves_all(runner: Runner) -> None:
 def test_v2_replays_steps_that_must_fit_and_serves_all(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """This runner does not know the step's adapters when it chooses: the largest rank of any of them counts."""
     engine = RunnerV2(runner, monkeypatch)
-    assert runner.manager.step.graphs.captured == set(SIZES)
+    assert runner.manager.rows.tokens.graphs.captured == set(SIZES)
     steps = {
         (0, 0, 0): "FULL",
         (1, 0): "FULL",  # 2 tokens of at most 5 rows
@@ -314,7 +314,7 @@ def test_v2_replays_steps_that_must_fit_and_serves_all(runner: Runner, monkeypat
 def test_a_replayed_graph_without_the_op_is_found_out(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its output would be the base model's; so would that of a graph that vLLM took for another reason."""
     engine = RunnerV2(runner, monkeypatch)
-    runner.manager.step.graphs.captured.remove(2)
+    runner.manager.rows.tokens.graphs.captured.remove(2)
     with pytest.raises(StepError, match="base model's"):
         engine.step((1, 0))
     assert engine.step((1, 0, 2)) == "FULL"
@@ -332,7 +332,7 @@ def test_a_run_without_requests_replays_base_rows(runner: Runner, monkeypatch: p
     desc = engine.graphs.dispatch(2, 2, 1, MAX_LORAS + 1)
     assert desc.num_tokens == 2
     engine.graphs.run_fullgraph(desc)
-    runner.manager.step.clear()
+    runner.manager.rows.tokens.clear()
     runner.check((0, 0), engine.graphs.graphs[desc].output)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flora_vllm.ops.dispatch import PATHS, DispatchRule
+from flora_vllm.ops.dispatch import DispatchRule, PathChoice
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import LayerTerms, SliceTerms, SlotLimits, group_by_slot
 from flora_vllm.ops.triton_linear import TritonLinear
@@ -14,7 +14,7 @@ from flora_vllm.ops.triton_step import StepBuffers
 # Largest error allowed, in units of the reference's root mean square: a few roundings of an output that is up to four
 # times as large. A wrong index or a row left out is off by about one.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-_SIZES, _IN, _RANK, _TOKENS = (64, 33), 160, 5, 83
+_SIZES, _IN, _RANK, _TOKENS = (64, 33), 96, 5, 41
 
 
 @functools.cache
@@ -52,7 +52,8 @@ def _errors(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, flo
     segments = group_by_slot(torch.arange(_TOKENS) * 7 % 4)
     wanted_TO = reference_linear(x_TI, weight_OI, bias_O, _SIZES, slots, segments)
     on_device = [t.to(device) for t in (weight_OI, bias_O, x_TI)]
-    for path in PATHS:
+    paths: tuple[PathChoice, ...] = ("stacked", "modulated")
+    for path in paths:
         weight, bias, x = on_device
         limits = SlotLimits(slots=3, rank=_RANK, low_rank=3)
         base = functools.partial(torch.nn.functional.linear, weight=weight)
