@@ -130,7 +130,9 @@ class TestOutcome:
 
     def test_real_interrupt_ends_the_process_with_130(self):
         code = (
-            "import sys, time\nfrom flora_vllm import cli, inspect_command\n"
+            "import signal, sys, time\nfrom flora_vllm import cli, inspect_command\n"
+            # As in a terminal, also where these tests run in the background, which ignores the signal.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "inspect_command.run = lambda args: print('here', flush=True) or time.sleep(60)\n"
             "sys.exit(cli.main(['inspect', 'x']))"
         )

@@ -116,6 +116,7 @@ def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monke
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL, max_cudagraph_capture_size=8),
         parallel_config=SimpleNamespace(data_parallel_size=1, use_ubatching=False),
         speculative_config=None,
+        model_config=SimpleNamespace(is_encoder_decoder=False),
     )
     assert _graph_faults(config) == []
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -17,6 +17,7 @@ ROOT = Path(flora_vllm.__file__).resolve().parent.parent
 PUBLIC = {
     "LLM",
     "AdapterError",
+    "ClusterError",
     "ConfigError",
     "FloraError",
     "HookError",

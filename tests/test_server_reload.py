@@ -12,7 +12,7 @@ from server_support import BASE, Client, World, make_ask, make_world, regret, se
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-LONG = 160  # tokens: some seconds of streaming
+LONG = 400  # tokens: a second or more
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ class Running:
         self._ask, self._answer = ask, None
         self._thread = threading.Thread(target=self._run, args=(client, model))
         self._thread.start()
-        time.sleep(0.3)
+        time.sleep(0.1)
         assert self._thread.is_alive(), "the request must still run when the adapter changes"
 
     def _run(self, client: Client, model: str) -> None:
@@ -68,7 +68,7 @@ def test_reload_leaves_running_requests_on_the_old_weights(client: Client, world
 def test_unload_lets_a_running_request_finish(client: Client, world: World, tmp_path: Path) -> None:
     folder, ask = tmp_path / "b", make_ask(2)
     publish(world, "hira", folder)
-    client.load("b", folder)
+    assert client.load("b", folder)[0] == 200
     running = Running(client, "b", ask)
     assert client.unload("b")[0] == 200
     shutil.rmtree(folder)
