@@ -16,13 +16,18 @@ examples:
   flora-vllm train HuggingFaceTB/SmolLM2-135M-Instruct src/ ./adapters/code --rank 4 --targets q_proj,k_proj
   flora-vllm train ./SmolLM2-135M chats.jsonl ./adapters/helper --sweep --epochs 2
   flora-vllm train ./SmolLM2-135M notes.jsonl ./adapters/notes-lora --method lora --rank 8
+  flora-vllm train openai/whisper-base clips.jsonl ./adapters/dictation --batch 6
   flora-vllm train --jobs jobs.yaml
 
 DATA is a .jsonl file of {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]} lines, a
-directory of text files, or one text file. OUT becomes a directory that the server loads; the command that serves it
-is printed at the end. OUT.training beside it holds the log and what is needed to go on: run the same command again
-after Ctrl-C or a crash. With --lr left out each method gets its own rate (flora 8e-3, lora 2e-4, ia3 5e-3);
-FLoRA's factors multiply the weights and need tens of times LoRA's rate.
+directory of text files, or one text file. For a Whisper base it is a .jsonl file of
+{"audio": "clip.flac", "text": "what is said", "language": "fr"} lines: paths are relative to that file, any sound
+format and rate will do, and a line without a language gets the one the model hears.
+
+OUT becomes a directory that the server loads; the command that serves it is printed at the end. OUT.training beside
+it holds the log and what is needed to go on: run the same command again after Ctrl-C or a crash. With --lr left out
+each method gets its own rate (flora 8e-3, lora 2e-4, ia3 5e-3); FLoRA's factors multiply the weights and need tens of
+times LoRA's rate.
 
 With --jobs one run trains many FLoRA adapters in shared batches, each example through its own:
 
@@ -39,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("base", metavar="BASE", nargs="?", help="model directory or hub id")
-    parser.add_argument("data", metavar="DATA", nargs="?", type=Path, help=".jsonl, text file or directory of texts")
+    parser.add_argument(
+        "data", metavar="DATA", nargs="?", type=Path, help=".jsonl of texts, chats or clips, text file or directory"
+    )
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="directory to write the adapter to")
     # What is not given is left to training.run.Request, which holds the defaults for jobs files too.
     unset = argparse.SUPPRESS
@@ -51,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, default=unset, help="passes over the training blocks")
     parser.add_argument("--lr", type=float, default=unset, help="peak learning rate (default: the method's, see below)")
     parser.add_argument("--batch", type=int, default=unset, help="blocks in a step (default: 4)")
-    parser.add_argument("--length", type=int, default=unset, help="tokens in a block (default: 256)")
+    parser.add_argument(
+        "--length", type=int, default=unset, help="tokens in a block, or the most in a transcript (256)"
+    )
     parser.add_argument("--held-out", type=float, default=unset, help="share of the text to measure with (0.05)")
     parser.add_argument("--save-every", type=int, default=unset, metavar="STEPS", help="default: 50")
     parser.add_argument("--seed", type=int, default=unset, help="default: 0")
@@ -81,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     # Imported here so that `--help` does not wait for torch, transformers and PEFT.
-    from flora_vllm.training.build import load_base
-    from flora_vllm.training.run import Request, read_blocks, sweep, train_one
+    from flora_vllm.training.run import Request, prepare, sweep, train_one
 
     if args.base is None or args.data is None or args.out is None:
         raise ConfigError("give BASE DATA OUT, or --jobs FILE; --help has examples")
@@ -91,9 +99,8 @@ def _train(args: argparse.Namespace) -> None:
     request = Request(args.base, args.data, args.out, **{k: getattr(args, k) for k in OPTIONS if hasattr(args, k)})
     if args.restart:
         _forget(request.out)
-    model, tokenizer = load_base(request.base)
-    blocks = read_blocks(request, tokenizer)
-    rate = sweep(request, model, blocks) if args.sweep else request.rate
+    model, blocks = prepare(request)
+    rate = next(iter(sweep(request, model, blocks))) if args.sweep else request.rate
     measured = train_one(request, model, blocks, rate)
     print(_losses(measured))
     print(

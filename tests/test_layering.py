@@ -40,7 +40,7 @@ PARTS = (
     Part("layers", ("batch", "errors", "ops", "ops.terms", "slots"), ("torch",)),
     Part("plugin", ("adapter", "batch", "errors", "formats", "layers", "ops", "ops.terms", "slots"), ("torch", "vllm")),
     Part("training", ("adapter", "errors", "formats", "ops", "ops.terms"),
-         ("torch", "peft", "transformers", "safetensors", "trl", "datasets", "tqdm", "jinja2", "numpy", "yaml")),
+         ("torch", "peft", "transformers", "safetensors", "trl", "datasets", "tqdm", "jinja2", "numpy", "yaml", "av")),
     # What decides is apart from what it is told by: no Ray, no engine, not even torch.
     *(Part(f"cluster.{name}", ("errors", "cluster.rules"), ("numpy",))
       for name in ("policy", "placement", "moves", "trades", "demand", "routing", "scaling")),

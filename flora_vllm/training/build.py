@@ -20,6 +20,10 @@ from flora_vllm.training.learning_rate import DEFAULT_LEARNING_RATE
 FEEDFORWARD = ("down_proj", "fc2", "dense_4h_to_h", "wo", "w2")
 ALL_LINEAR = "all-linear"
 
+# What is adapted if nobody says, for architectures PEFT has no default for. Whisper's are the paper's: every fully
+# connected layer of encoder and decoder.
+DEFAULT_TARGETS = {"whisper": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
+
 Targets = list[str] | str | None
 
 
@@ -31,12 +35,17 @@ class Method:
     config: Callable[[int, Targets, str], PeftConfig]
 
 
-def _flora(rank: int, targets: Targets, _model_type: str) -> PeftConfig:
-    return FloraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+def _task(model_type: str) -> str | None:
+    # PEFT's wrapper for sequence-to-sequence models insists on input_ids, which Whisper has none of.
+    return None if model_type == "whisper" else "CAUSAL_LM"
 
 
-def _lora(rank: int, targets: Targets, _model_type: str) -> PeftConfig:
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+def _flora(rank: int, targets: Targets, model_type: str) -> PeftConfig:
+    return FloraConfig(r=rank, target_modules=targets, task_type=_task(model_type))
+
+
+def _lora(rank: int, targets: Targets, model_type: str) -> PeftConfig:
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=_task(model_type))
 
 
 def _ia3(rank: int, targets: Targets, model_type: str) -> PeftConfig:
@@ -50,7 +59,7 @@ def _ia3(rank: int, targets: Targets, model_type: str) -> PeftConfig:
     return IA3Config(
         target_modules=targets,
         feedforward_modules=feedforward if targets is not None else None,
-        task_type="CAUSAL_LM",
+        task_type=_task(model_type),
     )
 
 
@@ -78,9 +87,11 @@ def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def parse_targets(text: str | None) -> Targets:
-    """`--targets`: "all-linear", names with commas, or a regular expression; None leaves it to PEFT's table."""
-    if text is None or text == ALL_LINEAR or re.search(r"[^\w,.\s-]|\.\*", text):
+def parse_targets(text: str | None, model_type: str) -> Targets:
+    """`--targets`: "all-linear", names with commas, or a regular expression; None leaves it to our table or PEFT's."""
+    if text is None:
+        return DEFAULT_TARGETS.get(model_type)
+    if text == ALL_LINEAR or re.search(r"[^\w,.\s-]|\.\*", text):
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -5,14 +5,69 @@ the same number of tokens in every step. Chats are rendered by the model's own t
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from flora_vllm.errors import ConfigError
+
+# The label of a place whose prediction doesn't count (torch's default).
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one forward takes: `inputs` by argument name, each (N, ...); `labels` (N, L) is the token wanted at each
+    place of the logits, IGNORED where none is.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def tokens(self) -> int:
+        """How many predictions count."""
+        return int((self.labels != IGNORED).sum())
+
+
+T = TypeVar("T", covariant=True)
+R = TypeVar("R")
+
+
+class Indexed(Protocol[T]):
+    """Examples that are taken by the numbers of their rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int], /) -> T: ...
+
+
+# What is trained on or measured with: blocks of token ids (N, L), or clips (speech.py).
+Examples = Indexed[torch.Tensor] | Indexed[Batch]
+
+
+class Split(Protocol):
+    """Examples to train on and, apart from them, to measure with."""
+
+    @property
+    def train(self) -> Examples: ...
+
+    @property
+    def held_out(self) -> Examples: ...
+
+    @property
+    def train_tokens(self) -> int:
+        """How many tokens are trained on in one pass; notices changed data."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +76,19 @@ class Blocks:
 
     train: torch.Tensor
     held_out: torch.Tensor
+
+    @property
+    def train_tokens(self) -> int:
+        return self.train.numel()
+
+
+def as_batch(examples: "torch.Tensor | Batch", device: torch.device) -> Batch:
+    """Examples on `device`; of token ids (N, L) each place wants the next id, and the last one none."""
+    if isinstance(examples, Batch):
+        inputs = {name: value.to(device) for name, value in examples.inputs.items()}
+        return Batch(inputs, examples.labels.to(device))
+    ids = examples.to(device)
+    return Batch({"input_ids": ids}, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED))
 
 
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -33,7 +101,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if path.is_dir():
         documents = _read_directory(path)
     elif path.suffix == ".jsonl":
-        documents = _read_jsonl(path, tokenizer)
+        documents = read_lines(path, lambda line: _document(line, tokenizer))
     else:
         documents = [_read_text(path)]
     documents = [d for d in documents if d.strip()]
@@ -73,6 +141,11 @@ def make_blocks(
     return Blocks(_cut(train, length), _cut(held_out, length))
 
 
+def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
+    """All documents in order, joined and cut into blocks (N, `length`); the rest at the end is dropped."""
+    return _cut(_join([_tokenise(document, tokenizer) for document in documents]), length)
+
+
 def _read_directory(path: Path) -> list[str]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
@@ -97,18 +170,23 @@ def _read_text(file: Path) -> str:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    documents, faults = [], []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+def read_lines(path: Path, parse: Callable[[str], R], desc: str | None = None) -> list[R]:
+    """What `parse` makes of each line that isn't blank, with a progress bar if `desc` says what takes long.
+
+    Raises ConfigError listing every line `parse` raises one for.
+    """
+    parsed, faults = [], []
+    lines = _read_text(path).splitlines()
+    for number, line in enumerate(tqdm(lines, desc=desc, file=sys.stderr, disable=desc is None), start=1):
         if not line.strip():
             continue
         try:
-            documents.append(_document(line, tokenizer))
+            parsed.append(parse(line))
         except ConfigError as error:
             faults.append(f"line {number}: {error}")
     if faults:
-        raise ConfigError(f"training data {path}: {len(faults)} line(s) can't be used\n  " + "\n  ".join(faults[:20]))
-    return documents
+        raise ConfigError(f"training data {path}: {len(faults)} line(s) can't be used\n  " + "\n  ".join(faults))
+    return parsed
 
 
 def _document(line: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -116,6 +194,8 @@ def _document(line: str, tokenizer: PreTrainedTokenizerBase) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON ({error.msg})") from None
+    if isinstance(row, dict) and "audio" in row:
+        raise ConfigError('has "audio", and the base is a text model: audio trains a Whisper base')
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
@@ -146,12 +226,12 @@ def _cut(ids: list[int], length: int) -> torch.Tensor:
     return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
 
 
-def batches(blocks: torch.Tensor, size: int, seed: int, first_step: int) -> Iterator[torch.Tensor]:
-    """Batches (size, L) for step `first_step`, `first_step` + 1, … for ever; each pass over the blocks is shuffled.
+def batches(examples: "Indexed[T]", size: int, seed: int, first_step: int) -> Iterator[T]:
+    """`size` examples for step `first_step`, `first_step` + 1, … for ever; each pass over them is shuffled.
 
-    Batch n depends on (blocks, size, seed, n) only, so a resumed run sees what it would have seen.
+    Batch n depends on (examples, size, seed, n) only, so a resumed run sees what it would have seen.
     """
-    count, permutations = len(blocks), {}
+    count, permutations = len(examples), {}
     step = first_step
     while True:
         places = range(step * size, (step + 1) * size)
@@ -161,5 +241,5 @@ def batches(blocks: torch.Tensor, size: int, seed: int, first_step: int) -> Iter
             if epoch not in permutations:
                 permutations = {epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))}
             rows.append(int(permutations[epoch][place % count]))
-        yield blocks[rows]
+        yield examples[rows]
         step += 1

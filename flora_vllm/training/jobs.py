@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from flora_vllm.errors import ConfigError
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
 from flora_vllm.training.checkpoint import load_state
+from flora_vllm.training.data import as_batch
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import Job, backward, held_out_loss, train
 from flora_vllm.training.run import Bar, Measured, Request, measure_and_publish, read_blocks, settings_of
+from flora_vllm.training.speech import is_speech_model
 
 # One batch holds all jobs' examples, so these are the file's, not a job's.
 SHARED = ("base", "length")
@@ -90,6 +92,10 @@ def _number(name: str, text: str) -> float:
 
 def train_together(requests: Sequence[Request]) -> Report:
     """Train all requests in shared batches and publish each adapter."""
+    if is_speech_model(requests[0].base):
+        raise ConfigError(
+            f"{requests[0].base} is a Whisper, and jobs are for text models; train its adapters one by one"
+        )
     model, tokenizer = load_base(requests[0].base)
     dtype = next(model.parameters()).dtype
     blocks = [read_blocks(request, tokenizer) for request in requests]
@@ -121,7 +127,9 @@ def attach_all(requests: Sequence[Request], model: PreTrainedModel) -> PeftModel
     adapted: PeftModel | None = None
     for index, request in enumerate(requests):
         torch.manual_seed(request.seed)
-        config = METHODS["flora"].config(request.rank, parse_targets(request.targets), model.config.model_type)
+        config = METHODS["flora"].config(
+            request.rank, parse_targets(request.targets, model.config.model_type), model.config.model_type
+        )
         if adapted is None:
             adapted = add_adapter(model, config, job_name(index))
         else:
@@ -138,11 +146,12 @@ def _steps_left(job: Job) -> int:
 def _seconds_of_a_step(adapted: PeftModel, job: Job) -> float:
     """Forward and backward of one batch of this job alone; the second of two, the first warms up."""
     adapted.set_adapter(job.name)
-    ids = job.blocks.train[: job.settings.batch].to(next(adapted.parameters()).device)
+    rows = list(range(min(job.settings.batch, len(job.blocks.train))))
+    batch = as_batch(job.blocks.train[rows], next(adapted.parameters()).device)
     seconds = 0.0
     for _ in range(2):
         start = perf_counter()
-        backward(adapted, [ids])
+        backward(adapted, [batch])
         seconds = perf_counter() - start
         adapted.zero_grad(set_to_none=True)
     return seconds

@@ -18,7 +18,7 @@ from torch import nn
 
 from flora_vllm.errors import FloraError
 from flora_vllm.training.checkpoint import Settings, load_state, log_row, save_state
-from flora_vllm.training.data import Blocks, batches
+from flora_vllm.training.data import IGNORED, Batch, Examples, Split, as_batch, batches
 from flora_vllm.training.model import FloraModel
 
 MAX_GRADIENT_NORM = 1.0
@@ -35,7 +35,7 @@ class Job:
 
     name: str
     settings: Settings
-    blocks: Blocks
+    blocks: Split
     out: Path | None = None
 
 
@@ -46,7 +46,7 @@ class Progress:
     job: Job
     factors: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    batches: Iterator[torch.Tensor]
+    batches: Iterator[torch.Tensor | Batch]
     step: int = 0
     losses: list[float] = field(default_factory=list)
 
@@ -105,8 +105,8 @@ def _start(model: PeftModel, job: Job) -> Progress:
 def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict[str, float], int]:
     """One optimizer step of every run; losses by job name and the number of tokens."""
     device = next(model.parameters()).device
-    parts = [next(run.batches).to(device) for run in runs]
-    names = [run.job.name for run, part in zip(runs, parts, strict=True) for _ in part]
+    parts = [as_batch(next(run.batches), device) for run in runs]
+    names = [run.job.name for run, part in zip(runs, parts, strict=True) for _ in range(len(part))]
     # Dropout must not depend on what ran before, or a resumed run would differ.
     torch.manual_seed(runs[0].job.settings.seed * 1_000_003 + runs[0].step)
     for run in runs:
@@ -121,15 +121,18 @@ def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict
             raise DivergedError(_diverged(run, loss, float(norm)))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-    return losses, sum(part.numel() for part in parts)
+    return losses, sum(part.tokens for part in parts)
 
 
-def backward(model: nn.Module, parts: Sequence[torch.Tensor]) -> list[float]:
-    """One forward over all parts' rows and one backward of the sum of their losses; returns each part's loss."""
-    logits = model(input_ids=torch.cat(list(parts))).logits
-    losses = [
-        cross_entropy(rows, part) for rows, part in zip(logits.split([len(p) for p in parts]), parts, strict=True)
-    ]
+def backward(model: nn.Module, parts: Sequence[Batch]) -> list[float]:
+    """One forward over all parts' rows and one backward of the sum of their losses; returns each part's loss.
+
+    Several parts need inputs of the same shape but for the number of rows.
+    """
+    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+    logits = model(**inputs).logits
+    rows = logits.split([len(part) for part in parts])
+    losses = [cross_entropy(part_logits, part.labels) for part_logits, part in zip(rows, parts, strict=True)]
     torch.stack(losses).sum().backward()
     return [float(loss.detach()) for loss in losses]
 
@@ -150,9 +153,9 @@ def example_adapters(model: PeftModel, names: Sequence[str]) -> AbstractContextM
     return tuner.adapter_of_each_example(names)
 
 
-def cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss of predicting token t + 1, in nats, in float32."""
-    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean loss over the places whose label (N, L) counts, in nats, in float32."""
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -186,13 +189,15 @@ def _save(run: Progress) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: torch.Tensor, batch: int) -> float:
-    """Mean loss in nats per token over `blocks` (N, L)."""
+def held_out_loss(model: nn.Module, examples: Examples, batch: int) -> float:
+    """Mean loss in nats per token over `examples`."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = 0.0
-    for part in blocks.split(batch):
-        total += float(cross_entropy(model(input_ids=part.to(device)).logits, part.to(device))) * len(part)
+    total, tokens = 0.0, 0
+    for start in range(0, len(examples), batch):
+        part = as_batch(examples[list(range(start, min(start + batch, len(examples))))], device)
+        total += float(cross_entropy(model(**part.inputs).logits, part.labels)) * part.tokens
+        tokens += part.tokens
     model.train(was_training)
-    return total / len(blocks)
+    return total / tokens

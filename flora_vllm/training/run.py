@@ -1,7 +1,7 @@
 """One training run from request to published adapter; the command line and the jobs file both end here."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -12,13 +12,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.training.build import METHODS, add_adapter, parse_targets
+from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
 from flora_vllm.training.checkpoint import Settings, load_state, log_row, publish_adapter
-from flora_vllm.training.data import Blocks, make_blocks, read_documents
+from flora_vllm.training.data import Blocks, Split, make_blocks, read_documents
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import DivergedError, Job, held_out_loss, train
+from flora_vllm.training.speech import is_speech_model, load_speech_base, read_clips, split_clips
 
-SWEEP_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+SWEEP_FACTORS, SWEEP_SHARE = (0.25, 0.5, 1.0, 2.0, 4.0), 0.1
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,19 @@ class Measured:
     adapter: float
 
 
+def prepare(request: Request) -> tuple[PreTrainedModel, Split]:
+    """The base model and the data, text for a language model and clips for a Whisper. Raises ConfigError."""
+    if not is_speech_model(request.base):
+        model, tokenizer = load_base(request.base)
+        return model, read_blocks(request, tokenizer)
+    base = load_speech_base(request.base)
+    clips = read_clips(request.data, base, request.length)
+    split = split_clips(clips, base, request.held_out, request.seed, str(request.data))
+    spoken = ", ".join(sorted({clip.language or "en" for clip in clips}))
+    print(f"{request.data}: {len(split.train)} clips to train on, {len(split.held_out)} held out ({spoken})")
+    return base.model, split
+
+
 def read_blocks(request: Request, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     documents = read_documents(request.data, tokenizer)
     blocks = make_blocks(documents, tokenizer, request.length, request.held_out, request.seed, str(request.data))
@@ -84,7 +98,7 @@ def read_blocks(request: Request, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     return blocks
 
 
-def settings_of(request: Request, blocks: Blocks, rate: float) -> Settings:
+def settings_of(request: Request, blocks: Split, rate: float) -> Settings:
     epoch = -(-len(blocks.train) // request.batch)
     return Settings(
         base=request.base,
@@ -92,7 +106,7 @@ def settings_of(request: Request, blocks: Blocks, rate: float) -> Settings:
         rank=request.rank,
         targets=request.targets,
         data=str(request.data),
-        tokens=blocks.train.numel(),
+        tokens=blocks.train_tokens,
         length=request.length,
         batch=request.batch,
         steps=request.steps or max(1, round(epoch * (request.epochs or 1))),
@@ -104,19 +118,26 @@ def settings_of(request: Request, blocks: Blocks, rate: float) -> Settings:
 def attach(request: Request, model: PreTrainedModel) -> PeftModel:
     """The model with the request's adapter, initialised from its seed."""
     torch.manual_seed(request.seed)
-    config = METHODS[request.method].config(request.rank, parse_targets(request.targets), model.config.model_type)
+    model_type = model.config.model_type
+    config = METHODS[request.method].config(request.rank, parse_targets(request.targets, model_type), model_type)
     return add_adapter(model, config)
 
 
-def sweep(request: Request, model: PreTrainedModel, blocks: Blocks) -> float:
-    """A tenth of the run at each of five rates around the method's own; the rate with the lowest held-out loss.
+def sweep(
+    request: Request,
+    model: PreTrainedModel,
+    blocks: Split,
+    factors: Sequence[float] = SWEEP_FACTORS,
+    share: float = SWEEP_SHARE,
+) -> dict[float, float]:
+    """A `share` of the run at each of the method's rate times `factors`: rate -> held-out loss, best first.
 
-    Raises ConfigError if every rate diverges.
+    Rates that diverge are left out. Raises ConfigError if all do.
     """
     settings = settings_of(request, blocks, request.rate)
-    settings = replace(settings, steps=max(10, settings.steps // 10))
+    settings = replace(settings, steps=max(10, round(settings.steps * share)))
     losses: dict[float, float] = {}
-    for factor in SWEEP_FACTORS:
+    for factor in factors:
         rate = request.rate * factor
         adapted = attach(request, model)
         try:
@@ -129,10 +150,10 @@ def sweep(request: Request, model: PreTrainedModel, blocks: Blocks) -> float:
         adapted.unload()
     if not losses:
         raise ConfigError(f"every rate of the sweep diverged on {request.data}; is the text what you meant?")
-    return min(losses, key=losses.__getitem__)
+    return dict(sorted(losses.items(), key=lambda item: item[1]))
 
 
-def train_one(request: Request, model: PreTrainedModel, blocks: Blocks, rate: float) -> Measured:
+def train_one(request: Request, model: PreTrainedModel, blocks: Split, rate: float) -> Measured:
     """Train, measure and publish one adapter; goes on from the state beside `request.out` if there is one."""
     if request.method == "flora":
         warn_if_lora_sized(rate)
@@ -157,7 +178,7 @@ def train_one(request: Request, model: PreTrainedModel, blocks: Blocks, rate: fl
 
 
 def measure_and_publish(
-    request: Request, adapted: PeftModel, name: str, dtype: torch.dtype, blocks: Blocks, base: float
+    request: Request, adapted: PeftModel, name: str, dtype: torch.dtype, blocks: Split, base: float
 ) -> Measured:
     """Publish the adapter `name`, which is active, in the base model's dtype, and measure exactly that."""
     for key, parameter in adapted.named_parameters():

@@ -1,0 +1,267 @@
+"""Does FLoRA keep LoRA's quality? Code in eight languages and speech in five, base / IA3 / LoRA / FLoRA.
+
+    python benchmarks/bench_quality.py --quick                           # two languages of each, prints the summary
+    python benchmarks/bench_quality.py --budget-hours 8                  # everything that fits; run again to go on
+    python benchmarks/bench_quality.py --multipl-e ../data/multipl-e     # with pass@1 by execution
+
+Every cell (task, language, method, rank, seed) trains one adapter by `flora-vllm train`'s own code, equal steps and
+tokens for all methods, each method's rate from the same sweep on one language's dev split, and measures it on held-out
+files or clips. A finished cell is a row of benchmarks/results/quality.jsonl and is not done again with the same set-up.
+The code adapters are then served by vLLM, all languages in one batch, and compared with PEFT's own forward.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import quality_code
+import quality_speech
+import torch
+from harness import RESULTS, append_rows, environment, finish, progress
+from quality_data import code_data, speech_data
+from quality_plan import (
+    FULL,
+    QUICK,
+    SWEEP_FACTORS,
+    Cell,
+    Size,
+    find_cell,
+    find_sweep,
+    full_plan,
+    quick_plan,
+    read_rows,
+    setup_hash,
+    setup_of,
+    sweep_cell,
+)
+from quality_stats import summarise
+
+from flora_vllm.model_assets import fetch_smollm2, fetch_whisper_base
+from flora_vllm.training.run import Request, sweep, train_one
+
+MODULES: dict[str, Any] = {"code": quality_code, "speech": quality_speech}
+FETCH_DATA = {"code": code_data, "speech": speech_data}
+FETCH_MODEL = {"code": ("smollm2", fetch_smollm2), "speech": ("whisper-base", fetch_whisper_base)}
+MODEL_NAMES = {"code": "SmolLM2-135M-Instruct", "speech": "whisper-base"}
+DTYPES = {"code": "bfloat16", "speech": "float32"}
+
+
+@dataclass
+class Run:
+    """One run of this program: where things are, how large cells are, what has been found, when to stop."""
+
+    options: argparse.Namespace
+    folder: Path
+    adapters: Path
+    sizes: dict[str, Size]
+    rows: list[dict]
+    stop_at: float
+
+    def model(self, task: str) -> Path:
+        name, fetch = FETCH_MODEL[task]
+        return fetch(self.folder / name)
+
+    def data(self, cell: Cell) -> Path:
+        return FETCH_DATA[cell.task](self.folder / "quality" / "data", cell.language)
+
+    def setup(self, cell: Cell) -> dict:
+        module = MODULES[cell.task]
+        size = self.sizes[cell.task]
+        return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPES[cell.task], self.data(cell))
+
+    def out(self, cell: Cell) -> Path:
+        return self.adapters / setup_hash(self.setup(cell)) / cell.name
+
+    def add(self, row: dict) -> None:
+        row = {**environment(), "benchmark": "quality", "threads": torch.get_num_threads(), **row}
+        self.rows.append(row)
+        if not self.options.quick:
+            append_rows(RESULTS / "quality.jsonl", [row])
+
+    @property
+    def is_time_over(self) -> bool:
+        return time.monotonic() > self.stop_at
+
+
+def main() -> None:
+    options = _arguments()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    folder = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm")
+    with contextlib.ExitStack() as stack:
+        adapters = folder / "quality" / "adapters"
+        if options.quick:
+            adapters = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flora-quality-")))
+        rows = [] if options.quick else read_rows(RESULTS / "quality.jsonl")
+        stop_at = time.monotonic() + options.budget_hours * 3600
+        run = Run(options, folder, adapters, QUICK if options.quick else FULL, rows, stop_at)
+        _work(run, quick_plan() if options.quick else full_plan())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two languages of each task, few steps, nothing written")
+    parser.add_argument(
+        "--budget-hours", type=float, default=8.0, help="start no new cell after this time (default: 8)"
+    )
+    parser.add_argument("--multipl-e", type=Path, help="directory with humaneval-<language>.jsonl, for pass@1")
+    parser.add_argument("--tasks", type=int, default=40, help="problems of a language for pass@1 (default: 40)")
+    parser.add_argument("--only", choices=("cells", "served", "pass"), help="one part of the work")
+    return parser.parse_args()
+
+
+def _work(run: Run, plan: list[Cell]) -> None:
+    only = run.options.only
+    if only in (None, "cells"):
+        _estimate(run, plan)
+        for cell in plan:
+            if find_cell(run.rows, cell, run.setup(cell)) is None:
+                if run.is_time_over:
+                    progress("the time is over; the same command goes on from here")
+                    break
+                _do(run, cell)
+    cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
+    served = None
+    if only in (None, "served") and (only or not run.is_time_over):
+        served = _serve(run, plan)
+    if only in (None, "pass") and run.options.multipl_e is not None and not run.is_time_over:
+        from quality_pass import pass_rows
+
+        pass_rows(run, plan)
+    rows, result = summarise(cells, run.rows, served, quick=run.options.quick)
+    for row in rows:
+        print(row)
+    if not run.options.quick and only is None:
+        from quality_plots import plot
+
+        run.add({"kind": "summary", **result, "comparisons": rows})
+        plot(cells, RESULTS)
+    finish(result)
+
+
+def _do(run: Run, cell: Cell) -> None:
+    """Train and measure one cell; its row is added."""
+    began = time.monotonic()
+    size, model, data = run.sizes[cell.task], run.model(cell.task), run.data(cell)
+    row: dict[str, Any] = {"kind": "cell", **asdict(cell), "setup": run.setup(cell)}
+    rate = None if cell.method == "base" else _rate(run, cell)
+    base, split = MODULES[cell.task].prepare(model, data, size)
+    if rate is not None:
+        request = _request(run, cell, rate)
+        trained = time.monotonic()
+        measured = train_one(request, base, split, rate)
+        row |= {
+            "rate": rate,
+            "train_s": round(time.monotonic() - trained, 1),
+            "train_tokens": size.steps * size.batch * size.length if cell.task == "code" else None,
+            "train_clips": size.steps * size.batch if cell.task == "speech" else None,
+            "parameters": sum(p.numel() for p in base.parameters() if p.requires_grad),
+            "dev_loss": measured.adapter,
+            "dev_loss_base": measured.base,
+        }
+    row |= MODULES[cell.task].score(base, model, data, size)
+    run.add({**row, "cell_s": round(time.monotonic() - began, 1)})
+    measure = "bpb" if cell.task == "code" else "wer"
+    progress(f"{cell.name:28} {measure} {row[measure]:.4f} ({time.monotonic() - began:.0f} s)")
+
+
+def _request(run: Run, cell: Cell, rate: float | None) -> Request:
+    size = run.sizes[cell.task]
+    return Request(
+        base=str(run.model(cell.task)),
+        data=run.data(cell) / "train.jsonl",
+        out=run.out(cell),
+        method=cell.method,
+        rank=cell.rank,
+        targets=MODULES[cell.task].TARGETS,
+        steps=size.steps,
+        lr=rate,
+        batch=size.batch,
+        length=size.length,
+        save_every=8,
+        seed=cell.seed,
+    )
+
+
+def _rate(run: Run, cell: Cell) -> float:
+    """The rate the sweep of this task, method and rank found; swept now if there is none. A quick run has none."""
+    chosen = sweep_cell(cell)
+    request = _request(run, chosen, None)
+    if run.options.quick:
+        return request.rate * QUICK_FACTORS[cell.task]
+    setup = run.setup(chosen)
+    if (row := find_sweep(run.rows, cell, setup)) is not None:
+        return row["rate"]
+    progress(f"sweep of {cell.task} {cell.method} rank {cell.rank} on {chosen.language}")
+    size, began = run.sizes[cell.task], time.monotonic()
+    base, split = MODULES[cell.task].prepare(run.model(cell.task), run.data(chosen), size)
+    losses = sweep(request, base, split, SWEEP_FACTORS, size.sweep_share)
+    rate = next(iter(losses))
+    row = {"kind": "sweep", **asdict(chosen), "setup": setup, "rate": rate, "dev_losses": losses}
+    run.add({**row, "is_at_edge": rate in (min(losses), max(losses)), "cell_s": round(time.monotonic() - began, 1)})
+    return rate
+
+
+# A quick run takes what the full run's sweeps found, as multiples of each method's default rate.
+QUICK_FACTORS = {"code": 4.0, "speech": 2.0}
+
+
+def _estimate(run: Run, plan: list[Cell]) -> None:
+    """Say how long what is left will take, from the cells measured so far or one step timed now."""
+    left = [cell for cell in plan if find_cell(run.rows, cell, run.setup(cell)) is None]
+    total = 0.0
+    for task in MODULES:
+        mine = [cell for cell in left if cell.task == task and cell.method != "base"]
+        if not mine:
+            continue
+        known = [r["cell_s"] for r in run.rows if r.get("kind") == "cell" and r["task"] == task and "rate" in r]
+        seconds = statistics.median(known) if known else _cell_seconds(run, mine[0])
+        total += len(mine) * seconds
+        progress(f"{task}: {len(mine)} cells to train, {seconds:.0f} s each")
+    progress(f"about {total / 3600:.1f} h left, the budget is {run.options.budget_hours:g} h")
+
+
+def _cell_seconds(run: Run, cell: Cell) -> float:
+    """A cell's time from one training step, half as much again for measuring."""
+    from flora_vllm.training.data import as_batch
+    from flora_vllm.training.loop import backward
+    from flora_vllm.training.run import attach
+
+    size = run.sizes[cell.task]
+    base, split = MODULES[cell.task].prepare(run.model(cell.task), run.data(cell), size)
+    adapted = attach(_request(run, cell, None), base)
+    batch = as_batch(split.train[list(range(size.batch))], next(adapted.parameters()).device)
+    backward(adapted, [batch])  # the first one sets up
+    began = time.monotonic()
+    backward(adapted, [batch])
+    return 1.5 * size.steps * (time.monotonic() - began)
+
+
+def _serve(run: Run, plan: list[Cell]) -> dict | None:
+    """Code adapters of rank 1 through vLLM; the row, or None if there are none yet."""
+    from quality_served import served_equals_peft
+
+    trained = {
+        cell: run.out(cell)
+        for cell in plan
+        if cell.task == "code" and cell.method != "base" and (cell.rank, cell.seed) == (1, 0)
+        if find_cell(run.rows, cell, run.setup(cell)) is not None and run.out(cell).exists()
+    }
+    if not trained:
+        return None
+    progress(f"serving {len(trained)} adapters in one batch")
+    data = {cell: run.data(cell) for cell in trained}
+    row = served_equals_peft(run.model("code"), trained, data, run.sizes["code"])
+    run.add({"kind": "served", **row})
+    progress(f"served against PEFT: {row['served_equals_peft']:.2e}")
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
