@@ -90,7 +90,7 @@ class Run:
         return time.monotonic() > self.stop_at
 
 
-def main() -> None:
+def main() -> int:
     options = _arguments()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm")
@@ -101,7 +101,12 @@ def main() -> None:
         rows = [] if options.quick else read_rows(RESULTS / "quality.jsonl")
         stop_at = time.monotonic() + options.budget_hours * 3600
         run = Run(options, folder, adapters, QUICK if options.quick else FULL, rows, stop_at)
-        _work(run, quick_plan() if options.quick else full_plan())
+        try:
+            _work(run, quick_plan() if options.quick else full_plan())
+        except KeyboardInterrupt:
+            progress("interrupted; the same command goes on in the middle of this cell")
+            return 130
+    return 0
 
 
 def _arguments() -> argparse.Namespace:

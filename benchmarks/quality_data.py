@@ -42,6 +42,7 @@ SPEECH = ("fr", "ru", "it", "es", "en")
 SPLITS = ("train", "dev", "test")  # the last one is written last
 FILE_BYTES = (400, 40_000)
 BYTES = {"test": 60_000, "dev": 60_000, "train": 600_000}
+CLIP_S = 20
 CLIPS = {"test": 100, "dev": 16}
 
 
@@ -73,7 +74,8 @@ def speech_data(folder: Path, language: str) -> Path:
             transcripts = dict(_transcripts(words))
             recordings = {path: _key(path) for path in sorted(Path(unpacked).rglob("*.g722"))}
             known = [(path, transcripts[key]) for path, key in recordings.items() if key in transcripts]
-            rows = [_clip(path, text, language, out) for path, text in tqdm(known, desc=language, file=sys.stderr)]
+            clips = [_clip(path, text, language, out) for path, text in tqdm(known, desc=language, file=sys.stderr)]
+            rows = [row for row in clips if row is not None]
         random.Random(0).shuffle(rows)
         test, rest = rows[: CLIPS["test"]], rows[CLIPS["test"] :]
         # The same words spoken twice would be trained on and tested with.
@@ -152,12 +154,15 @@ def _key(recording: Path) -> str:
     return "/".join(parts[parts.index("sounds") + 2 :])
 
 
-def _clip(recording: Path, text: str, language: str, out: Path) -> dict:
-    """Decode one recording to a WAV file in `out` and return its manifest line."""
+def _clip(recording: Path, text: str, language: str, out: Path) -> dict | None:
+    """Decode one recording to a WAV file in `out` and return its manifest line; None for one longer than CLIP_S."""
     from flora_vllm.training.audio import SAMPLE_RATE, load_audio
 
     name = f"{_key(recording).replace('/', '_')}.wav"
-    write_wav(out / name, load_audio(recording), SAMPLE_RATE)
+    samples = load_audio(recording)
+    if len(samples) > CLIP_S * SAMPLE_RATE:
+        return None
+    write_wav(out / name, samples, SAMPLE_RATE)
     return {"audio": name, "text": text, "language": language}
 
 
