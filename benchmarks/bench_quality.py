@@ -12,6 +12,7 @@ The code adapters are then served by vLLM, all languages in one batch, and compa
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -29,7 +30,6 @@ from quality_data import code_data, speech_data
 from quality_plan import (
     FULL,
     QUICK,
-    SWEEP_FACTORS,
     Cell,
     Size,
     find_cell,
@@ -43,7 +43,9 @@ from quality_plan import (
 )
 from quality_stats import summarise
 
+from flora_vllm.errors import ConfigError
 from flora_vllm.model_assets import fetch_smollm2, fetch_whisper_base
+from flora_vllm.training.build import METHODS
 from flora_vllm.training.run import Request, sweep, train_one
 
 MODULES: dict[str, Any] = {"code": quality_code, "speech": quality_speech}
@@ -195,26 +197,43 @@ def _request(run: Run, cell: Cell, rate: float | None) -> Request:
 
 
 def _rate(run: Run, cell: Cell) -> float:
-    """The rate the sweep of this task, method and rank found; swept now if there is none. A quick run has none."""
+    """The rate with the lowest dev loss for this task, method and rank, found by a short climb if it isn't known.
+
+    Every method climbs alike: from its default rate up by doubling until a rate is worse, or, where the first doubling
+    is worse already, down by halving. Every rate tried is a row.
+    """
     chosen = sweep_cell(cell)
-    request = _request(run, chosen, None)
+    default = METHODS[cell.method].rate
     if run.options.quick:
-        return request.rate * QUICK_FACTORS[cell.task]
+        return default * QUICK_FACTORS[cell.method]
+    losses = {factor: _dev_loss(run, chosen, default * factor) for factor in (1.0, 2.0)}
+    step = 2.0 if losses[2.0] < losses[1.0] else 0.5
+    best = max(1.0, step)
+    while (loss := _dev_loss(run, chosen, default * best * step)) < losses[best]:
+        best *= step
+        losses[best] = loss
+    return default * best
+
+
+def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
+    """Dev loss after a sweep's steps at `rate`, infinite if it diverged; from the rows if it is there."""
     setup = run.setup(chosen)
-    if (row := find_sweep(run.rows, cell, setup)) is not None:
-        return row["rate"]
-    progress(f"sweep of {cell.task} {cell.method} rank {cell.rank} on {chosen.language}")
-    size, began = run.sizes[cell.task], time.monotonic()
-    base, split = MODULES[cell.task].prepare(run.model(cell.task), run.data(chosen), size)
-    losses = sweep(request, base, split, SWEEP_FACTORS, size.sweep_share)
-    rate = next(iter(losses))
-    row = {"kind": "sweep", **asdict(chosen), "setup": setup, "rate": rate, "dev_losses": losses}
-    run.add({**row, "is_at_edge": rate in (min(losses), max(losses)), "cell_s": round(time.monotonic() - began, 1)})
-    return rate
+    row = find_sweep(run.rows, chosen, rate, setup)
+    if row is None:
+        progress(f"sweep of {chosen.name} at {rate:g}")
+        size, began = run.sizes[chosen.task], time.monotonic()
+        base, split = MODULES[chosen.task].prepare(run.model(chosen.task), run.data(chosen), size)
+        try:
+            loss = sweep(_request(run, chosen, rate), base, split, (1.0,), size.sweep_share)[rate]
+        except ConfigError:  # it diverged
+            loss = None
+        row = {"kind": "sweep", **asdict(chosen), "setup": setup, "rate": rate, "dev_loss": loss}
+        run.add({**row, "cell_s": round(time.monotonic() - began, 1)})
+    return math.inf if row["dev_loss"] is None else row["dev_loss"]
 
 
-# A quick run takes what the full run's sweeps found, as multiples of each method's default rate.
-QUICK_FACTORS = {"code": 4.0, "speech": 2.0}
+# A quick run takes the full run's rates, as multiples of each method's default.
+QUICK_FACTORS = {"flora": 2.0, "lora": 4.0, "ia3": 2.0}
 
 
 def _estimate(run: Run, plan: list[Cell]) -> None:
@@ -225,7 +244,11 @@ def _estimate(run: Run, plan: list[Cell]) -> None:
         mine = [cell for cell in left if cell.task == task and cell.method != "base"]
         if not mine:
             continue
-        known = [r["cell_s"] for r in run.rows if r.get("kind") == "cell" and r["task"] == task and "rate" in r]
+        known = [
+            row["cell_s"]
+            for row in run.rows
+            if (row["kind"], row.get("task")) in (("cell", task), ("timing", task)) and row.get("method") != "base"
+        ]
         seconds = statistics.median(known) if known else _cell_seconds(run, mine[0])
         total += len(mine) * seconds
         progress(f"{task}: {len(mine)} cells to train, {seconds:.0f} s each")
@@ -245,7 +268,9 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
     backward(adapted, [batch])  # the first one sets up
     began = time.monotonic()
     backward(adapted, [batch])
-    return 1.5 * size.steps * (time.monotonic() - began)
+    seconds = 1.5 * size.steps * (time.monotonic() - began)
+    run.add({"kind": "timing", "task": cell.task, "cell_s": round(seconds, 1)})
+    return seconds
 
 
 def _serve(run: Run, plan: list[Cell]) -> dict | None:

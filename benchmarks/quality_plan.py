@@ -1,7 +1,7 @@
 """What the quality benchmark runs, in which order, and how a finished cell is known again.
 
-A cell is one (task, language, method, rank, seed); a sweep chooses the rate of a (task, method, rank) before its first
-cell. Finished work is a row of quality.jsonl; a row counts only for the set-up it was made with.
+A cell is one (task, language, method, rank, seed); before the first one of a (task, method, rank) a sweep on the task's
+first language chooses the rate. Finished work is a row of quality.jsonl; a row counts only for the set-up it was made with.
 """
 
 import hashlib
@@ -15,8 +15,6 @@ from quality_data import CODE, SPEECH, digest
 METHODS = ("base", "flora", "lora", "ia3")
 SEEDED, RANKED = 2, ("flora", "lora")  # languages with three seeds; methods with a rank 4
 SEEDS, HIGHER_RANK = (1, 2), 4
-# Upward from each method's default rate: these runs are far shorter than the paper's, and short runs want higher ones.
-SWEEP_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,7 @@ def quick_plan() -> list[Cell]:
 
 def setup_of(size: Size, model: str, targets: str, dtype: str, data: Path) -> dict:
     """What must be the same for two rows to be compared, but for the data, which are one language's."""
-    return {
-        **asdict(size),
-        "model": model,
-        "targets": targets,
-        "dtype": dtype,
-        "data": digest(data),
-        "sweep_factors": list(SWEEP_FACTORS),
-    }
+    return {**asdict(size), "model": model, "targets": targets, "dtype": dtype, "data": digest(data)}
 
 
 def setup_hash(setup: dict) -> str:
@@ -110,9 +101,9 @@ def find_cell(rows: Iterable[dict], cell: Cell, setup: dict) -> dict | None:
     return found[-1] if found else None
 
 
-def find_sweep(rows: Iterable[dict], cell: Cell, setup: dict) -> dict | None:
-    """The newest sweep for the method and rank of `cell` (whatever its language) made with `setup`."""
-    wanted = {"kind": "sweep", "task": cell.task, "method": cell.method, "rank": cell.rank, "setup": setup}
+def find_sweep(rows: Iterable[dict], chosen: Cell, rate: float, setup: dict) -> dict | None:
+    """The newest row of a sweep at `rate` with `setup`."""
+    wanted = {"kind": "sweep", **asdict(chosen), "rate": rate, "setup": setup}
     found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return found[-1] if found else None
 

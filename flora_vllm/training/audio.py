@@ -29,7 +29,7 @@ def load_audio(path: Path) -> np.ndarray:
         with av.open(str(path)) as container:
             if not container.streams.audio:
                 raise ConfigError("holds no sound")
-            samples = _decode(container, av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE))
+            samples = _decode(container, av.AudioResampler(format="fltp", rate=SAMPLE_RATE))
     except (av.FFmpegError, OSError) as error:
         raise ConfigError(f"can't be read as sound ({error.strerror or error})") from None
     if not samples.size:
@@ -40,4 +40,5 @@ def load_audio(path: Path) -> np.ndarray:
 def _decode(container: Any, resampler: Any) -> np.ndarray:
     frames = [frame for decoded in container.decode(audio=0) for frame in resampler.resample(decoded)]
     frames += resampler.resample(None)  # what the filter still holds
-    return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames] or [np.zeros(0, np.float32)])
+    # (channels, samples) a frame. FFmpeg's own mix to mono would make equal channels louder by 3 dB.
+    return np.concatenate([frame.to_ndarray().mean(axis=0) for frame in frames] or [np.zeros(0, np.float32)])
