@@ -140,7 +140,10 @@ def _work(run: Run, plan: list[Cell]) -> None:
     if only in (None, "pass") and run.options.multipl_e is not None and not run.is_time_over:
         from quality_pass import pass_rows
 
-        pass_rows(run, plan)
+        for row in pass_rows(
+            run.model("code"), _trained(run, plan), run.options.multipl_e, run.options.tasks, run.rows
+        ):
+            run.add(row)
     rows, result = summarise(cells, run.rows, served, quick=run.options.quick)
     for row in rows:
         print(row)
@@ -273,16 +276,21 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
     return seconds
 
 
-def _serve(run: Run, plan: list[Cell]) -> dict | None:
-    """Code adapters of rank 1 through vLLM; the row, or None if there are none yet."""
-    from quality_served import served_equals_peft
-
-    trained = {
+def _trained(run: Run, plan: list[Cell]) -> dict[Cell, Path]:
+    """The code adapters of rank 1 and seed 0 that are there."""
+    return {
         cell: run.out(cell)
         for cell in plan
         if cell.task == "code" and cell.method != "base" and (cell.rank, cell.seed) == (1, 0)
         if find_cell(run.rows, cell, run.setup(cell)) is not None and run.out(cell).exists()
     }
+
+
+def _serve(run: Run, plan: list[Cell]) -> dict | None:
+    """Those adapters through vLLM against PEFT; the row, or None if there are none yet."""
+    from quality_served import served_equals_peft
+
+    trained = _trained(run, plan)
     if not trained:
         return None
     progress(f"serving {len(trained)} adapters in one batch")

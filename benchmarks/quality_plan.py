@@ -1,7 +1,7 @@
 """What the quality benchmark runs, in which order, and how a finished cell is known again.
 
 A cell is one (task, language, method, rank, seed); before the first one of a (task, method, rank) a sweep on the task's
-first language chooses the rate. Finished work is a row of quality.jsonl; it counts only for the set-up it was made with.
+first language chooses the rate. Finished work is a row of quality.jsonl and counts for the set-up it was made with.
 """
 
 import hashlib

@@ -4,8 +4,9 @@ Both compute in float32 from the same bfloat16 checkpoint and the published fact
 sums. Speech adapters are not served here yet: SPEECH_IS_SERVED turns to True with Whisper's serving.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +45,45 @@ def served_equals_peft(model: Path, adapters: Mapping[Cell, Path], data: Mapping
     }
 
 
-def _served(
-    model: Path, adapters: Mapping[Cell, Path], asked: list[tuple[Cell | None, list[int]]], length: int
-) -> list[torch.Tensor]:
-    """Logprobs of each request's tokens but the first, all requests in one call."""
+@contextlib.contextmanager
+def open_engine(model: Path, adapters: Mapping[Cell, Path], **options: Any) -> Iterator[Any]:
+    """vLLM with the plugin and a slot for every adapter."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import vllm
-    from vllm.lora.request import LoRARequest
-
     import flora_vllm
 
     llm = flora_vllm.LLM(
         str(model),
-        dtype="float32",
         enforce_eager=True,
-        max_model_len=length + 8,
-        max_num_seqs=len(asked),
         max_loras=len(adapters),
         kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,
+        **options,
     )
     try:
-        numbers = {cell: i for i, cell in enumerate(adapters, start=1)}
-        lora: list[Any] = [c and LoRARequest(c.name, numbers[c], str(adapters[c])) for c, _ in asked]
-        sampling = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": ids} for _, ids in asked]
-        outputs = llm.generate(prompts, sampling, lora_request=lora)
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def requests_for(adapters: Mapping[Cell, Path], cells: Sequence[Cell | None]) -> list[Any]:
+    """What names each cell's adapter to vLLM; None for the bare model."""
+    from vllm.lora.request import LoRARequest
+
+    named = {cell: LoRARequest(cell.name, i, str(path)) for i, (cell, path) in enumerate(adapters.items(), start=1)}
+    return [None if cell is None else named[cell] for cell in cells]
+
+
+def _served(
+    model: Path, adapters: Mapping[Cell, Path], asked: list[tuple[Cell | None, list[int]]], length: int
+) -> list[torch.Tensor]:
+    """Logprobs of each request's tokens but the first, all requests in one call."""
+    import vllm
+
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for _, ids in asked]
+    with open_engine(model, adapters, dtype="float32", max_model_len=length + 8, max_num_seqs=len(asked)) as llm:
+        outputs = llm.generate(prompts, sampling, lora_request=requests_for(adapters, [cell for cell, _ in asked]))
     return [
         torch.tensor([place[token].logprob for place, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
         for output, (_, ids) in zip(outputs, asked, strict=True)

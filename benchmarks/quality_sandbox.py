@@ -1,0 +1,124 @@
+"""Runs a generated program of one of eight languages where it can do no harm, and says whether its tests passed.
+
+A program gets an empty directory, limits on time, memory and file size, an environment without secrets, and
+no network where the kernel lets an ordinary user make a namespace. That stops accidents, not an attacker: run the
+benchmark where nothing is worth attacking.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+TIME_S, MEMORY_BYTES, FILE_BYTES = 15, 4 << 30, 64 << 20
+
+
+@dataclass(frozen=True)
+class Language:
+    """The file a program is written to, the commands that run it, and a program that shows all it needs is there."""
+
+    file: str
+    commands: tuple[tuple[str, ...], ...]
+    probe: str
+
+
+LANGUAGES = {
+    "lua": Language("main.lua", (("lua", "main.lua"),), 'require("luaunit")\n'),
+    "perl": Language("main.pl", (("perl", "main.pl"),), "use Test::Deep;\n"),
+    "rust": Language("main.rs", (("rustc", "-A", "warnings", "main.rs"), ("./main",)), "fn main() {}\n"),
+    "racket": Language("main.rkt", (("racket", "main.rkt"),), "#lang racket\n(require rackunit)\n"),
+    "d": Language("main.d", (("ldc2", "-unittest", "-main", "main.d"), ("./main",)), "unittest {}\n"),
+    "ruby": Language("main.rb", (("ruby", "main.rb"),), "require 'test/unit'\n"),
+    "go": Language(
+        "main_test.go", (("go", "test", "main_test.go"),), 'package p\nimport "testing"\nfunc TestP(t *testing.T) {}\n'
+    ),
+    "php": Language("main.php", (("php", "main.php"),), "<?php\n"),
+}
+
+
+def missing(language: str) -> str | None:
+    """Why programs of `language` can't be run here, or None if they can."""
+    wanted = LANGUAGES[language]
+    tool = wanted.commands[0][0]
+    if _find(tool) is None:
+        return f"{tool} is not installed"
+    if not run(language, wanted.probe):
+        return f"{tool} is there, but this fails: {wanted.probe.strip()!r}"
+    return None
+
+
+def run(language: str, program: str) -> bool:
+    """Whether `program` runs to its end with status 0 within the limits."""
+    wanted = LANGUAGES[language]
+    with tempfile.TemporaryDirectory(prefix="flora-sandbox-") as folder:
+        Path(folder, wanted.file).write_text(program, encoding="utf-8")
+        return all(_passes(command, Path(folder)) for command in wanted.commands)
+
+
+def _passes(command: tuple[str, ...], folder: Path) -> bool:
+    tool = command[0] if command[0].startswith("./") else _find(command[0])
+    assert tool is not None, f"{command[0]} is not installed"
+    home = {"HOME": str(folder), "TMPDIR": str(folder), "GOCACHE": str(folder / ".cache")}
+    process = subprocess.Popen(
+        [*_without_network(), tool, *command[1:]],
+        cwd=folder,
+        env={"PATH": os.defpath + os.pathsep + str(Path(tool).parent), "LANG": "C.UTF-8", **home},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_limit,
+    )
+    try:
+        return process.wait(timeout=TIME_S) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Whatever the program started goes with it."""
+    import contextlib
+    import signal
+
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (TIME_S, TIME_S))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@cache
+def _without_network() -> tuple[str, ...]:
+    """The words that put a command into a network namespace of its own, none where that isn't allowed (said once)."""
+    words = ("unshare", "--map-root-user", "--net", "--")
+    try:
+        subprocess.run([*words, "true"], check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        print("sandbox: no network namespace here; programs could reach the network", file=sys.stderr)
+        return ()
+    return words
+
+
+@cache
+def _find(tool: str) -> str | None:
+    found = shutil.which(tool)
+    if found is None or tool != "rustc":
+        return found
+    # rustup's stand-in looks for its settings in HOME, which a program doesn't get.
+    try:
+        sysroot = subprocess.run([found, "--print", "sysroot"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return str(Path(sysroot.strip(), "bin", "rustc"))
