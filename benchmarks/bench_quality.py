@@ -12,6 +12,7 @@ The code adapters are then served by vLLM, all languages in one batch, and compa
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import statistics
@@ -46,12 +47,14 @@ from quality_stats import summarise
 from flora_vllm.errors import ConfigError
 from flora_vllm.model_assets import fetch_smollm2, fetch_whisper_base
 from flora_vllm.training.build import METHODS
+from flora_vllm.training.checkpoint import training_directory
 from flora_vllm.training.run import Request, sweep, train_one
 
 MODULES: dict[str, Any] = {"code": quality_code, "speech": quality_speech}
 FETCH_DATA = {"code": code_data, "speech": speech_data}
 FETCH_MODEL = {"code": ("smollm2", fetch_smollm2), "speech": ("whisper-base", fetch_whisper_base)}
 MODEL_NAMES = {"code": "SmolLM2-135M-Instruct", "speech": "whisper-base"}
+PARTS = ("cells", "served", "pass")
 DTYPES = {"code": "bfloat16", "speech": "float32"}
 
 
@@ -87,10 +90,6 @@ class Run:
         if not self.options.quick:
             append_rows(RESULTS / "quality.jsonl", [row])
 
-    @property
-    def is_time_over(self) -> bool:
-        return time.monotonic() > self.stop_at
-
 
 def main() -> int:
     options = _arguments()
@@ -119,40 +118,45 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--multipl-e", type=Path, help="directory with humaneval-<language>.jsonl, for pass@1")
     parser.add_argument("--tasks", type=int, default=40, help="problems of a language for pass@1 (default: 40)")
-    parser.add_argument("--only", choices=("cells", "served", "pass"), help="one part of the work")
-    return parser.parse_args()
+    parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
+    options = parser.parse_args()
+    if options.only == "pass" and options.multipl_e is None:
+        parser.error("--only pass needs --multipl-e")
+    return options
 
 
 def _work(run: Run, plan: list[Cell]) -> None:
-    only = run.options.only
-    if only in (None, "cells"):
-        _estimate(run, plan)
-        for cell in plan:
-            if find_cell(run.rows, cell, run.setup(cell)) is None:
-                if run.is_time_over:
-                    progress("the time is over; the same command goes on from here")
-                    break
-                _do(run, cell)
-    cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
-    served = None
-    if only in (None, "served") and (only or not run.is_time_over):
-        served = _serve(run, plan)
-    if only in (None, "pass") and run.options.multipl_e is not None and not run.is_time_over:
+    parts = PARTS if run.options.only is None else (run.options.only,)
+    if "cells" in parts:
+        _train_cells(run, plan)
+    served = _serve(run, plan) if "served" in parts else None
+    if "pass" in parts and run.options.multipl_e is not None:
         from quality_pass import pass_rows
 
-        for row in pass_rows(
-            run.model("code"), _trained(run, plan), run.options.multipl_e, run.options.tasks, run.rows
-        ):
+        options = run.options
+        for row in pass_rows(run.model("code"), _trained(run, plan), options.multipl_e, options.tasks, run.rows):
             run.add(row)
-    rows, result = summarise(cells, run.rows, served, quick=run.options.quick)
-    for row in rows:
-        print(row)
-    if not run.options.quick and only is None:
+    cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
+    comparisons, result = summarise(cells, run.rows, served, quick=run.options.quick)
+    for row in comparisons:
+        print(json.dumps(row))
+    if not run.options.quick and run.options.only is None:
         from quality_plots import plot
 
-        run.add({"kind": "summary", **result, "comparisons": rows})
+        run.add({"kind": "comparisons", "comparisons": comparisons})
+        run.add(result)
         plot(cells, RESULTS)
     finish(result)
+
+
+def _train_cells(run: Run, plan: list[Cell]) -> None:
+    left = [cell for cell in plan if find_cell(run.rows, cell, run.setup(cell)) is None]
+    _estimate(run, left)
+    for cell in left:
+        if time.monotonic() > run.stop_at:
+            progress("the time is over; the same command goes on from here")
+            return
+        _do(run, cell)
 
 
 def _do(run: Run, cell: Cell) -> None:
@@ -164,11 +168,11 @@ def _do(run: Run, cell: Cell) -> None:
     base, split = MODULES[cell.task].prepare(model, data, size)
     if rate is not None:
         request = _request(run, cell, rate)
-        trained = time.monotonic()
+        is_resumed, trained = training_directory(request.out).exists(), time.monotonic()
         measured = train_one(request, base, split, rate)
         row |= {
             "rate": rate,
-            "train_s": round(time.monotonic() - trained, 1),
+            "train_s": None if is_resumed else round(time.monotonic() - trained, 1),
             "train_tokens": size.steps * size.batch * size.length if cell.task == "code" else None,
             "train_clips": size.steps * size.batch if cell.task == "speech" else None,
             "parameters": sum(p.numel() for p in base.parameters() if p.requires_grad),
@@ -239,9 +243,8 @@ def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
 QUICK_FACTORS = {"flora": 2.0, "lora": 4.0, "ia3": 2.0}
 
 
-def _estimate(run: Run, plan: list[Cell]) -> None:
+def _estimate(run: Run, left: list[Cell]) -> None:
     """Say how long what is left will take, from the cells measured so far or one step timed now."""
-    left = [cell for cell in plan if find_cell(run.rows, cell, run.setup(cell)) is None]
     total = 0.0
     for task in MODULES:
         mine = [cell for cell in left if cell.task == task and cell.method != "base"]
@@ -250,7 +253,7 @@ def _estimate(run: Run, plan: list[Cell]) -> None:
         known = [
             row["cell_s"]
             for row in run.rows
-            if (row["kind"], row.get("task")) in (("cell", task), ("timing", task)) and row.get("method") != "base"
+            if (row.get("kind"), row.get("task")) in (("cell", task), ("timing", task)) and row.get("method") != "base"
         ]
         seconds = statistics.median(known) if known else _cell_seconds(run, mine[0])
         total += len(mine) * seconds
