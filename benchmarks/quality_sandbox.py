@@ -5,9 +5,10 @@ no network where the kernel lets an ordinary user make a namespace. That stops a
 benchmark where nothing is worth attacking.
 """
 
+import contextlib
 import os
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-TIME_S, MEMORY_BYTES, FILE_BYTES = 15, 4 << 30, 64 << 20
+TIME_S = 15
+LIMITS = ("prlimit", f"--cpu={TIME_S}", f"--as={4 << 30}", f"--fsize={64 << 20}", "--core=0", "--")
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,13 @@ def _passes(command: tuple[str, ...], folder: Path) -> bool:
     assert tool is not None, f"{command[0]} is not installed"
     home = {"HOME": str(folder), "TMPDIR": str(folder), "GOCACHE": str(folder / ".cache")}
     process = subprocess.Popen(
-        [*_without_network(), tool, *command[1:]],
+        [*LIMITS, *_without_network(), tool, *command[1:]],
         cwd=folder,
         env={"PATH": os.defpath + os.pathsep + str(Path(tool).parent), "LANG": "C.UTF-8", **home},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_limit,
     )
     try:
         return process.wait(timeout=TIME_S) == 0
@@ -84,19 +85,9 @@ def _passes(command: tuple[str, ...], folder: Path) -> bool:
 
 def _end(process: subprocess.Popen) -> None:
     """Whatever the program started goes with it."""
-    import contextlib
-    import signal
-
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (TIME_S, TIME_S))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 @cache
