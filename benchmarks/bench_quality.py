@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ class Run:
         size = self.sizes[cell.task]
         return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPES[cell.task], self.data(cell))
 
-    def out(self, cell: Cell) -> Path:
-        return self.adapters / setup_hash(self.setup(cell)) / cell.name
+    def out(self, cell: Cell, rate: float) -> Path:
+        return self.adapters / setup_hash(self.setup(cell)) / f"{cell.name}-{rate:g}"
 
     def add(self, row: dict) -> None:
         row = {**environment(), "benchmark": "quality", "threads": torch.get_num_threads(), **row}
@@ -185,12 +186,12 @@ def _do(run: Run, cell: Cell) -> None:
     progress(f"{cell.name:28} {measure} {row[measure]:.4f} ({time.monotonic() - began:.0f} s)")
 
 
-def _request(run: Run, cell: Cell, rate: float | None) -> Request:
+def _request(run: Run, cell: Cell, rate: float) -> Request:
     size = run.sizes[cell.task]
     return Request(
         base=str(run.model(cell.task)),
         data=run.data(cell) / "train.jsonl",
-        out=run.out(cell),
+        out=run.out(cell, rate),
         method=cell.method,
         rank=cell.rank,
         targets=MODULES[cell.task].TARGETS,
@@ -204,22 +205,27 @@ def _request(run: Run, cell: Cell, rate: float | None) -> Request:
 
 
 def _rate(run: Run, cell: Cell) -> float:
-    """The rate with the lowest dev loss for this task, method and rank, found by a short climb if it isn't known.
+    """The rate with the lowest dev loss for this task, method and rank; searched for if it isn't known.
 
-    Every method climbs alike: from its default rate up by doubling until a rate is worse, or, where the first doubling
-    is worse already, down by halving. Every rate tried is a row.
+    Every method is searched alike: its default rate, 4 and 16 times that, further by 4 while the best is at an end,
+    then twice and half the best. (A climb by doubling stops in the noise where a rate is too low to move anything.)
+    Every rate tried is a row.
     """
-    chosen = sweep_cell(cell)
-    default = METHODS[cell.method].rate
+    chosen, default = sweep_cell(cell), METHODS[cell.method].rate
     if run.options.quick:
         return default * QUICK_FACTORS[cell.method]
-    losses = {factor: _dev_loss(run, chosen, default * factor) for factor in (1.0, 2.0)}
-    step = 2.0 if losses[2.0] < losses[1.0] else 0.5
-    best = max(1.0, step)
-    while (loss := _dev_loss(run, chosen, default * best * step)) < losses[best]:
-        best *= step
-        losses[best] = loss
-    return default * best
+    losses: dict[float, float] = {}
+
+    def best_of(factors: Sequence[float]) -> float:
+        for factor in factors:
+            if factor not in losses:
+                losses[factor] = _dev_loss(run, chosen, default * factor)
+        return min(losses, key=losses.__getitem__)
+
+    best = best_of((1.0, 4.0, 16.0))
+    while best in (min(losses), max(losses)):
+        best = best_of((best * 4 if best == max(losses) else best / 4,))
+    return default * best_of((best * 2, best / 2))
 
 
 def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
@@ -269,7 +275,7 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
 
     size = run.sizes[cell.task]
     base, split = MODULES[cell.task].prepare(run.model(cell.task), run.data(cell), size)
-    adapted = attach(_request(run, cell, None), base)
+    adapted = attach(_request(run, cell, METHODS[cell.method].rate), base)
     batch = as_batch(split.train[list(range(size.batch))], next(adapted.parameters()).device)
     backward(adapted, [batch])  # the first one sets up
     began = time.monotonic()
@@ -281,12 +287,13 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
 
 def _trained(run: Run, plan: list[Cell]) -> dict[Cell, Path]:
     """The code adapters of rank 1 and seed 0 that are there."""
-    return {
-        cell: run.out(cell)
-        for cell in plan
-        if cell.task == "code" and cell.method != "base" and (cell.rank, cell.seed) == (1, 0)
-        if find_cell(run.rows, cell, run.setup(cell)) is not None and run.out(cell).exists()
-    }
+    trained = {}
+    for cell in plan:
+        if cell.task == "code" and cell.method != "base" and (cell.rank, cell.seed) == (1, 0):
+            row = find_cell(run.rows, cell, run.setup(cell))
+            if row is not None and (out := run.out(cell, row["rate"])).exists():
+                trained[cell] = out
+    return trained
 
 
 def _serve(run: Run, plan: list[Cell]) -> dict | None:
