@@ -213,7 +213,7 @@ def _rate(run: Run, cell: Cell) -> float:
     """
     chosen, default = sweep_cell(cell), METHODS[cell.method].rate
     if run.options.quick:
-        return default * QUICK_FACTORS[cell.method]
+        return default * QUICK_FACTORS[cell.task][cell.method]
     losses: dict[float, float] = {}
 
     def best_of(factors: Sequence[float]) -> float:
@@ -245,8 +245,12 @@ def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
     return math.inf if row["dev_loss"] is None else row["dev_loss"]
 
 
-# A quick run takes the full run's rates, as multiples of each method's default.
-QUICK_FACTORS = {"flora": 2.0, "lora": 4.0, "ia3": 2.0}
+# A quick run doesn't search. Multiples of each method's default rate: code's are what the full run's search found,
+# speech's are guesses until the full run has searched for them.
+QUICK_FACTORS = {
+    "code": {"flora": 2.0, "lora": 128.0, "ia3": 4.0},
+    "speech": {"flora": 1.0, "lora": 8.0, "ia3": 1.0},
+}
 
 
 def _estimate(run: Run, left: list[Cell]) -> None:
