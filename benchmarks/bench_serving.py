@@ -25,7 +25,7 @@ from pathlib import Path
 
 from harness import RESULTS, append_rows, environment, finish, progress, summary
 from serving_adapters import make_pool
-from serving_bound import predicted_ratio
+from serving_bound import predicted_ratios
 from serving_load import at_rate, make_requests, percentile, read_lengths, saturate
 from tqdm import tqdm
 
@@ -202,12 +202,8 @@ def _ratio(setup: Setup, name: str, against: str) -> float:
 
 
 def _summary(setup: Setup) -> dict:
-    bounds = {
-        rank: predicted_ratio(
-            setup.model, rank, POOL, CONCURRENCY, 1 / statistics.median(setup.rates["base_only"]), setup.lengths
-        )
-        for rank in setup.options.ranks
-    }
+    token_s = 1 / statistics.median(setup.rates["base_only"])
+    bounds = predicted_ratios(setup.model, setup.options.ranks, POOL, CONCURRENCY, token_s, setup.lengths)
     return {
         "benchmark": "serving",
         "quick": setup.options.quick,

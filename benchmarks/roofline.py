@@ -9,12 +9,12 @@ r (I + O) / (I O) of a row for each token. Measured: geometric means over the la
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench_ops import MIXES, RANKS
 from harness import RESULTS, geometric_mean
+from serving_bound import step_rows
 
 PAGE = Path(__file__).with_name("README.md")
 MARKS = "<!-- tables: python benchmarks/roofline.py -->", "<!-- end of tables -->"
@@ -26,18 +26,11 @@ GPU_WIDTH = 4096
 GPU_TILE_ROWS, GPU_MODULATION_ROWS = 256, 16
 
 
-def flora_rows(mix: Iterable[int], rank: int, modulation: Callable[[int, int], float]) -> float:
-    """Rows of a step; `modulation(tokens, rank)` is what modulating a segment costs beside its tokens."""
-    if rank == 1:
-        return sum(mix)
-    return sum(min(m * rank, m + modulation(m, rank)) for m in mix)
-
-
 def flora_ratio(
-    mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, modulation: Callable[[int, int], float]
+    mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, modulation: Callable[[int], float]
 ) -> float:
-    """Time of a step with FLoRA over the same step without adapters."""
-    return _ratio(mix, rank, shape, ridge, flora_rows(mix, rank, modulation))
+    """Time of a step with FLoRA over the same step without adapters; `modulation` as in `step_rows`."""
+    return _ratio(mix, rank, shape, ridge, step_rows(mix, rank, modulation))
 
 
 def lora_ratio(mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float) -> float:
@@ -67,7 +60,7 @@ def ops_table() -> list[str]:
         measured = {kind: _rows_of(rows, name, kind, rank) for kind in ("flora", "lora")}
         shapes = [((row["in"], row["out"]), row["rule"]) for row in measured["flora"]]
         flora = geometric_mean(
-            flora_ratio(mix, rank, shape, RIDGES["CPU"], lambda _, r, rule=rule: rule["constant"] + rule["slope"] * r)
+            flora_ratio(mix, rank, shape, RIDGES["CPU"], lambda _, c=rule["constant"] + rule["slope"] * rank: c)
             for shape, rule in shapes
         )
         lora = geometric_mean(lora_ratio(mix, rank, shape, RIDGES["CPU"]) for shape, _ in shapes)
@@ -97,7 +90,7 @@ def gpu_table() -> list[str]:
     ]
     shape = (GPU_WIDTH, GPU_WIDTH)
 
-    def modulation(tokens: int, _rank: int) -> float:
+    def modulation(tokens: int) -> float:
         return GPU_MODULATION_ROWS * math.ceil(tokens / GPU_TILE_ROWS)
 
     for (name, mix), rank in ((item, rank) for item in mixes.items() for rank in RANKS):
@@ -120,7 +113,7 @@ def main() -> None:
     page = PAGE.read_text()
     start, end = (page.index(mark) for mark in MARKS)
     PAGE.write_text(page[: start + len(MARKS[0])] + "\n\n" + text + "\n\n" + page[end:])
-    print(re.sub(r"\n{3,}", "\n\n", text))
+    print(text)
 
 
 if __name__ == "__main__":

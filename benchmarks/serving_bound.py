@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ from flora_vllm.ops.table import calibrated_rule, make_linear
 DRAWS = 200
 
 
-def predicted_ratio(
-    model: Path, rank: int, pool: int, concurrency: int, token_s: float, lengths: Sequence[tuple[int, int]]
-) -> float:
-    """Throughput of FLoRA traffic over base-only traffic by the rows model.
+def predicted_ratios(
+    model: Path, ranks: Sequence[int], pool: int, concurrency: int, token_s: float, lengths: Sequence[tuple[int, int]]
+) -> dict[int, float]:
+    """Rank -> throughput of FLoRA traffic over base-only traffic by the rows model, all from one measurement.
 
     `token_s`: seconds per output token of base-only traffic. `lengths`: (prompt, output) tokens of the requests.
     """
@@ -40,23 +40,38 @@ def predicted_ratio(
         calibrated_rule("auto", shape[1], shape[0], torch.bfloat16, torch.device("cpu")) for shape in shapes.elements()
     ]
     linear_s = _measure(shapes, concurrency)
+    return {rank: _ratio(rank, rules, linear_s, pool, concurrency, token_s, lengths) for rank in ranks}
+
+
+def _ratio(
+    rank: int,
+    rules: Sequence[DispatchRule],
+    linear_s: Callable[[float], float],
+    pool: int,
+    concurrency: int,
+    token_s: float,
+    lengths: Sequence[tuple[int, int]],
+) -> float:
+    def rows(segments: Iterable[int], rule: DispatchRule) -> float:
+        return step_rows(segments, rank, lambda _: rule.constant + rule.slope * rank)
+
     weights = [(i + 1) ** -ZIPF_EXPONENT for i in range(pool)]
     rng = random.Random(0)
     decode_s = []
     for _ in range(DRAWS):
         segments = Counter(rng.choices(range(pool), weights, k=concurrency)).values()
-        rows = statistics.mean(_rows(list(segments), rank, rule) for rule in rules)
-        decode_s.append(linear_s(rows) - linear_s(concurrency))
+        decode_s.append(linear_s(statistics.mean(rows(segments, rule) for rule in rules)) - linear_s(concurrency))
     prompts = [prompt for prompt, _ in lengths]
-    more_rows = statistics.mean(_rows([p], rank, rule) - p for p in prompts for rule in set(rules))
+    more_rows = statistics.mean(rows([p], rule) - p for p in prompts for rule in set(rules))
     # A prefill joins a step that is already bound by arithmetic: each further row costs what it costs there.
     prefill_s = more_rows * (linear_s(256) - linear_s(128)) / 128
     output_tokens = statistics.mean(output for _, output in lengths)
     return token_s / (token_s + statistics.mean(decode_s) / concurrency + prefill_s / output_tokens)
 
 
-def _rows(segments: list[int], rank: int, rule: DispatchRule) -> float:
-    return sum(min(m * rank, m + rule.constant + rule.slope * rank) for m in segments)
+def step_rows(segments: Iterable[int], rank: int, modulation: Callable[[int], float]) -> float:
+    """Rows of a step with segments of so many tokens; modulating one of m tokens costs `modulation(m)` rows more."""
+    return sum(min(m * rank, m + modulation(m)) for m in segments)
 
 
 def _packed(shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
