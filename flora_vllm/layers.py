@@ -65,10 +65,11 @@ class AdaptedLinear:
         # Once a layer and step: a small model on a CPU feels each microsecond here.
         is_flat = x.ndim == 2
         x_TI = x if is_flat else x.reshape(-1, x.shape[-1])
-        graphs = self._step.captured_form(x_TI.shape[0])
+        tokens = x_TI.shape[0]
+        graphs = self._step.captured_form(tokens)
         if graphs is not None:
             return self._captured_form(x_TI, bias, graphs).view(*x.shape[:-1], self.out_features)
-        segments = self._step.segments_for(x_TI.shape[0])
+        segments = self._step.segments_for(tokens)
         y_TO = self._kernel.forward(x_TI, bias, segments)
         if segments is not None and self._hidden_bias is not None:
             for slot, rows in segments:

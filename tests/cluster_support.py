@@ -1,5 +1,6 @@
 """What the tests of the cluster's parts share: an adapter directory and the smallest configuration."""
 
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +17,11 @@ def write_adapter(
 
 def minimal(**model: Any) -> dict[str, Any]:
     return {"models": [{"name": "base", "source": "/models/base", **model}]}
+
+
+async def play(script: Sequence[Any]) -> AsyncIterator[Any]:
+    """One attempt at an answer: the chunks of `script`; an exception among them is raised."""
+    for item in script:
+        if isinstance(item, Exception):
+            raise item
+        yield item

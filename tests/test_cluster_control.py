@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from cluster_support import minimal, write_adapter
+from cluster_support import minimal, play, write_adapter
 
 from flora_vllm.cluster import routing, scaling
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
@@ -27,15 +27,7 @@ def collect(*scripts, retry_s=5.0):
     attempts = list(scripts)
 
     async def attempt():
-        script = attempts.pop(0)
-
-        async def chunks():
-            for item in script:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-
-        return chunks()
+        return play(attempts.pop(0))
 
     async def run():
         return [c async for c in guarded(attempt, retry_s, first_pause_s=0.01)]

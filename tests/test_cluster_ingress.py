@@ -8,7 +8,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from cluster_support import write_adapter
+from cluster_support import play, write_adapter
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, to_data
 from flora_vllm.cluster.controller import PlacementController
@@ -100,15 +100,7 @@ def ask(directory, *scripts, model="poems", before=None):
         targets.append(target)
         if before is not None:
             before(len(targets))
-        script = left.pop(0)
-
-        async def chunks():
-            for item in script:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-
-        return chunks()
+        return play(left.pop(0))
 
     async def run():
         def refusal(chunk):

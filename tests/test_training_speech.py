@@ -12,13 +12,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import WHISPER_CHUNK_S, tiny_whisper
-from training_support import tiny_llama, tiny_tokenizer
+from training_support import interrupted_at_step, tiny_llama, tiny_tokenizer
 from transformers import WhisperForConditionalGeneration
 
 from flora_vllm import train_command
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
-from flora_vllm.training import loop
 from flora_vllm.training.audio import SAMPLE_RATE, load_audio
 from flora_vllm.training.data import IGNORED
 from flora_vllm.training.loop import cross_entropy, held_out_loss
@@ -94,19 +93,11 @@ def test_trains_every_fully_connected_layer_and_peft_loads_it(method, whisper, t
     assert held_out_loss(loaded, split.held_out, 3) == pytest.approx(rows[-1]["held_out_adapter"], abs=1e-5)
 
 
-def test_interrupted_run_goes_on_to_the_same_end(whisper, tmp_path, monkeypatch):
+def test_interrupted_run_goes_on_to_the_same_end(whisper, tmp_path):
     manifest, options = write_manifest(tmp_path), ["--steps", "6", "--rank", "2"]
     assert command(whisper, manifest, tmp_path / "whole", *options) == 0
-    step = loop._step
-
-    def interrupted(model, runs, mixed):
-        if runs[0].step == 3:
-            raise KeyboardInterrupt
-        return step(model, runs, mixed)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
-    assert command(whisper, manifest, tmp_path / "parts", *options) == 130
-    monkeypatch.setattr(loop, "_step", step)
+    with interrupted_at_step(3):
+        assert command(whisper, manifest, tmp_path / "parts", *options) == 130
     assert command(whisper, manifest, tmp_path / "parts", *options) == 0
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

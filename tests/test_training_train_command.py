@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_support import WORDS, sentences, tiny_llama, tiny_tokenizer
+from training_support import WORDS, interrupted_at_step, sentences, tiny_llama, tiny_tokenizer
 
 from flora_vllm import train_command
 from flora_vllm.errors import ConfigError
@@ -55,20 +55,12 @@ def test_trains_and_leaves_what_the_server_reads(method, base, data, tmp_path, c
     assert rows[-1]["held_out_adapter"] < rows[-1]["held_out_base"]
 
 
-def test_interrupted_run_goes_on_to_the_same_end(base, data, tmp_path, monkeypatch):
+def test_interrupted_run_goes_on_to_the_same_end(base, data, tmp_path):
     options = ["--steps", "6", "--rank", "2"]
     assert command(base, data, tmp_path / "whole", *options) == 0
-    step = loop._step
-
-    def interrupted(model, runs, mixed):
-        if runs[0].step == 3:
-            raise KeyboardInterrupt
-        return step(model, runs, mixed)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
-    assert command(base, data, tmp_path / "parts", *options) == 130
+    with interrupted_at_step(3):
+        assert command(base, data, tmp_path / "parts", *options) == 130
     assert not (tmp_path / "parts").exists()
-    monkeypatch.setattr(loop, "_step", step)
     assert command(base, data, tmp_path / "parts", *options) == 0
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

@@ -1,9 +1,16 @@
 """Tiny random models for the training tests: the real classes, two layers, float32, made in milliseconds."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from flora_vllm.training import loop
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "in", "mat", "hat", "big", "small", "red", "blue", "far"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -76,3 +83,17 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randint(0, 2, (count,), generator=generator).tolist()
     return [("the big cat sat on the red mat", "the small dog ran in the blue hat")[kind] for kind in kinds]
+
+
+@contextlib.contextmanager
+def interrupted_at_step(number: int) -> Iterator[None]:
+    """Ctrl-C as training comes to this step."""
+    step = loop._step
+
+    def interrupted(model: Any, runs: Any, mixed: Any) -> Any:
+        if runs[0].step == number:
+            raise KeyboardInterrupt
+        return step(model, runs, mixed)
+
+    with mock.patch.object(loop, "_step", interrupted):
+        yield
