@@ -7,6 +7,7 @@ A graph may hold the op in its captured form, which reads the step from `GraphSt
 before each replay, and a replay counts only if the graph is known to hold the op.
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -50,6 +51,15 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+class StepWords(ctypes.Structure):
+    """What compiled code reads of a `Step` (StepWords of ops/csrc/torch_op.cpp), and `served`, which it sets.
+
+    known: 0 if a layer must not run. segments: address of `Segments.packed`, of `tokens` rows; 0: no adapter.
+    """
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("known", "served", "tokens", "segments"))
+
+
 class Step:
     """The tokens of the step that runs now, grouped by slot. `segments` is None if no token uses an adapter.
 
@@ -59,14 +69,23 @@ class Step:
     """
 
     def __init__(self, *, may_pad: bool = True) -> None:
-        self.segments: Segments | None = None
+        self.words = StepWords(known=1, served=1)
+        self._segments: Segments | None = None
         self._may_pad = may_pad
-        self._known = True
         self.graphs: GraphSteps | None = None
-        self._served = True
         self._padded: dict[int, Segments] = {}
         self._rehearsed_tokens: int | None = None
         self._written_tokens: int | None = None
+
+    @property
+    def segments(self) -> Segments | None:
+        return self._segments
+
+    @segments.setter
+    def segments(self, segments: Segments | None) -> None:
+        self._segments = segments
+        self.words.segments = 0 if segments is None else segments.packed.data_ptr()
+        self.words.tokens = 0 if segments is None else segments.tokens
 
     def set_mapping(self, adapter_of_token: Sequence[int], slot_of_adapter: Mapping[int, int]) -> None:
         """Token t uses adapter id `adapter_of_token[t]` (0 or less: none), which sits in `slot_of_adapter[id]`.
@@ -76,7 +95,7 @@ class Step:
         ids_T = torch.as_tensor(adapter_of_token, dtype=torch.int64)
         used = [int(i) for i in torch.unique(ids_T).tolist() if i > 0]
         self._forget()
-        self._known = True
+        self.words.known = 1
         if not used:
             return
         slot_T = torch.zeros_like(ids_T)
@@ -96,7 +115,7 @@ class Step:
 
     def clear(self) -> None:
         self._forget()
-        self._known = self._served = True
+        self.words.known = self.words.served = 1
 
     def _forget(self) -> None:
         self.segments = None
@@ -107,11 +126,11 @@ class Step:
         """A step begins that may set no mapping of these rows. Until it does they are base rows if nothing in the
         step uses an adapter (`is_base`), and otherwise a layer that is called with them raises."""
         self.clear()
-        self._known = is_base
+        self.words.known = is_base
 
     def begin(self) -> None:
         """A model run starts under the present mapping."""
-        self._served = self.segments is None
+        self.words.served = self.segments is None
         self._written_tokens = None
 
     def captured_form(self, tokens: int) -> GraphSteps | None:
@@ -130,17 +149,17 @@ class Step:
         segments = self._padded_to(tokens) if is_this_steps else None
         self.graphs.write(_base_rows(tokens) if segments is None else segments)
         self._written_tokens = tokens
-        self._served = self._served or is_this_steps
+        self.words.served = self.words.served or is_this_steps
 
     def segments_for(self, tokens: int) -> Segments | None:
         """The segments for a layer called with `tokens` rows; rows beyond the mapping are padding without adapter."""
-        if not self._known:
+        if not self.words.known:
             raise StepError(
                 f"an adapted layer was called with {tokens} rows of which this step never said whose they are; "
                 "adapters cannot follow. Please report this with the model's name"
             )
-        self._served = True
-        segments = self.segments
+        self.words.served = 1
+        segments = self._segments
         if segments is None or segments.tokens == tokens:
             return segments
         if segments.tokens > tokens or not self._may_pad:
@@ -160,7 +179,7 @@ class Step:
 
     def verify(self) -> None:
         """Raises StepError if adapter tokens ran past the op (a replayed graph, a bypassed layer)."""
-        if not self._served:
+        if not self.words.served:
             raise StepError(
                 "a step with adapter tokens ran without reaching the adapter op, so its output is the base model's; "
                 "it was discarded. Please report this with the model's name and vLLM's start-up log"

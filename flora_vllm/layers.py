@@ -2,6 +2,7 @@
 
 `flora::linear` takes the layer's identity as a tensor handle, never as a Python number: tracers freeze numbers, so a
 number would tie a compiled graph to one layer and to the moment it was traced. What a step needs is read inside the op.
+Calls of layers on the native op are taken in C++ (ops/csrc/torch_op.cpp), which hands what is not plain back to here.
 """
 
 import itertools
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from flora_vllm.batch import GraphSteps, Step
+from flora_vllm.ops.native import NativeLinear
 from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.ops.triton_linear import TritonLinear
@@ -32,6 +34,8 @@ class AdaptedLinear:
         self._hidden_bias = hidden_bias
         self._bias_gain: dict[int, torch.Tensor] = {}  # slot -> (O,) gain - 1 where it scales the hidden bias
         self.handle = _register(self)
+        if isinstance(kernel, NativeLinear):
+            kernel.take_calls(self, int(self.handle), step.words, only_base=hidden_bias is not None)
 
     @property
     def kernel(self) -> LinearKernel:
@@ -105,8 +109,9 @@ def _linear_fake(x: torch.Tensor, _bias: torch.Tensor | None, _handle: torch.Ten
 
 
 def _define_op() -> Callable[..., torch.Tensor]:
-    _library.define("linear(Tensor x, Tensor? bias, Tensor handle, int out_features) -> Tensor")
-    _library.impl("linear", _linear, "CompositeExplicitAutograd")
+    for name in ("linear", "linear_in_python"):
+        _library.define(f"{name}(Tensor x, Tensor? bias, Tensor handle, int out_features) -> Tensor")
+        _library.impl(name, _linear, "CompositeExplicitAutograd")
     torch.library.register_fake("flora::linear", _linear_fake, lib=_library)
     return torch.ops.flora.linear
 

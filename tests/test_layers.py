@@ -1,12 +1,17 @@
 """The adapted linear behind one opaque op: identity by handle, hidden biases, torch.compile."""
 
+import logging
+import sys
+
 import pytest
 import torch
 
 from flora_vllm.batch import Step
 from flora_vllm.errors import StepError
 from flora_vllm.layers import AdaptedLinear
+from flora_vllm.ops import native_build
 from flora_vllm.ops.dispatch import DispatchRule
+from flora_vllm.ops.native import NativeLinear
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms, group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear
@@ -17,11 +22,26 @@ IN = 7
 TOLERANCE = 2e-5
 
 
+@pytest.fixture(params=["torch", "native"], autouse=True)
+def op(request, monkeypatch):
+    """Every test runs on a layer whose calls Python takes, and on one whose calls are taken in C++."""
+    if request.param == "native" and native_build.why_unavailable():
+        pytest.skip(str(native_build.why_unavailable()))
+    monkeypatch.setattr(sys.modules[__name__], "OP", request.param)
+    return request.param
+
+
+OP = "torch"
+
+
 def _layer(seed: int = 0, *, hidden_bias: bool = False, step: Step | None = None):
     g = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(sum(SIZES), IN, generator=g)
     bias_O = torch.randn(sum(SIZES), generator=g)
-    kernel = TorchLinear(weight_OI, lambda x: torch.nn.functional.linear(x, weight_OI), SIZES, DispatchRule(), IN)
+    if OP == "native":
+        kernel = NativeLinear(weight_OI, SIZES, DispatchRule())
+    else:
+        kernel = TorchLinear(weight_OI, lambda x: torch.nn.functional.linear(x, weight_OI), SIZES, DispatchRule(), IN)
     step = Step() if step is None else step
     return AdaptedLinear(kernel, step, SIZES, bias_O if hidden_bias else None), weight_OI, bias_O, step
 
@@ -138,3 +158,44 @@ def test_a_layer_that_is_gone_is_not_served_by_another():
     del layer
     with pytest.raises(KeyError):
         torch.ops.flora.linear(_x(1, IN), None, handle, sum(SIZES))
+
+
+def test_only_plain_calls_of_a_native_layer_are_taken_in_cpp(op, monkeypatch):
+    layer, weight_OI, bias_O, step = _layer()
+    terms = _terms(1)
+    layer.write_slot(1, terms)
+    asked: list[torch.Size] = []
+    python = AdaptedLinear.forward
+    monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x, bias: asked.append(x.shape) or python(self, x, bias))
+    _call(layer, _x(3, IN), bias_O)
+    step.set_mapping([4, 0, 4], {4: 1})
+    step.begin()
+    plain = _call(layer, _x(3, IN), bias_O)
+    step.verify()
+    wanted = reference_linear(_x(3, IN), weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1, 0, 1]))
+    torch.testing.assert_close(plain.double(), wanted, atol=TOLERANCE, rtol=0)
+    assert len(asked) == (0 if op == "native" else 2)
+    asked.clear()
+    torch.testing.assert_close(_call(layer, _x(3, IN).T.contiguous().T, bias_O), plain)
+    torch.testing.assert_close(_call(layer, torch.cat([_x(3, IN)] * 2), bias_O)[:3], plain)
+    step.expire(is_base=False)
+    with pytest.raises(StepError, match="never said whose"):
+        _call(layer, _x(3, IN))
+    assert len(asked) == 3
+
+
+def test_without_torchs_headers_calls_go_through_python_and_it_is_said(op, tmp_path, monkeypatch, caplog):
+    broken = tmp_path / "torch_op.cpp"
+    broken.write_text("#include <no/such/header.h>")
+    monkeypatch.setattr(native_build, "_TORCH_OP", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_build.load_torch_op.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            layer, weight_OI, _, _ = _layer()
+            _layer()
+        torch.testing.assert_close(_call(layer, _x(3, IN)), _x(3, IN) @ weight_OI.T, atol=TOLERANCE, rtol=0)
+        assert "no/such/header.h" in caplog.text or op == "torch"
+        assert caplog.text.count("go through Python") == (op == "native")
+    finally:
+        native_build.load_torch_op.cache_clear()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from flora_vllm.ops.dispatch import PATHS, DispatchRule
-from flora_vllm.ops.native_build import build_name, load_library, why_unavailable
+from flora_vllm.ops.native_build import build_name, load_library, load_torch_op, why_unavailable
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
 
 __all__ = ["DTYPES", "NativeLinear", "build_name", "scratch_bound", "scratch_bytes", "why_unavailable"]
@@ -104,7 +104,7 @@ class NativeLinear:
         step = None
         if segments is not None:
             assert segments.starts[-1] == tokens, f"segments cover {segments.starts[-1]} of {tokens} tokens"
-            step = _step_address(segments)
+            step = segments.packed.data_ptr()
         bias = None
         if bias_O is not None:
             assert bias_O.dtype == self.dtype, f"bias is {bias_O.dtype}, W {self.dtype}"
@@ -112,6 +112,23 @@ class NativeLinear:
         if not self._forward(self._handle, x_TI.data_ptr(), row_stride, tokens, bias, y_TO.data_ptr(), step):
             raise MemoryError("no memory for the op's scratch")
         return y_TO
+
+    def take_calls(self, owner: object, number: int, step: ctypes.Structure, *, only_base: bool) -> None:
+        """torch's calls of `flora::linear` with handle `number` run this layer without Python while `owner` lives.
+
+        Where that cannot be built they go on through Python. step: the StepWords that `owner` keeps alive, as it does
+        this layer. only_base: calls in steps with adapters are Python's all the same.
+        """
+        library = load_torch_op()
+        if library is None:
+            return
+        connect, size, pointer = library.flora_connect, ctypes.c_int64, ctypes.c_void_p
+        connect.restype = None
+        connect.argtypes = (size, pointer, pointer, pointer, size, size, ctypes.c_int, ctypes.c_int)
+        forward, words = ctypes.cast(self._forward, pointer), ctypes.addressof(step)
+        is_bfloat16 = self.dtype == torch.bfloat16
+        connect(number, forward, self._handle, words, self.in_features, self.out_features, is_bfloat16, only_base)
+        weakref.finalize(owner, library.flora_disconnect, ctypes.c_int64(number))
 
     def _raw(self, terms: SliceTerms, size: int, kept: list[torch.Tensor]) -> _RawTerms:
         """Pointers to one slice's terms, checked; `kept` holds what they point to."""
@@ -155,19 +172,6 @@ def scratch_bytes(fill: int | None = None, arch: str = "native") -> int:
     if fill is not None:
         library.flora_scratch_fill(fill)
     return library.flora_scratch_bytes()
-
-
-# What the op reads of a step: {segments, slots..., starts..., tokens...}; made once, used by every layer.
-_steps: weakref.WeakKeyDictionary[Segments, tuple[torch.Tensor, int]] = weakref.WeakKeyDictionary()
-
-
-def _step_address(segments: Segments) -> int:
-    known = _steps.get(segments)
-    if known is None:
-        head = torch.tensor((len(segments.slots), *segments.slots, *segments.starts), dtype=torch.int64)
-        step = torch.cat([head, segments.rows_T])
-        known = _steps[segments] = (step, step.data_ptr())
-    return known[1]
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:

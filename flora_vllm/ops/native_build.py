@@ -3,6 +3,8 @@
 The library has a plain C interface, so no torch release is baked in. It is compiled for this CPU and kept in the
 user's cache under a name that covers sources, compiler and CPU. It is linked without an OpenMP runtime: its calls
 bind to the one torch has already loaded, so it shares torch's (and vLLM's) threads, their count and their cores.
+A second, small library takes torch's calls to the op without going through Python. It does need torch's headers, so
+its name covers the torch release too; where it cannot be built, Python takes the calls.
 
 Environment, all of this op's:
     FLORA_NATIVE  auto (default): use the op if it can be built, else torch, said once
@@ -22,13 +24,25 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.dispatch import cache_dir, cpu_name
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
+_TORCH_OP = SOURCES / "torch_op.cpp"
 _COMPILE = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-Wno-psabi")
+_TORCH = Path(torch.__path__[0])
+_COMPILE_TORCH = (
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-w",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    *(f"-I{_TORCH / folder}" for folder in ("include", "include/torch/csrc/api/include")),
+)
 
 
 def why_unavailable() -> str | None:
@@ -52,6 +66,21 @@ def load_library(arch: str = "native") -> ctypes.CDLL:
     return library
 
 
+@cache
+def load_torch_op() -> ctypes.CDLL | None:
+    """The library that takes torch's calls (csrc/torch_op.cpp), or None if it cannot be built; says so once."""
+    try:
+        compiler = _compiler()
+        parts = (_run(compiler, "--version"), torch.__version__, *_COMPILE_TORCH, _TORCH_OP.read_text())
+        folder = cache_dir() / "native" / _hash(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        libraries = (f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu")
+        return ctypes.CDLL(str(_built(compiler, (*_COMPILE_TORCH, str(_TORCH_OP)), folder, "torch_op.so", libraries)))
+    except (OSError, ConfigError) as error:
+        logger.warning("torch's calls to the native op go through Python, which is slower: %s", error)
+        return None
+
+
 def build_name() -> str:
     """Name of this machine's build; a change of sources, compiler or CPU changes it."""
     return f"native {_digest(_compiler(), 'native')}"
@@ -63,18 +92,19 @@ def _load(arch: str) -> tuple[ctypes.CDLL | None, str | None]:
         compiler = _compiler()
         folder = cache_dir() / "native" / _digest(compiler, arch)
         folder.mkdir(parents=True, exist_ok=True)
+        flags = (*_COMPILE, f"-march={arch}", str(SOURCES / "linear.cpp"))
         try:
-            return ctypes.CDLL(str(_built(compiler, arch, folder, "flora.so", ()))), None
+            return ctypes.CDLL(str(_built(compiler, flags, folder, "flora.so", ()))), None
         except OSError as error:
             if "GOMP" not in str(error) and "omp_" not in str(error):
                 raise
             logger.warning("no OpenMP runtime is loaded globally; the native op brings its own threads")
-            return ctypes.CDLL(str(_built(compiler, arch, folder, "flora-gomp.so", ("-lgomp",)))), None
+            return ctypes.CDLL(str(_built(compiler, flags, folder, "flora-gomp.so", ("-lgomp",)))), None
     except (OSError, ConfigError) as error:
         return None, str(error)
 
 
-def _built(compiler: str, arch: str, folder: Path, name: str, libraries: Sequence[str]) -> Path:
+def _built(compiler: str, flags: Sequence[str], folder: Path, name: str, libraries: Sequence[str]) -> Path:
     """The library's path; compiles it unless another process or an earlier run has."""
     target = folder / name
     if target.exists():
@@ -83,11 +113,11 @@ def _built(compiler: str, arch: str, folder: Path, name: str, libraries: Sequenc
     with _locked(folder / "lock"):
         if target.exists():
             return target
-        logger.info("compiling the native op with %s (once on this machine)", compiler)
+        logger.info("compiling %s of the native op with %s (once on this machine)", name, compiler)
         mine = folder / f"{os.getpid()}"
         parts = [Path(f"{mine}.o"), Path(f"{mine}.so")]
         try:
-            _run(compiler, *_COMPILE, f"-march={arch}", "-c", str(SOURCES / "linear.cpp"), "-o", str(parts[0]))
+            _run(compiler, *flags, "-c", "-o", str(parts[0]))
             _run(compiler, "-shared", str(parts[0]), "-o", str(parts[1]), *libraries)
             parts[1].replace(target)
         finally:
@@ -115,7 +145,11 @@ def _compiler() -> str:
 @cache
 def _digest(compiler: str, arch: str) -> str:
     parts = [_run(compiler, "--version"), cpu_name() if arch == "native" else arch, *_COMPILE]
-    parts += [file.name + file.read_text() for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp")]
+    files = [file for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp") and file != _TORCH_OP]
+    return _hash([*parts, *(file.name + file.read_text() for file in files)])
+
+
+def _hash(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

@@ -6,6 +6,7 @@ Plain tensors only; nothing here knows checkpoints or vLLM. Shape letters: T tok
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -66,6 +67,12 @@ class Segments:
     @property
     def tokens(self) -> int:
         return self.starts[-1]
+
+    @cached_property
+    def packed(self) -> torch.Tensor:
+        """All of it as compiled code reads it, int64: number of segments, slots, starts, rows."""
+        head = torch.tensor((len(self.slots), *self.slots, *self.starts), dtype=torch.int64)
+        return torch.cat([head, self.rows_T])
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         for i, slot in enumerate(self.slots):

@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
 #if defined(__linux__)
@@ -20,32 +21,54 @@ namespace flora {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+using Memory = std::shared_ptr<char>;
+
+constexpr size_t kPage = 2 << 20;  // a huge page
+
 // Zeroed memory on cache-line borders, on huge pages where it is large: a cold W is read at the memory's full speed.
+inline Memory allocate(size_t bytes) {
+  const size_t border = bytes >= 2 * kPage ? kPage : 64, whole = ceil_div(bytes, border) * border;
+  Memory memory(static_cast<char*>(std::aligned_alloc(border, whole)), std::free);
+  if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+  if (border == kPage) madvise(memory.get(), whole, MADV_HUGEPAGE);
+#endif
+  std::memset(memory.get(), 0, whole);
+  return memory;
+}
+
+// The same for what stays as long as the model does: those too small for huge pages follow each other in a chunk that
+// has them. A chunk goes with the last of them.
+inline Memory allocate_in_chunk(size_t bytes) {
+  constexpr size_t kChunk = 8 * kPage;
+  if (bytes > kChunk / 2) return allocate(bytes);
+  static std::mutex mutex;
+  static std::weak_ptr<char> latest;
+  static size_t used;
+  const std::lock_guard lock(mutex);
+  Memory chunk = latest.lock();
+  if (!chunk || used + bytes > kChunk) {
+    latest = chunk = allocate(kChunk);
+    used = 0;
+  }
+  char* memory = chunk.get() + used;
+  used += ceil_div(bytes, 64) * 64;
+  return {std::move(chunk), memory};
+}
+
 template <class V>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count) : count_(count) {
-    if (count == 0) return;
-    const size_t page = 2 << 20, bytes = size_t(count) * sizeof(V);
-    const size_t border = bytes >= 2 * page ? page : 64;
-    void* memory = std::aligned_alloc(border, ceil_div(bytes, border) * border);
-    if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
-    if (border == page) madvise(memory, ceil_div(bytes, page) * page, MADV_HUGEPAGE);
-#endif
-    std::memset(memory, 0, bytes);
-    memory_.reset(static_cast<V*>(memory));
+  explicit Buffer(int64_t count, Memory (*from)(size_t) = allocate) : count_(count) {
+    if (count) memory_ = from(size_t(count) * sizeof(V));
   }
-  V* data() const { return memory_.get(); }
+  V* data() const { return reinterpret_cast<V*>(memory_.get()); }
   int64_t bytes() const { return count_ * int64_t(sizeof(V)); }
   explicit operator bool() const { return count_ > 0; }
 
  private:
-  struct Free {
-    void operator()(V* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<V, Free> memory_;
+  Memory memory_;
   int64_t count_ = 0;
 };
 

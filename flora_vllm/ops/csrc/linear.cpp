@@ -131,7 +131,7 @@ void* flora_layer_new(int bfloat16, int64_t in_features, int64_t slices, const i
     layer->out_features += sizes[i];
     layer->panels += panels;
   }
-  layer->weight = flora::Buffer<flora::Lane>(layer->panels * layer->lanes * flora::kPanel);
+  layer->weight = flora::Buffer<flora::Lane>(layer->panels * layer->lanes * flora::kPanel, flora::allocate_in_chunk);
   return layer.release();
 } catch (const std::bad_alloc&) {
   return nullptr;
