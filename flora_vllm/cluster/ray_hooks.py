@@ -133,8 +133,8 @@ def replica_identity() -> tuple[str, str]:
     return serve.get_replica_context().replica_id.unique_id, ray.get_runtime_context().get_node_id()
 
 
-def serve_address() -> tuple[str, int]:
-    """Host and port of the Serve that runs on the connected Ray."""
+def serve_address() -> tuple[str | None, int]:
+    """Host and port of the Serve that runs on the connected Ray; no host if it takes no HTTP."""
     client = _get_global_client()
     assert client is not None, "Serve was started"
     return client.http_config.host, client.http_config.port
