@@ -190,7 +190,7 @@ def test_a_ray_of_our_own_beside_a_dead_clusters_address(dead_cluster, monkeypat
         seen = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         short = operate.lacks(parse(ClusterConfig, {"models": [{"name": "big", "source": "x", "tensor_parallel": 99}]}))
     finally:
-        operate.stop_all()
+        operate.stop_all("flora")
     assert app._bound_deployment.name == "FloraIngress"
     assert "no application 'nobody' runs on this Ray" in seen.stderr
     assert short is not None
