@@ -1,6 +1,7 @@
 """The agent of a replica: warm before it takes traffic, heard all the while, cold rather than never."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster_support import make_memory
@@ -13,7 +14,7 @@ from flora_vllm.cluster.messages import Orders, Report
 class Controller:
     """Answers reports by `orders(report)`; keeps the reports."""
 
-    orders: object
+    orders: Callable[[Report], Orders | Exception]
     reports: list[Report] = field(default_factory=list)
 
     async def sync(self, report):

@@ -291,6 +291,8 @@ def test_rank_class_and_faults():
     assert faults["fat"] == "no replica can hold it: its 101 bytes are more than adapter_bytes 100"
     assert "2 nodes can" in faults["many"]
     assert "no replica can hold it" in " ".join(planner.explain("huge").reasons)
+    planner.put_adapters([AdapterSpec("huge", rank=128)])
+    assert "no replica can hold it" in " ".join(planner.explain("huge").reasons)
 
 
 def test_adopts_what_is_in_memory_without_a_move():

@@ -260,10 +260,10 @@ def _reasons(planner: Planner, a: int, wanted: int) -> list[str]:
         out.append(f"limited by max_copies {p.high[a]}")
     for r, _ in sorted(p.holders.get(a, {}).items()):
         out.append(f"{p.replicas.name[r]} on {p.spec_of(r).node}: carries {p.share(a):.3g} of {p.busy[r]:.3g} there")
-    if count >= wanted:
-        return out
     rows = p.rows()
     able = [r for r in rows if p.spec_of(r).max_rank >= p.rank[a] and p.spec_of(r).nbytes >= p.nbytes[a]]
+    if count >= wanted and (able or not rows):
+        return out
     tenant = p.tenant[a]
     cap = planner._tenant_caps().get(tenant)
     if not able:
