@@ -1,8 +1,8 @@
 # Everything from a bare Python 3.11: `make demo`, `make test`, `make lint`, `make bench`, `make serve`.
 #   DEVICE=cpu|cuda   which vLLM to install (default: cuda where there is an NVIDIA GPU)
 #   FLORA_CACHE=DIR   where models are kept (default: .cache)
-#   PYTEST_ARGS=...   passed on by `make test`, for example PYTEST_ARGS='-m "not engine"'
-# `make test-cluster` runs the tests that start Ray and kill its nodes; `make test` runs all others.
+#   PYTEST_ARGS=...   what `make test` runs instead of everything, for example PYTEST_ARGS='-m "not engine"'
+# `make test` runs all tests, `make test-cluster` those that start Ray and kill its nodes.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 DEVICE ?= auto
@@ -23,8 +23,12 @@ model: setup
 demo: setup
 	@$(BIN)/flora-vllm demo
 
+# The cluster's tests come after all others and one at a time: they count on the machine's cores and memory.
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not cluster")
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not cluster") || failed=1; \
+	$(if $(PYTEST_ARGS),,$(BIN)/python -m pytest -m cluster || failed=1;) \
+	exit $$failed
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster

@@ -233,13 +233,14 @@ def _throughput(url: str, models: list[str], seconds: float, clients: int = 16, 
 def _homes(config: Any) -> set[str]:
     """Nodes that replicas report from; empty while there is no controller."""
     import ray
+    from ray.exceptions import RayError
 
     from flora_vllm.cluster.ray_hooks import controller_names, find_controller
 
     try:
         (deployment,) = controller_names(config.name)
         state: Any = ray.get(find_controller(config.name, deployment).status.remote(), timeout=30)
-    except (ValueError, ray.exceptions.RayError):
+    except (ValueError, RayError):
         return set()
     return {x["node"] for x in state["replicas"].values()}
 

@@ -1,8 +1,13 @@
-"""What the tests of the cluster's parts share: an adapter directory and the smallest configuration."""
+"""What the tests of the cluster's parts share: adapters, the smallest configuration, an engine that keeps a list."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from flora_vllm.cluster.memory import AdapterMemory
+from flora_vllm.cluster.store import Cache, Catalogue
+from flora_vllm.errors import AdapterError
 
 
 def write_adapter(
@@ -25,3 +30,34 @@ async def play(script: Sequence[Any]) -> AsyncIterator[Any]:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+class FakeEngine:
+    """Keeps the law: no double load, no unload of what is not there."""
+
+    def __init__(self):
+        self.held, self.log, self.gate = set(), [], asyncio.Event()
+        self.gate.set()
+        self.refuse = set()
+
+    async def load(self, entry, path):
+        await self.gate.wait()
+        if entry.name in self.refuse:
+            raise AdapterError(f"{entry.name} is faulty")
+        assert entry.id not in self.held
+        self.held.add(entry.id)
+        self.log.append(f"+{entry.name}")
+
+    async def unload(self, adapter_id):
+        await asyncio.sleep(0.005)
+        self.held.remove(adapter_id)
+        self.log.append(f"-{adapter_id.split('@')[0]}")
+
+
+def make_memory(tmp_path, names, slots, **options):
+    for name in names:
+        write_adapter(tmp_path / "src", name, name.encode() * 10)
+    entries = {e.name: e for e in Catalogue([str(tmp_path / "src")]).scan()[0]}
+    engine = FakeEngine()
+    memory = AdapterMemory(engine, Cache(tmp_path / "cache", 10**9), slots, lambda: None, **options)
+    return memory, engine, entries

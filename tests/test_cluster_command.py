@@ -1,6 +1,7 @@
 """Files that `flora-vllm cluster` writes, what it says of bad input, Ray's names, and a Ray that it starts itself."""
 
 import copy
+import logging
 import os
 import shutil
 import subprocess
@@ -177,21 +178,47 @@ def test_the_application_needs_a_connection(config):
     assert not ray.is_initialized()
 
 
+def test_up_waits_for_what_is_under_way_and_then_tells_the_faults(config, monkeypatch):
+    model = {"model": "tiny", "pending": ["r0 loads its adapters"], "faults": {}, "store_faults": {}}
+    ready = {**model, "pending": [], "faults": {"wide": "no replica can hold it"}}
+    states = iter([ClusterError("no controller"), {"models": {"a": model}}, {"models": {"a": model, "b": ready}}])
+
+    def status(_name):
+        state = next(states, {"models": {"a": {**ready, "model": "Smol.1"}, "b": ready}})
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    monkeypatch.setattr(operate, "status", status)
+    monkeypatch.setattr(operate.time, "sleep", lambda _: None)
+    found = operate.first_faults(config)
+    assert found == ["Smol.1: wide: no replica can hold it", "tiny: wide: no replica can hold it"]
+    monkeypatch.setattr(operate, "status", lambda _: {"models": {"b": ready}})
+    assert operate.first_faults(config, patience_s=0)[-1] == "Smol.1: no placement controller"
+
+
 def test_a_ray_of_our_own_beside_a_dead_clusters_address(dead_cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", dead_cluster)
     data = {"models": [{"name": "tiny", "source": str(tmp_path), "device": "cpu", "cpus": 0.5}]}
     try:
         assert operate.connect(None, parse(ClusterConfig, data))
         assert ray.cluster_resources()["CPU"] >= 1
+        # Messages of Ray's LLM stack and of vLLM inside it, which take the root logger when imported, are not shown.
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        logs = operate.log_to_file()
+        assert logs is not None
         app = build_from_data(data)
         # Another process of this user finds it and may talk to it.
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         command = [sys.executable, "-m", "flora_vllm.cli", "cluster", "status", "--name", "nobody"]
         seen = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        logging.getLogger("somebody").warning("for the file")
+        written = (logs / f"flora-up-{os.getpid()}.log").read_text()
         short = operate.lacks(parse(ClusterConfig, {"models": [{"name": "big", "source": "x", "tensor_parallel": 99}]}))
     finally:
-        operate.stop_all()
+        operate.stop_all("flora")
     assert app._bound_deployment.name == "FloraIngress"
     assert "no application 'nobody' runs on this Ray" in seen.stderr
+    assert "for the file" in written
     assert short is not None
     assert "99 GPUs are needed" in short

@@ -10,11 +10,11 @@ from cluster_support import minimal, play, write_adapter
 
 from flora_vllm.cluster import routing, scaling
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
-from flora_vllm.cluster.controller import PlacementController
+from flora_vllm.cluster.controller import BROKEN, PlacementController
 from flora_vllm.cluster.demand import Demand
 from flora_vllm.cluster.memory import NoRoomError
 from flora_vllm.cluster.messages import Report
-from flora_vllm.cluster.store import StaleVersionError, StoreError
+from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
 from flora_vllm.cluster.streams import LostError, guarded
 from flora_vllm.cluster.view import CatalogueView
 from flora_vllm.errors import ConfigError
@@ -329,6 +329,88 @@ def test_controller_reports_what_cannot_be_served(tmp_path):
         assert "good" not in faults
         with pytest.raises(ConfigError, match="not allowed"):
             await controller.explain("x:y")
+        with pytest.raises(ConfigError, match="base has no adapter 'nobody'; it has faulty, good, wide"):
+            await controller.explain("base:nobody")
+        assert (await controller.explain("base:good"))["adapter"].startswith("good@")
+
+    asyncio.run(run())
+
+
+def test_what_is_under_way_and_what_is_asked_for_in_vain(tmp_path):
+    write_adapter(tmp_path, "poems")
+    options = parse(ModelConfig, minimal(adapter_options={"poems": {"min_copies": 2}, "poem": {}})["models"][0])
+
+    async def run():
+        controller = make_controller(tmp_path, adapter_options=options.adapter_options, replicas=2)
+        await controller.sync(report("r0", is_warming=True))
+        pending = (await controller.status())["pending"]
+        assert "no plan yet" in pending
+        assert "1 of 2 replicas report" in pending
+        assert "r0 loads its adapters" in pending
+        orders = await settle(controller, "r0", "r1", what=lambda o: all(x.wanted for x in o.values()))
+        (entry,) = orders["r0"].wanted
+        await controller.sync(report("r0", [entry.id]))
+        await controller.sync(report("r1"))
+        status = await controller.status()
+        assert status["pending"] == [f"{entry.id} is not yet in memory on r1"]
+        assert status["faults"] == {"poem": "named in adapter_options, but no source has it"}
+        await controller.sync(report("r1", faults={entry.id: "no such layer"}))
+        assert (await controller.status())["pending"] == []
+
+    asyncio.run(run())
+
+
+def test_a_version_that_left_stays_retired_until_it_comes_back(tmp_path):
+    write_adapter(tmp_path, "poems", b"one")
+
+    async def run():
+        controller = make_controller(tmp_path)
+        await controller._scan()
+        (old,) = controller._by_id
+        write_adapter(tmp_path, "poems", b"second")
+        await controller._scan()
+        (new,) = controller._by_id
+        assert (await controller.sync(report("r0", [old, new], retired=()))).stale == (old,)
+        # No longer in memory: still refused, or an ingress that lags would have it loaded from the node's cache.
+        assert (await controller.sync(report("r0", [new], retired=(old,)))).stale == (old,)
+        controller._put(Entry("poems", old.partition("@")[2], "uri", 1, 4))
+        assert (await controller.sync(report("r0", retired=(old,)))).stale == ()
+
+    asyncio.run(run())
+
+
+def test_a_controller_whose_loop_broke_ends(tmp_path, monkeypatch):
+    """It would answer for ever and plan no more; Serve replaces one that ended."""
+    codes = []
+    monkeypatch.setattr("flora_vllm.cluster.controller.os._exit", codes.append)
+
+    async def run():
+        controller = make_controller(tmp_path)
+
+        def break_down():
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(controller, "_expire", break_down)
+        await controller.sync(report("r0"))
+
+        async def has_ended():
+            return codes == [BROKEN]
+
+        await until(has_ended)
+
+    asyncio.run(run())
+
+
+def test_a_view_that_was_never_told_anything_does_not_say_that_a_name_is_unknown():
+    class Gone:
+        async def news(self, *_):
+            raise ConnectionError("gone")
+
+        rescan = news
+
+    async def run():
+        with pytest.raises(LostError, match="no placement controller"):
+            await CatalogueView(Gone(), refresh_s=60.0).get("poems")
 
     asyncio.run(run())
 

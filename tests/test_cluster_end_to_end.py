@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -23,6 +24,7 @@ with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
     warnings.simplefilter("ignore")
     import ray
+    from ray.exceptions import RayError
 
     from flora_vllm.cluster.ray_hooks import controller_names, find_controller
 
@@ -90,16 +92,17 @@ def client(fleet):
     return Client(URL)
 
 
-def status():
+def status() -> dict[str, Any]:
     (deployment,) = controller_names(APP)
-    return ray.get(find_controller(APP, deployment).status.remote(), timeout=20)
+    state: Any = ray.get(find_controller(APP, deployment).status.remote(), timeout=20)
+    return state
 
 
 def reports():
     """What replicas report, by replica; nothing while there is no controller."""
     try:
         return status()["replicas"]
-    except (ValueError, ray.exceptions.RayError):
+    except (ValueError, RayError):
         return {}
 
 

@@ -13,6 +13,7 @@ import time
 import urllib.request
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
     from cluster_standin import STAND_IN, EngineSize, make_adapters, stand_in_app
+    from ray.exceptions import RayError
 
     from flora_vllm.cluster.ray_hooks import find_controller
 
@@ -70,8 +72,9 @@ def fleet(folder):
         yield made
 
 
-def status(app="flora"):
-    return ray.get(find_controller(app, STAND_IN).status.remote(), timeout=20)
+def status(app="flora") -> dict[str, Any]:
+    state: Any = ray.get(find_controller(app, STAND_IN).status.remote(), timeout=20)
+    return state
 
 
 def eventually(what):
@@ -80,7 +83,7 @@ def eventually(what):
     def holds():
         try:
             return what()
-        except (ValueError, ray.exceptions.RayError):
+        except (ValueError, RayError):
             return False
 
     return fleets.wait_for(holds, PATIENCE_S)

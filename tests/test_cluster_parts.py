@@ -1,17 +1,17 @@
-"""The parts of the cluster that need no Ray: configuration, store and memory."""
+"""The parts of the cluster that need no Ray: configuration, store and cache."""
 
-import asyncio
 import os
-import random
+import sys
 import threading
 
+import fsspec
 import pytest
 from cluster_support import minimal, write_adapter
+from fsspec.implementations.local import LocalFileSystem
 
 from flora_vllm.cluster.config import ClusterConfig, parse, read_config, to_data
-from flora_vllm.cluster.memory import AdapterMemory, NoRoomError
-from flora_vllm.cluster.store import Cache, Catalogue, Entry, StaleVersionError
-from flora_vllm.errors import AdapterError, ConfigError
+from flora_vllm.cluster.store import Cache, Catalogue, Entry, StaleVersionError, StoreError
+from flora_vllm.errors import ConfigError
 
 # ---- configuration
 
@@ -47,6 +47,7 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
         (minimal(policy={"copy_share": 7}, routing={"choices": 0}), ["copy_share", "choices"]),
         (minimal(replicas=True), ["replicas must be int"]),
         ({"models": minimal()["models"] * 2}, ["distinct"]),
+        ({"models": [*minimal(name="a.b")["models"], *minimal(name="a_b")["models"]]}, ["distinct"]),
         ({**minimal(), "name": "my app"}, ["'my app' is not allowed"]),
         ({**minimal(), "timing": {"lost_s": 0.1}}, ["lost_s"]),
     ],
@@ -73,6 +74,8 @@ def test_scan_finds_new_changed_removed_and_faulty(tmp_path):
     write_adapter(tmp_path, "a:b")
     write_adapter(tmp_path, "broken", config="{")
     write_adapter(tmp_path, "rankless", config='{"r": "four"}')
+    write_adapter(tmp_path, "listed", config="[4]")
+    write_adapter(tmp_path, "patterned", config='{"rank_pattern": [8]}')
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
     (tmp_path / "unrelated").mkdir()
@@ -81,11 +84,12 @@ def test_scan_finds_new_changed_removed_and_faulty(tmp_path):
     assert [e.name for e in added] == ["poems"]
     assert not removed
     assert added[0].rank == 4
-    assert set(catalogue.faults) == {"a:b", "broken", "rankless", "half"}
+    assert set(catalogue.faults) == {"a:b", "broken", "rankless", "half", "listed", "patterned"}
     assert "':'" in catalogue.faults["a:b"]
     assert catalogue.scan() == ([], [])
     write_adapter(tmp_path, "poems", b"other weights")
     (changed,), _ = catalogue.scan()
+    assert "JSON object" in catalogue.faults["listed"]
     assert changed.version != added[0].version
     (tmp_path / "poems" / "adapter_model.safetensors").unlink()
     assert [e.name for e in catalogue.scan()[1]] == ["poems"]
@@ -138,8 +142,6 @@ def test_a_source_that_does_not_answer_holds_up_nobody(tmp_path):
 
 
 def test_object_store_through_fsspec(tmp_path):
-    import fsspec
-
     fs = fsspec.filesystem("memory")
     fs.pipe("/bucket/poems/adapter_config.json", b'{"r": 2, "rank_pattern": {"q_proj": 8}}')
     fs.pipe("/bucket/poems/adapter_model.safetensors", b"weights")
@@ -151,6 +153,93 @@ def test_object_store_through_fsspec(tmp_path):
         assert (path / "adapter_model.safetensors").read_bytes() == b"weights"
     finally:
         fs.rm("/bucket", recursive=True)
+
+
+class NoCredentialsError(Exception):
+    """Storage libraries raise classes of their own."""
+
+
+class GatedFileSystem(LocalFileSystem):
+    """Local files behind a service that lets nobody in, or breaks off downloads."""
+
+    protocol = "gated"
+    closed, cut = False, False
+
+    def ls(self, path, detail=True, **kwargs):
+        if self.closed:
+            raise NoCredentialsError("unable to locate credentials")
+        return super().ls(path, detail=detail, **kwargs)
+
+    def get_file(self, rpath, lpath, **kwargs):
+        super().get_file(rpath, lpath, **kwargs)
+        if self.cut:
+            os.truncate(lpath, 3)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gated://"))
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Sets `closed` and `cut` of the store behind gated:// for one test."""
+    fsspec.register_implementation("gated", GatedFileSystem, clobber=True)
+    return lambda **state: [monkeypatch.setattr(GatedFileSystem, name, value) for name, value in state.items()]
+
+
+def test_a_store_that_lets_nobody_in_keeps_nobody_else_from_serving(tmp_path, gate):
+    write_adapter(tmp_path / "good", "poems")
+    write_adapter(tmp_path / "shut", "prose")
+    uri = f"gated://{tmp_path}/shut"
+    catalogue, cache = Catalogue([uri, str(tmp_path / "good")]), Cache(tmp_path / "cache", 10**9)
+    gate(closed=True)
+    assert [e.name for e in catalogue.scan()[0]] == ["poems"]
+    assert "NoCredentialsError: unable to locate credentials" in catalogue.store_faults[uri]
+    gate(closed=False)
+    (prose,), _ = catalogue.scan()
+    assert not catalogue.store_faults
+    gate(closed=True)
+    with pytest.raises(StoreError, match="unable to locate credentials"):
+        cache.fetch(prose)
+    gate(closed=False, cut=True)
+    with pytest.raises(StoreError, match=r"3 of .* bytes"):
+        cache.fetch(prose)
+    gate(cut=False)
+    assert (cache.fetch(prose) / "adapter_model.safetensors").read_bytes() == b"weights"
+
+
+def test_s3_without_its_library_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    catalogue = Catalogue(["s3://bucket/adapters"])
+    assert catalogue.scan() == ([], [])
+    assert "s3fs" in catalogue.store_faults["s3://bucket/adapters"]
+
+
+def test_file_url_is_a_directory(tmp_path):
+    write_adapter(tmp_path / "src", "poems")
+    ((entry,), _), cache = Catalogue([f"file://{tmp_path}/src"]).scan(), Cache(tmp_path / "cache", 10**9)
+    assert (cache.fetch(entry) / "adapter_model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("damage", ["content", "missing", "digest"])
+def test_a_damaged_copy_is_fetched_anew(tmp_path, damage):
+    """A node that lost power keeps what it had written by then."""
+    write_adapter(tmp_path / "src", "poems")
+    (entry,), _ = Catalogue([str(tmp_path / "src")]).scan()
+    copy = Cache(tmp_path / "cache", 10**9).fetch(entry)
+    if damage == "content":
+        (copy / "adapter_model.safetensors").write_bytes(b"weightz")
+    else:
+        (copy / ("digest" if damage == "digest" else "adapter_config.json")).unlink()
+    again = Cache(tmp_path / "cache", 10**9).fetch(entry)
+    assert (again / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert (again / "adapter_config.json").is_file()
+
+
+def test_a_cache_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"store\.cache_dir .*file/cache"):
+        Cache(tmp_path / "file" / "cache", 10**9)
 
 
 def test_fetch_is_exact_or_fails(tmp_path):
@@ -184,130 +273,3 @@ def test_cache_clean_up_keeps_what_is_used(tmp_path):
     assert cache.clean([paths["a"]], spare_s=0) > 0
     assert {n for n, p in paths.items() if p.is_dir()} == {"a"}
     assert cache.clean([], spare_s=1000) == 0
-
-
-# ---- memory
-
-
-class FakeEngine:
-    """Keeps the law: no double load, no unload of what is not there."""
-
-    def __init__(self):
-        self.held, self.log, self.gate = set(), [], asyncio.Event()
-        self.gate.set()
-        self.refuse = set()
-
-    async def load(self, entry, path):
-        await self.gate.wait()
-        if entry.name in self.refuse:
-            raise AdapterError(f"{entry.name} is faulty")
-        assert entry.id not in self.held
-        self.held.add(entry.id)
-        self.log.append(f"+{entry.name}")
-
-    async def unload(self, adapter_id):
-        await asyncio.sleep(0.005)
-        self.held.remove(adapter_id)
-        self.log.append(f"-{adapter_id.split('@')[0]}")
-
-
-def make_memory(tmp_path, names, slots, **options):
-    for name in names:
-        write_adapter(tmp_path / "src", name, name.encode() * 10)
-    entries = {e.name: e for e in Catalogue([str(tmp_path / "src")]).scan()[0]}
-    engine = FakeEngine()
-    memory = AdapterMemory(engine, Cache(tmp_path / "cache", 10**9), slots, lambda: None, **options)
-    return memory, engine, entries
-
-
-def test_memory_evicts_least_used_unwanted_first_and_never_what_runs(tmp_path):
-    async def run():
-        memory, engine, e = make_memory(tmp_path, "abcd", 3)
-        memory.wanted = (e["a"].id,)
-        await memory.prewarm([e["a"]])
-        async with memory.using(e["b"]):
-            async with memory.using(e["c"]):
-                pass
-            async with memory.using(e["d"]):
-                assert engine.held == {e["a"].id, e["b"].id, e["d"].id}
-        assert engine.log == ["+a", "+b", "+c", "-c", "+d"]
-
-    asyncio.run(run())
-
-
-def test_memory_waits_for_a_slot_and_gives_up_aloud(tmp_path):
-    async def run():
-        memory, engine, e = make_memory(tmp_path, "ab", 1, wait_s=0.3)
-        async with memory.using(e["a"]):
-            with pytest.raises(NoRoomError):
-                await memory.using(e["b"]).__aenter__()
-            waiter = asyncio.create_task(memory.using(e["b"]).__aenter__())
-            await asyncio.sleep(0.05)
-            assert not waiter.done()
-        await waiter
-        assert engine.held == {e["b"].id}
-
-    asyncio.run(run())
-
-
-def test_memory_prewarm_takes_no_slot_from_wanted_or_running(tmp_path):
-    async def run():
-        memory, engine, e = make_memory(tmp_path, "abc", 2)
-        memory.wanted = tuple(e[n].id for n in "ab")
-        await memory.prewarm([e["a"], e["b"], e["c"]])
-        assert engine.held == {e["a"].id, e["b"].id}
-        assert e["c"].id in memory.troubles
-
-    asyncio.run(run())
-
-
-def test_memory_many_requests_at_once_load_once(tmp_path):
-    async def run():
-        memory, engine, e = make_memory(tmp_path, "abcdef", 3)
-        rng = random.Random(0)
-
-        async def request():
-            entry = e[rng.choice("abcdef")]
-            async with memory.using(entry):
-                assert entry.id in engine.held
-                await asyncio.sleep(rng.random() / 100)
-                assert entry.id in engine.held
-                assert len(engine.held) <= 3
-
-        await asyncio.gather(*(request() for _ in range(200)))
-        assert memory.in_use() == 0
-        busy = memory.take_busy_s()
-        assert 0.5 < sum(busy.values()) < 10
-        assert memory.take_busy_s() == {}
-
-    asyncio.run(run())
-
-
-def test_memory_remembers_faults_and_respects_bytes(tmp_path):
-    async def run():
-        memory, engine, e = make_memory(tmp_path, "ab", 4, limit_bytes=15)
-        engine.refuse = {"a"}
-        for _ in range(2):
-            with pytest.raises(AdapterError, match="faulty"):
-                await memory.using(e["a"]).__aenter__()
-        assert memory.faults.keys() == {e["a"].id}
-        engine.refuse = set()
-        async with memory.using(e["b"]):
-            pass
-        big = Entry("big", "v", e["b"].uri, 99, 1)
-        with pytest.raises((AdapterError, StaleVersionError)):
-            await memory.using(big).__aenter__()
-
-    asyncio.run(run())
-
-
-def test_memory_drops_stale_versions_when_idle(tmp_path):
-    async def run():
-        memory, engine, e = make_memory(tmp_path, "ab", 4)
-        async with memory.using(e["a"]):
-            await memory.drop_stale(lambda _: False)
-            assert engine.held == {e["a"].id}
-        await memory.drop_stale(lambda _: False)
-        assert engine.held == set()
-
-    asyncio.run(run())

@@ -287,9 +287,11 @@ def test_rank_class_and_faults():
     assert planner.holders("wide") == (("large", "n1"),)
     faults = planner.faults()
     assert set(faults) == {"huge", "fat", "many"}
-    assert "rank 128" in faults["huge"]
-    assert "101 bytes" in faults["fat"]
+    assert faults["huge"] == "no replica can hold it: rank 128 is above max_rank 64"
+    assert faults["fat"] == "no replica can hold it: its 101 bytes are more than adapter_bytes 100"
     assert "2 nodes can" in faults["many"]
+    assert "no replica can hold it" in " ".join(planner.explain("huge").reasons)
+    planner.put_adapters([AdapterSpec("huge", rank=128)])
     assert "no replica can hold it" in " ".join(planner.explain("huge").reasons)
 
 

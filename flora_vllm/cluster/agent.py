@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from flora_vllm.cluster.memory import AdapterMemory
 from flora_vllm.cluster.messages import Orders, Report
+from flora_vllm.cluster.store import Entry
 
 log = logging.getLogger("ray.serve")
 
@@ -37,7 +38,8 @@ class ReplicaAgent:
         self._is_dead, self._sync_s = is_dead, sync_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: list[str] | None = None
-        self._telling = self._warming = None
+        self._telling: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
         self.is_warming = True
         self.replicas_wanted = 0
 
@@ -67,18 +69,43 @@ class ReplicaAgent:
     async def start(self, patience_s: float) -> None:
         """Loads the wanted set before the replica takes traffic, then keeps in step in the background.
 
-        Without a controller or a plan within `patience_s` it starts empty: serving late is worse than serving cold.
+        It reports all the while: a silent replica is taken off the plan, and the wanted set may change meanwhile. When
+        it returns, the controller knows that the replica is warm. If nothing was loaded for `patience_s`, because there
+        is no controller, no plan or no answer from a store, the replica starts with what it has: serving late is worse
+        than serving cold.
         """
-        deadline = time.monotonic() + patience_s
+        self._spawn(self._watch())
+        deadline, loads = time.monotonic() + patience_s, 0
         while time.monotonic() < deadline:
             orders = await self._exchange()
             if orders is not None and orders.wanted is not None:
-                await self._memory.prewarm(orders.wanted)
-                break
-            await asyncio.sleep(0.2)
+                if not self._memory.lacking(orders.wanted):
+                    break
+                self._warm(orders.wanted)
+            await self._pause()
+            if self._memory.loads > loads:
+                deadline, loads = time.monotonic() + patience_s, self._memory.loads
+        else:
+            log.warning("replica starts cold: nothing was loaded for %g s", patience_s)
         self.is_warming = False
-        self._spawn(self._watch())
+        await self._exchange()
         self._spawn(self._follow())
+
+    def _warm(self, entries: tuple[Entry, ...]) -> None:
+        """Loads what is missing, in the background; one round at a time."""
+        if self._warming is None or self._warming.done():
+            self._warming = self._spawn(self._memory.prewarm(entries))
+
+    async def _pause(self) -> None:
+        """Until the next report is due; while warming, at most until the round of loads is over."""
+        # Spread out, so that replicas started together do not report together.
+        seconds = self._sync_s * random.uniform(0.8, 1.2)
+        if not self.is_warming:
+            await asyncio.sleep(seconds)
+        elif self._warming is None or self._warming.done():
+            await asyncio.sleep(min(0.2, seconds))
+        else:
+            await asyncio.wait([self._warming], timeout=seconds)
 
     async def _watch(self) -> None:
         """Ends the process when the engine died: a dead engine with a live actor would answer errors at once and look
@@ -94,16 +121,13 @@ class ReplicaAgent:
 
     async def _follow(self) -> None:
         while True:
-            # Spread out, so that replicas started together do not report together.
-            await asyncio.sleep(self._sync_s * random.uniform(0.8, 1.2))
+            await self._pause()
             orders = await self._exchange()
             if orders is None:
                 continue
-            if orders.stale:
-                stale = set(orders.stale)
-                await self._memory.drop_stale(lambda i, stale=stale: i not in stale)
-            if orders.wanted is not None and (self._warming is None or self._warming.done()):
-                self._warming = self._spawn(self._memory.prewarm(orders.wanted))
+            await self._memory.retire(orders.stale)
+            if orders.wanted is not None:
+                self._warm(orders.wanted)
 
     def stop(self) -> None:
         """Ends the background work: the replica is about to go."""

@@ -70,6 +70,8 @@ def _up(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     is_ours = operate.connect(args.address, config)
     try:
+        logs = operate.log_to_file() or "session_latest/logs in Ray's directory on each node"
+        print(f"starting {', '.join(m.name for m in config.models)}; logs: {logs}", flush=True)
         operate.up(config, lambda warning: print(f"warning: {warning}", file=sys.stderr, flush=True))
         endpoint = f"http://{config.ingress.host}:{config.ingress.port}/v1"
         print(f"serving {', '.join(m.name for m in config.models)} at {endpoint}", flush=True)
@@ -78,7 +80,7 @@ def _up(args: argparse.Namespace) -> int:
             operate.wait_until_gone(config.name)
     finally:
         if is_ours:
-            operate.stop_all()
+            operate.stop_all(config.name)
     return 0
 
 

@@ -201,8 +201,9 @@ class ClusterConfig:
         if fault is not None:
             raise ConfigError(fault)
         names = [m.name for m in self.models]
-        if not names or len(set(names)) != len(names):
-            raise ConfigError(f"models: need at least one and distinct names, got {names}")
+        # Ray names deployments so.
+        if not names or len({name.replace(".", "_") for name in names}) != len(names):
+            raise ConfigError(f"models: need at least one and distinct names ('.' counts as '_'), got {names}")
 
 
 T = TypeVar("T")

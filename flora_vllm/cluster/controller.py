@@ -7,6 +7,7 @@ was resident stays where it is, because the policy adopts what it finds. Routers
 import asyncio
 import logging
 import math
+import os
 import time
 import uuid
 from dataclasses import asdict
@@ -21,8 +22,18 @@ from flora_vllm.errors import ConfigError
 
 log = logging.getLogger("ray.serve")
 
+# Exit code of a controller with a broken loop; Serve starts another one.
+BROKEN = 18
+
 # An adapter used at least this much (mean requests in flight) counts when replicas are scaled.
 ACTIVE = 0.02
+
+
+def _exit_if_broken(loop: "asyncio.Task[None]") -> None:
+    """A controller that answers but plans or scans no more would never be replaced; all its state is soft."""
+    if not loop.cancelled() and loop.exception() is not None:
+        log.critical("placement controller: a loop broke; the controller exits", exc_info=loop.exception())
+        os._exit(BROKEN)
 
 
 class PlacementController:
@@ -53,6 +64,8 @@ class PlacementController:
         """Starts the loops with the first call: an actor's constructor has no event loop of its own."""
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._scan_loop()), asyncio.create_task(self._plan_loop())]
+            for task in self._tasks:
+                task.add_done_callback(_exit_if_broken)
 
     async def _scan_loop(self) -> None:
         while True:
@@ -140,8 +153,9 @@ class PlacementController:
             self._plan()
         refused = set(report.faults)
         wanted = [self._by_id[i] for i in self._planner.wanted(report.replica) if i in self._by_id and i not in refused]
-        stale = [i for i in report.resident if i not in self._by_id] if self._was_complete else []
-        return Orders(tuple(wanted) if self._has_planned else None, tuple(stale), self._replicas_wanted())
+        held = dict.fromkeys((*report.resident, *report.retired))
+        stale = tuple(i for i in held if i not in self._by_id) if self._was_complete else report.retired
+        return Orders(tuple(wanted) if self._has_planned else None, stale, self._replicas_wanted())
 
     async def leave(self, replica: str) -> None:
         """The replica stops on purpose; its adapters are placed elsewhere at once."""
@@ -185,6 +199,9 @@ class PlacementController:
         for report in self._reports.values():
             faults.update({i: f for i, f in {**report.troubles, **report.faults}.items() if i in self._by_id})
         faults.update(self._planner.faults())
+        if self._was_complete:
+            unknown = self._model.adapter_options.keys() - self._names.keys() - faults.keys()
+            faults.update(dict.fromkeys(unknown, "named in adapter_options, but no source has it"))
         return {
             "model": self._model.name,
             "uptime_s": round(time.monotonic() - self._born_s, 1),
@@ -197,14 +214,32 @@ class PlacementController:
             "replicas": {
                 r: {**asdict(report), "wanted": self._planner.wanted(r)} for r, report in sorted(self._reports.items())
             },
+            "pending": self._pending(),
             "faults": faults,
             "store_faults": dict(self._catalogue.store_faults),
         }
 
+    def _pending(self) -> list[str]:
+        """What is under way and will show as it should be, or as a fault, soon."""
+        out = [] if self._has_planned else ["no plan yet"]
+        if len(self._reports) < self._expected():
+            out.append(f"{len(self._reports)} of {self._expected()} replicas report")
+        out += [f"{r} loads its adapters" for r, report in sorted(self._reports.items()) if report.is_warming]
+        for name in self._planner.guaranteed():
+            for replica, _ in self._planner.holders(name):
+                report = self._reports[replica]
+                if not any(name in ids for ids in (report.resident, report.faults, report.troubles)):
+                    out.append(f"{name} is not yet in memory on {replica}")
+        return out
+
     async def explain(self, name: str) -> dict[str, Any]:
-        """Why the adapter is where it is. Raises ConfigError for a name not in the catalogue."""
+        """Why the adapter is where it is; `name` may begin with `base:`. Raises ConfigError for an unknown one."""
+        base = self._model.name
+        name = name.removeprefix(f"{base}:")
         if name not in self._names and name in self._catalogue.faults:
-            raise ConfigError(f"adapter {name} is not served: {self._catalogue.faults[name]}")
+            raise ConfigError(f"adapter {name} of {base} is not served: {self._catalogue.faults[name]}")
+        if name not in self._names and name not in self._by_id:
+            raise ConfigError(f"{base} has no adapter {name!r}; it has {', '.join(sorted(self._names)[:20]) or 'none'}")
         explanation = asdict(self._planner.explain(self._names.get(name, name)))
         known = self._names.get(name, name)
         explanation["resident"] = sorted(r for r, report in self._reports.items() if known in report.resident)

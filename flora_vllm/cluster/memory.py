@@ -7,14 +7,17 @@ One load at a time, because each one pauses the engine.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from flora_vllm.cluster.store import Cache, Entry
+from flora_vllm.cluster.store import Cache, Entry, StaleVersionError
 from flora_vllm.errors import AdapterError, FloraError
+
+# A version that left the catalogue is refused for this long: ample for every ingress to hear of it.
+RETIRED_S = 60.0
 
 
 class NoRoomError(FloraError, RuntimeError):
@@ -53,9 +56,10 @@ class AdapterMemory:
         changed: Callable[[], None],
         wait_s: float = 30.0,
         limit_bytes: int | None = None,
+        max_rank: int | None = None,
     ) -> None:
         self._engine, self._cache, self._slots, self._changed = engine, cache, slots, changed
-        self._wait_s, self._limit_bytes = wait_s, limit_bytes
+        self._wait_s, self._limit_bytes, self._max_rank = wait_s, limit_bytes, max_rank
         self._held: dict[str, _Held] = {}
         self._loading: str | None = None
         self._turn = asyncio.Lock()
@@ -66,6 +70,7 @@ class AdapterMemory:
         self.faults: dict[str, str] = {}
         self.troubles: dict[str, str] = {}
         self.loads = self.unloads = 0
+        self._retired_s: dict[str, float] = {}
 
     def resident(self) -> list[str]:
         """Ids in the engine now."""
@@ -87,6 +92,8 @@ class AdapterMemory:
 
         Raises AdapterError if it cannot be served; StaleVersionError, StoreError or NoRoomError if not now.
         """
+        if entry.id in self._retired_s:
+            raise StaleVersionError(f"{entry.name} has a newer version than {entry.version}, or is gone")
         held = self._held.get(entry.id)
         if held is None:
             held = await self._load(entry, reserve=True)
@@ -115,6 +122,11 @@ class AdapterMemory:
         busy, self._busy_s = self._busy_s, {}
         return {k: v for k, v in busy.items() if v > 0}
 
+    def lacking(self, entries: Iterable[Entry]) -> list[str]:
+        """Ids that are not in the engine though nothing is known to keep them out."""
+        known = (self._held, self.faults, self.troubles)
+        return [e.id for e in entries if not any(e.id in table for table in known)]
+
     async def prewarm(self, entries: Iterable[Entry]) -> None:
         """Loads what is missing, in order; an adapter that fails is noted and passed over."""
         for entry in entries:
@@ -122,8 +134,8 @@ class AdapterMemory:
                 continue
             try:
                 await self._load(entry, reserve=False)
-            except AdapterError:
-                continue
+            except AdapterError as error:
+                self.faults.setdefault(entry.id, str(error))
             except FloraError as error:
                 # Not held against the adapter: the next sync asks again.
                 self.troubles[entry.id] = str(error)
@@ -132,34 +144,41 @@ class AdapterMemory:
         """Brings it into the engine; with `reserve` it is counted as in use before anyone can evict it."""
         if entry.id in self.faults:
             raise AdapterError(self.faults[entry.id])
+        if self._max_rank is not None and entry.rank > self._max_rank:
+            raise AdapterError(
+                f"adapter {entry.name} has rank {entry.rank}, a replica allows max_rank {self._max_rank}"
+            )
         path = await asyncio.to_thread(self._cache.fetch, entry)
         async with self._turn:
             held = self._held.get(entry.id)
             if held is None:
                 await self._make_room(entry, patient=reserve)
-                self._loading = entry.id
-                self._changed()
-                try:
-                    await self._engine.load(entry, path)
-                except AdapterError as error:
-                    self.faults[entry.id] = str(error)
-                    raise
-                finally:
-                    self._loading = None
-                    self._changed()
-                held = self._held[entry.id] = _Held(entry, path)
-                self.loads += 1
-                self.troubles.pop(entry.id, None)
-                self._changed()
+                held = await _whole(self._fill(entry, path))
             if reserve:
                 self._count(held, 1)
             return held
+
+    async def _fill(self, entry: Entry, path: Path) -> _Held:
+        self._loading = entry.id
+        self._changed()
+        try:
+            await self._engine.load(entry, path)
+        except AdapterError as error:
+            self.faults[entry.id] = str(error)
+            raise
+        finally:
+            self._loading = None
+            self._changed()
+        held = self._held[entry.id] = _Held(entry, path)
+        self.loads += 1
+        self.troubles.pop(entry.id, None)
+        return held
 
     async def _make_room(self, entry: Entry, patient: bool) -> None:
         """Unloads until the adapter fits. Waits for running requests only if `patient`."""
         limit = self._limit_bytes
         if limit is not None and entry.nbytes > limit:
-            raise AdapterError(f"adapter {entry.name} has {entry.nbytes} bytes, a replica allows {limit}")
+            raise AdapterError(f"adapter {entry.name} has {entry.nbytes} bytes, a replica allows adapter_bytes {limit}")
         deadline = time.monotonic() + self._wait_s
         while len(self._held) >= self._slots or (
             limit is not None and sum(h.entry.nbytes for h in self._held.values()) + entry.nbytes > limit
@@ -183,12 +202,31 @@ class AdapterMemory:
         # Out of the table first: a request that comes meanwhile waits for its turn and loads it again.
         del self._held[held.entry.id]
         self._changed()
-        await self._engine.unload(held.entry.id)
+        await _whole(self._engine.unload(held.entry.id))
         self.unloads += 1
 
-    async def drop_stale(self, keep: Callable[[str], bool]) -> None:
-        """Unloads idle adapters for which `keep(id)` is false: versions that the catalogue no longer has."""
+    def retired(self) -> list[str]:
+        """Ids refused because they left the catalogue lately."""
+        return list(self._retired_s)
+
+    async def retire(self, stale: Collection[str]) -> None:
+        """Serves the ids no more, which are all that left the catalogue; unloads those that no request runs on."""
+        now = time.monotonic()
+        since = {i: self._retired_s.get(i, now) for i in stale}
+        self._retired_s = {i: s for i, s in since.items() if i in self._held or now - s < RETIRED_S}
+        if not self._retired_s.keys() & self._held.keys():
+            return
         async with self._turn:
-            for held in [h for h in self._held.values() if not h.users and not keep(h.entry.id)]:
+            for held in [h for h in self._held.values() if h.entry.id in self._retired_s]:
                 if not held.users:
                     await self._evict(held)
+
+
+async def _whole(work: Coroutine[Any, Any, Any]) -> Any:
+    """Lets `work` end even if its caller is cancelled (its client left): else engine and table would differ."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

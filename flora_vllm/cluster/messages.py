@@ -11,7 +11,7 @@ class Report:
     """A replica's state, sent with every sync. Everything the controller knows of it is in here.
 
     busy_s: request-seconds per adapter id since the last sync. faults: ids this engine refuses, with the reason;
-    troubles: ids it could not get the last time.
+    troubles: ids it could not get the last time. retired: ids it refuses as no longer in the catalogue.
     """
 
     replica: str
@@ -24,13 +24,17 @@ class Report:
     busy_s: Mapping[str, float] = field(default_factory=dict)
     faults: Mapping[str, str] = field(default_factory=dict)
     troubles: Mapping[str, str] = field(default_factory=dict)
+    retired: tuple[str, ...] = ()
     in_use: int = 0
     loads: int = 0
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a replica should do. `wanted` is None while there is no plan yet; `stale` ids left the catalogue."""
+    """What a replica should do. `wanted` is None while there is no plan yet.
+
+    stale: of the ids in memory or retired there, those that left the catalogue.
+    """
 
     wanted: tuple[Entry, ...] | None
     stale: tuple[str, ...]

@@ -123,6 +123,18 @@ def check_sources(config: ClusterConfig) -> list[str]:
     return warnings
 
 
+def log_to_file() -> Path | None:
+    """Sends this process's log messages to a file beside Ray's own logs; their directory, None if it is elsewhere."""
+    from flora_vllm.cluster.ray_hooks import logs_directory, redirect_llm_logs
+
+    directory = logs_directory()
+    file = os.devnull if directory is None else directory / f"flora-up-{os.getpid()}.log"
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    redirect_llm_logs(handler)
+    return directory
+
+
 def up(config: ClusterConfig, warn: Callable[[str], None] = log.warning) -> None:
     """Deploys on the connected Ray and waits until it serves; `warn` hears at once of what is not as asked.
 
@@ -168,17 +180,21 @@ def _reasons(name: str) -> str:
     return "\n".join(line.strip() for line in [app.message, *lines] if line)
 
 
-def first_faults(config: ClusterConfig, patience_s: float = 10.0) -> list[str]:
-    """What cannot be served as asked; replicas that have just come get `patience_s` to report."""
-    deadline = time.monotonic() + patience_s
-    faults = ["no placement controller answers"]
-    while faults and time.monotonic() < deadline:
-        with contextlib.suppress(ClusterError):
-            reports = status(config.name)["models"].values()
+def first_faults(config: ClusterConfig, patience_s: float = 60.0) -> list[str]:
+    """What cannot be served as asked, as soon as nothing is under way any more, or after `patience_s`."""
+    deadline, faults = time.monotonic() + patience_s, []
+    while True:
+        try:
+            reports = list(status(config.name)["models"].values())
+            pending = [f"{r['model']}: {what}" for r in reports for what in r["pending"]]
+            missing = {m.name for m in config.models} - {r["model"] for r in reports}
+            pending += [f"{name}: no placement controller" for name in sorted(missing)]
             faults = [f"{r['model']}: {what}: {why}" for r in reports for what, why in _all_faults(r)]
-            faults += [f"{r['model']}: no plan yet" for r in reports if not r["plans"]]
+        except ClusterError as error:
+            pending = [str(error)]
+        if not pending or time.monotonic() > deadline:
+            return [*faults, *pending]
         time.sleep(0.5)
-    return faults
 
 
 def _all_faults(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -219,18 +235,15 @@ def status(name: str) -> dict[str, Any]:
 
 def explain(name: str, adapter: str) -> list[dict[str, Any]]:
     """Why the adapter is where it is, for each base model that has it; `base:adapter` asks one. Raises ConfigError."""
-    base, colon, plain = adapter.rpartition(":")
     found, errors = [], []
     for deployment, actor in _controllers(name).items():
-        if colon and not deployment.endswith(f":{base}"):
-            continue
         try:
-            found.append({"deployment": deployment, **_ask(actor, "explain", plain)})
+            found.append({"deployment": deployment, **_ask(actor, "explain", adapter)})
         except ConfigError as error:
             # Ray wraps what the controller raised.
             errors.append(str(getattr(error, "cause", error)))
     if not found:
-        raise ConfigError("; ".join(errors) or f"no base model {base!r} in application {name}")
+        raise ConfigError("; ".join(errors) or f"no application {name!r} runs on this Ray")
     return found
 
 
@@ -239,6 +252,7 @@ def down(name: str) -> None:
     from ray import serve
     from ray.exceptions import RayActorError
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if name not in serve.status().applications:
         raise ClusterError(f"no application {name!r} runs on this Ray")
     # An `up` that started this Ray ends it as soon as the application is gone, maybe before Serve has said so.
@@ -247,11 +261,16 @@ def down(name: str) -> None:
 
 
 def wait_until_gone(name: str) -> None:
-    """Returns when the application was deleted."""
+    """Returns when the application was deleted. Raises ClusterError if Ray itself went away."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    while name in serve.status().applications:
-        time.sleep(1.0)
+    try:
+        while name in serve.status().applications:
+            time.sleep(1.0)
+    except (RayError, RayServeException) as error:
+        raise ClusterError(f"Ray or its Serve ended while {name} was served: {error}") from error
 
 
 def tell_model(report: dict[str, Any]) -> Iterator[str]:
@@ -274,10 +293,12 @@ def tell_model(report: dict[str, Any]) -> Iterator[str]:
         yield f"  not as asked: {what}: {why}"
 
 
-def stop_all() -> None:
-    """Ends Serve and the Ray that `connect` started."""
+def stop_all(name: str) -> None:
+    """Ends the application, its engines first, and the Ray that `connect` started."""
     import ray
-    from ray import serve
+    from ray.exceptions import RayError
 
-    serve.shutdown()
+    # A Ray that is already ending has nothing left to stop.
+    with contextlib.suppress(ClusterError, RayError):
+        down(name)
     ray.shutdown()

@@ -200,6 +200,10 @@ class Planner:
         rows = p.holders.get(p.adapters.row[name], {})
         return tuple(sorted((p.replicas.name_of(r), p.spec_of(r).node) for r in rows))
 
+    def guaranteed(self) -> list[str]:
+        """Adapters with minimum copies."""
+        return [self.placement.adapters.name_of(a) for a in np.flatnonzero(self.placement.low > 0).tolist()]
+
     def explain(self, name: str) -> Explanation:
         """Why the adapter has the copies it has. Raises ConfigError for an unknown name."""
         p = self.placement
@@ -220,21 +224,30 @@ class Planner:
         if not specs:
             return out
         for name, spec in p.spec.items():
+            count = int(p.count[p.adapters.row[name]])
             able = [s for s in specs if s.max_rank >= spec.rank and s.nbytes >= spec.nbytes]
             nodes = {s.node for s in able}
             if not able:
-                out[name] = (
-                    f"no replica can hold it: rank {spec.rank} and {spec.nbytes} bytes, replicas allow rank "
-                    f"{max(s.max_rank for s in specs)} and {max(s.nbytes for s in specs)} bytes"
-                )
+                out[name] = _too_large(spec, specs)
             elif spec.min_copies > len(nodes):
                 out[name] = (
                     f"min_copies {spec.min_copies} but only {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} "
-                    "can hold it: copies share nodes"
+                    f"can hold it: {'copies share nodes' if count > len(nodes) else f'{count} placed'}"
                 )
-            elif p.count[p.adapters.row[name]] < spec.min_copies:
-                out[name] = f"has {p.count[p.adapters.row[name]]} of {spec.min_copies} minimum copies"
+            elif count < spec.min_copies:
+                out[name] = f"has {count} of {spec.min_copies} minimum copies"
         return out
+
+
+def _too_large(spec: AdapterSpec, replicas: list[ReplicaSpec]) -> str:
+    max_rank, nbytes = max(r.max_rank for r in replicas), max(r.nbytes for r in replicas)
+    faults = []
+    if spec.rank > max_rank:
+        faults.append(f"rank {spec.rank} is above max_rank {max_rank}")
+    if spec.nbytes > nbytes:
+        faults.append(f"its {spec.nbytes} bytes are more than adapter_bytes {nbytes}")
+    # Each of them fits somewhere, but not on one replica.
+    return "no replica can hold it: " + ("; ".join(faults) or f"none allows rank {spec.rank} and {spec.nbytes} bytes")
 
 
 def _reasons(planner: Planner, a: int, wanted: int) -> list[str]:
@@ -247,14 +260,14 @@ def _reasons(planner: Planner, a: int, wanted: int) -> list[str]:
         out.append(f"limited by max_copies {p.high[a]}")
     for r, _ in sorted(p.holders.get(a, {}).items()):
         out.append(f"{p.replicas.name[r]} on {p.spec_of(r).node}: carries {p.share(a):.3g} of {p.busy[r]:.3g} there")
-    if count >= wanted:
-        return out
     rows = p.rows()
     able = [r for r in rows if p.spec_of(r).max_rank >= p.rank[a] and p.spec_of(r).nbytes >= p.nbytes[a]]
+    if count >= wanted and (able or not rows):
+        return out
     tenant = p.tenant[a]
     cap = planner._tenant_caps().get(tenant)
     if not able:
-        out.append(f"no replica can hold it: rank {p.rank[a]}, {p.nbytes[a]} bytes")
+        out.append(_too_large(p.spec[p.adapters.name_of(a)], [p.spec_of(r) for r in rows]))
     elif cap is not None and p.tenant_count.get(tenant, 0) >= cap:
         out.append(f"tenant {tenant} uses its share of {cap} slots")
     elif any(p.can_take(a, r) for r in able):

@@ -7,11 +7,14 @@ Names of ray.serve.llm import vLLM, so this module imports them when somebody as
 import asyncio
 import importlib
 import inspect
+import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import exceptions, serve
+from ray._private import worker as _worker
 from ray._private.services import canonicalize_bootstrap_address
 from ray.serve._private.common import RequestRoutingInfo
 from ray.serve._private.constants import SERVE_DEPLOYMENT_ACTOR_PREFIX, SERVE_NAMESPACE
@@ -41,7 +44,9 @@ __all__ = [
     "controller_names",
     "find_controller",
     "find_local_ray",
+    "logs_directory",
     "own_controller",
+    "redirect_llm_logs",
     "replica_identity",
     "serve_address",
     "tell_routers",
@@ -53,6 +58,7 @@ CONTROLLER = "flora_placement"
 # (module, attribute path, parameters that must be there, what for)
 HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("ray._private.services", "canonicalize_bootstrap_address", ("addr",), "a cluster of this machine"),
+    ("ray._private.worker", "_global_node", (), "where logs are"),
     ("ray.serve", "get_deployment_actor", ("actor_name",), "a replica finds the controller"),
     ("ray.serve.request_router", "RequestRouter.choose_replicas", ("candidate_replicas", "pending_request"), "routing"),
     ("ray.serve.request_router", "RequestRouter.update_replicas", ("replicas",), "routing"),
@@ -73,6 +79,7 @@ LLM_HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("ray.serve.llm.deployment", "LLMServer._init_multiplex_loader", (), "we load adapters"),
     ("ray.serve.llm.ingress", "OpenAiIngress._get_response", ("body", "call_method", "raw_request"), "retry, errors"),
     ("ray.serve.llm.ingress", "OpenAiIngress.models", (), "the catalogue in /v1/models"),
+    ("ray.llm._internal.serve.observability", "setup_observability", (), "it takes the root logger when imported"),
     ("ray.llm._internal.serve.core.protocol", "RawRequestInfo.from_starlette_request", ("request",), "headers"),
     ("ray.llm._internal.serve.core.ingress.utils", "_sanitize_chat_completion_request", ("request",), "pickling"),
     ("ray.llm._internal.serve.core.configs.openai_api_models", "ErrorResponse", ("error",), "errors as answers"),
@@ -133,11 +140,26 @@ def replica_identity() -> tuple[str, str]:
     return serve.get_replica_context().replica_id.unique_id, ray.get_runtime_context().get_node_id()
 
 
-def serve_address() -> tuple[str, int]:
-    """Host and port of the Serve that runs on the connected Ray."""
+def serve_address() -> tuple[str | None, int]:
+    """Host and port of the Serve that runs on the connected Ray; no host if it takes no HTTP."""
     client = _get_global_client()
     assert client is not None, "Serve was started"
     return client.http_config.host, client.http_config.port
+
+
+def logs_directory() -> Path | None:
+    """Where the Ray of this machine writes its logs; None if the connected Ray has no node here."""
+    node = _worker._global_node
+    return None if node is None else Path(node.get_logs_dir_path())
+
+
+def redirect_llm_logs(handler: logging.Handler) -> None:
+    """Gives this process's log messages to `handler`, also those of ray.serve.llm and of vLLM inside it.
+
+    Ray's LLM stack, when it is first imported, makes the root logger write JSON to stderr.
+    """
+    importlib.import_module("ray.llm._internal.serve.observability")
+    logging.getLogger().handlers = [handler]
 
 
 def tell_routers(adapter_ids: list[str]) -> None:
@@ -154,7 +176,9 @@ async def call_controller(actor: Any, method: str, *args: Any, timeout_s: float 
     """Awaits a method of the controller. Raises ConnectionError if the actor is gone."""
     try:
         return await asyncio.wait_for(getattr(actor, method).remote(*args), timeout_s)
-    except exceptions.RayActorError as error:
+    except exceptions.RayTaskError:
+        raise
+    except exceptions.RayError as error:
         raise ConnectionError(f"the placement controller is gone: {error}") from error
 
 
@@ -172,6 +196,9 @@ class _ControllerLink:
                 raise ConnectionError(f"there is no placement controller now: {error}") from error
         try:
             return await call_controller(self._actor, method, *args)
+        except exceptions.RayTaskError as error:
+            # It may be replaced soon; who asks has to go on until then.
+            raise ConnectionError(f"the placement controller failed: {error}") from error
         except (ConnectionError, TimeoutError):
             self._actor = None
             raise

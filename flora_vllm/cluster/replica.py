@@ -33,7 +33,12 @@ class ReplicaRuntime:
         self.replica, self.node = replica_identity()
         self._controller = own_controller()
         self.memory = AdapterMemory(
-            engine, self._cache, self._model.slots, lambda: self.agent.changed(), limit_bytes=self._model.adapter_bytes
+            engine,
+            self._cache,
+            self._model.slots,
+            lambda: self.agent.changed(),
+            limit_bytes=self._model.adapter_bytes,
+            max_rank=self._model.max_rank,
         )
         self.agent = ReplicaAgent(
             self.describe, self.memory, self._controller.sync, tell_routers, is_dead, timing.sync_s
@@ -70,6 +75,7 @@ class ReplicaRuntime:
             self.memory.take_busy_s(),
             dict(self.memory.faults),
             dict(self.memory.troubles),
+            tuple(self.memory.retired()),
             self.memory.in_use(),
             self.memory.loads,
         )

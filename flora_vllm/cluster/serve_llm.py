@@ -64,14 +64,14 @@ class FloraLLMServer(LLMServer):
     async def _with_adapter(self, method: Any, request: Any, raw: Any, adapter: Entry | None) -> AsyncIterator[Any]:
         """The method's chunks while the adapter is held; one ErrorResponse if it cannot be had."""
         async with contextlib.AsyncExitStack() as held:
-            if adapter is not None:
-                try:
-                    await held.enter_async_context(self._runtime.memory.using(adapter))
-                except (AdapterError, StaleVersionError, StoreError, NoRoomError) as error:
-                    yield _refusal(error)
-                    return
             is_first = True
             try:
+                if adapter is not None:
+                    try:
+                        await held.enter_async_context(self._runtime.memory.using(adapter))
+                    except (AdapterError, StaleVersionError, StoreError, NoRoomError) as error:
+                        yield _refusal(error)
+                        return
                 async for chunk in await method(request, raw):
                     if is_first:
                         self._runtime.agent.exit_if_dead()
@@ -168,6 +168,8 @@ class FloraIngress(OpenAiIngress):
             target = await self._names().find(model_id)
         except UnknownModelError:
             return None
+        except LostError as error:
+            raise OpenAIHTTPException(503, str(error), "Unavailable") from error
         assert target.adapter is not None, "base models are answered above"
         return self._card(model_id, target.base, target.adapter)
 

@@ -4,16 +4,19 @@ A source is a directory, local or on any file system that fsspec opens (s3://, g
 sub-directory. An adapter's version is a digest over its files' names, sizes and the store's own change marks (ETag,
 checksum or modification time), so a scan reads no tensors. A fetch copies exactly the version asked for: it compares
 the version before and after and fails with StaleVersionError if the source changed. Copies are never written again,
-so a request that runs keeps its weights while the source moves on.
+so a request that runs keeps its weights while the source moves on. A copy carries the digest of its content and is
+checked against it before this process first uses it: a node that lost power may have kept half of one.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +25,11 @@ from typing import Any
 from flora_vllm.cluster.config import name_fault
 from flora_vllm.errors import AdapterError, FloraError
 
+log = logging.getLogger("ray.serve")
+
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Beside the files of a copy: what their content must be.
+DIGEST = "digest"
 VERSION_LETTERS = 12
 # Change marks that stores give, most telling first.
 _MARKS = ("ETag", "etag", "md5Hash", "crc32c", "contentHash", "mtime", "LastModified", "updated", "created")
@@ -52,13 +59,25 @@ class Entry:
         return f"{self.name}@{self.version}"
 
 
+@contextlib.contextmanager
+def _reaching(uri: str, what: str) -> Iterator[None]:
+    """Errors of a store become StoreError: its client library raises classes of its own, for lack of credentials too.
+
+    A file that is not there stays FileNotFoundError.
+    """
+    try:
+        yield
+    except (FloraError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise StoreError(f"cannot {what} {uri}: {type(error).__name__}: {error}") from error
+
+
 def _open(uri: str) -> tuple[Any, str]:
     import fsspec
 
-    try:
+    with _reaching(uri, "open"):
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise StoreError(f"cannot open {uri}: {error}") from error
     return fs, path
 
 
@@ -91,20 +110,22 @@ class Source:
         entries: dict[str, Entry] = {}
         faults: dict[str, str] = {}
         try:
-            directories = sorted(i["name"] for i in fs.ls(root, detail=True) if i["type"] == "directory")
-        except (OSError, ValueError) as error:
-            raise StoreError(f"cannot list {self.uri}: {error}") from error
+            with _reaching(self.uri, "list"):
+                directories = sorted(i["name"] for i in fs.ls(root, detail=True) if i["type"] == "directory")
+        except FileNotFoundError as error:
+            raise StoreError(f"cannot list {self.uri}: there is no such directory") from error
         for directory in directories:
             name = PurePosixPath(directory).name
             try:
-                files = _listing(fs, directory)
-                fault = self._fault(name, files)
-                if fault is None:
-                    entries[name] = self._entry(fs, name, directory, files)
-                elif fault:
-                    faults[name] = fault
-            except (OSError, ValueError, AdapterError) as error:
-                faults[name] = f"{directory}: {error}"
+                with _reaching(directory, "read"):
+                    files = _listing(fs, directory)
+                    fault = self._fault(name, files)
+                    if fault is None:
+                        entries[name] = self._entry(fs, name, directory, files)
+                    elif fault:
+                        faults[name] = fault
+            except (FileNotFoundError, FloraError) as error:
+                faults[name] = str(error)
         current = {(e.name, e.version) for e in entries.values()}
         self._ranks = {k: v for k, v in self._ranks.items() if k in current}
         return entries, faults
@@ -121,13 +142,33 @@ class Source:
     def _entry(self, fs: Any, name: str, directory: str, files: dict[str, dict[str, Any]]) -> Entry:
         version = _version(files)
         if (name, version) not in self._ranks:
-            config = json.loads(fs.cat_file(files[FILES[0]]["name"]))
-            ranks = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
-            if not all(isinstance(r, int) and r > 0 for r in ranks):
-                raise AdapterError(f"adapter_config.json: r and rank_pattern must be whole numbers > 0, got {ranks}")
-            self._ranks[name, version] = max(ranks)
+            self._ranks[name, version] = _largest_rank(files[FILES[0]]["name"], fs.cat_file(files[FILES[0]]["name"]))
         uri = fs.unstrip_protocol(directory)
         return Entry(name, version, uri, int(files[FILES[1]]["size"]), self._ranks[name, version])
+
+
+def _largest_rank(path: str, text: bytes) -> int:
+    """The largest rank that an adapter_config.json names; 1 if it names none. Raises AdapterError."""
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+    pattern = config.get("rank_pattern") or {} if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(pattern, dict):
+        raise AdapterError(f"{path} must be a JSON object, and rank_pattern in it too")
+    ranks = [config.get("r") or 1, *pattern.values()]
+    if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
+        raise AdapterError(f"{path}: r and rank_pattern must be whole numbers > 0, got {ranks}")
+    return max(ranks)
+
+
+def _digest(copy: Path) -> str:
+    """SHA-256 over both files' digests."""
+    digest = hashlib.sha256()
+    for name in FILES:
+        with (copy / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 class Cache:
@@ -136,7 +177,13 @@ class Cache:
     def __init__(self, root: str | Path, limit_bytes: int) -> None:
         self.root = Path(root).expanduser()
         self.limit_bytes = limit_bytes
-        self.root.mkdir(parents=True, exist_ok=True)
+        self._checked: set[Path] = set()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"store.cache_dir {self.root} cannot be made ({error.strerror}): name one that nodes can write to"
+            ) from error
 
     def path(self, entry: Entry) -> Path:
         # The source belongs to the key: two sources may hold the same name, and modification times may agree.
@@ -146,35 +193,56 @@ class Cache:
     def fetch(self, entry: Entry) -> Path:
         """The copy of exactly this version. Raises StaleVersionError or StoreError."""
         target = self.path(entry)
-        if target.is_dir():
-            os.utime(target)
+        if self._is_whole(target):
             return target
         fs, path = _open(entry.uri)
-        scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.root))
         try:
-            self._check(fs, path, entry)
-            for name in FILES:
-                fs.get_file(f"{path}/{name}", str(scratch / name))
-            self._check(fs, path, entry)
-            try:
-                scratch.rename(target)
-            except OSError:
-                # Another process of this node was first with the same version.
-                if not target.is_dir():
-                    raise
+            with _reaching(entry.uri, "fetch"), tempfile.TemporaryDirectory(prefix=".fetch-", dir=self.root) as made:
+                scratch = Path(made) / target.name
+                scratch.mkdir()
+                self._copy(fs, path, entry, scratch)
+                try:
+                    scratch.rename(target)
+                except OSError:
+                    # Another process of this node was first with the same version.
+                    if not target.is_dir():
+                        raise
         except FileNotFoundError as error:
             raise StaleVersionError(f"{entry.uri} is gone: {error}") from error
-        except OSError as error:
-            raise StoreError(f"cannot fetch {entry.uri}: {error}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return target
 
+    def _is_whole(self, target: Path) -> bool:
+        """Whether a good copy is there, which then counts as used now; a damaged one is removed."""
+        try:
+            os.utime(target)
+            if target not in self._checked:
+                if (target / DIGEST).read_text() != _digest(target):
+                    raise OSError("its content has another digest")
+                self._checked.add(target)
+        except OSError as error:
+            if target.is_dir():
+                log.warning("the copy %s is damaged and is fetched anew: %s", target, error)
+                shutil.rmtree(target, ignore_errors=True)
+            return False
+        return True
+
     @staticmethod
-    def _check(fs: Any, path: str, entry: Entry) -> None:
-        files = _listing(fs, path)
-        if set(files) != set(FILES) or _version(files) != entry.version:
-            raise StaleVersionError(f"{entry.uri} no longer has version {entry.version}")
+    def _copy(fs: Any, path: str, entry: Entry, scratch: Path) -> None:
+        """Exactly this version into `scratch`, with its digest."""
+
+        def files() -> dict[str, dict[str, Any]]:
+            found = _listing(fs, path)
+            if set(found) != set(FILES) or _version(found) != entry.version:
+                raise StaleVersionError(f"{entry.uri} no longer has version {entry.version}")
+            return found
+
+        for name, info in files().items():
+            fs.get_file(f"{path}/{name}", str(scratch / name))
+            got = (scratch / name).stat().st_size
+            if got != info["size"]:
+                raise StoreError(f"cannot fetch {entry.uri}: {got} of {info['size']} bytes of {name} came")
+        files()
+        (scratch / DIGEST).write_text(_digest(scratch))
 
     def clean(self, keep: Iterable[Path], spare_s: float = 600.0) -> int:
         """Removes the longest unused copies until the limit holds; bytes removed.
@@ -188,7 +256,7 @@ class Cache:
         copies = []
         for directory in self.root.iterdir():
             try:
-                nbytes = sum(f.stat().st_size for f in directory.iterdir())
+                nbytes = sum(f.stat().st_size for f in directory.rglob("*"))
                 copies.append((directory.stat().st_mtime, nbytes, directory))
             except (FileNotFoundError, NotADirectoryError):
                 continue

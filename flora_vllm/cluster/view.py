@@ -7,6 +7,7 @@ from typing import Any
 
 from flora_vllm.cluster.messages import CatalogueNews
 from flora_vllm.cluster.store import Entry
+from flora_vllm.cluster.streams import LostError
 
 log = logging.getLogger("ray.serve")
 
@@ -15,7 +16,10 @@ RESCAN_S = 1.0
 
 
 class CatalogueView:
-    """Adapters of one base model. `link` offers `news` and `rescan` and raises ConnectionError or TimeoutError."""
+    """Adapters of one base model. `link` offers `news` and `rescan` and raises ConnectionError or TimeoutError.
+
+    As long as no controller has ever answered, nothing is known: then a name is looked for in vain, with LostError.
+    """
 
     def __init__(self, link: Any, refresh_s: float) -> None:
         self._link, self._refresh_s = link, refresh_s
@@ -63,6 +67,8 @@ class CatalogueView:
         if entry is None or entry == newer_than:
             await self._rescan_since(time.monotonic())
             entry = self._entries.get(name)
+        if entry is None and not self._born:
+            raise LostError("no placement controller has told the adapters yet")
         return entry
 
     async def _rescan_since(self, asked_s: float) -> None:
