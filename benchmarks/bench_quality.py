@@ -56,7 +56,7 @@ FETCH_DATA = {"code": code_data, "speech": speech_data}
 FETCH_MODEL = {"code": ("smollm2", fetch_smollm2), "speech": ("whisper-base", fetch_whisper_base)}
 MODEL_NAMES = {"code": "SmolLM2-135M-Instruct", "speech": "whisper-base"}
 PARTS = ("cells", "served", "pass")
-DTYPES = {"code": "bfloat16", "speech": "float32"}
+DTYPE = "bfloat16"
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Run:
     def setup(self, cell: Cell) -> dict:
         module = MODULES[cell.task]
         size = self.sizes[cell.task]
-        return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPES[cell.task], self.data(cell))
+        return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPE, self.data(cell))
 
     def out(self, cell: Cell, rate: float) -> Path:
         return self.adapters / setup_hash(self.setup(cell)) / f"{cell.name}-{rate:g}"
@@ -119,6 +119,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--multipl-e", type=Path, help="directory with humaneval-<language>.jsonl, for pass@1")
     parser.add_argument("--tasks", type=int, default=40, help="problems of a language for pass@1 (default: 40)")
+    parser.add_argument(
+        "--task", choices=MODULES, help="train cells of one task alone, so that two runs can share the work"
+    )
     parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
     options = parser.parse_args()
     if options.only == "pass" and options.multipl_e is None:
@@ -151,7 +154,8 @@ def _work(run: Run, plan: list[Cell]) -> None:
 
 
 def _train_cells(run: Run, plan: list[Cell]) -> None:
-    left = [cell for cell in plan if find_cell(run.rows, cell, run.setup(cell)) is None]
+    mine = [cell for cell in plan if run.options.task in (None, cell.task)]
+    left = [cell for cell in mine if find_cell(run.rows, cell, run.setup(cell)) is None]
     _estimate(run, left)
     for cell in left:
         if time.monotonic() > run.stop_at:
@@ -260,10 +264,13 @@ def _estimate(run: Run, left: list[Cell]) -> None:
         mine = [cell for cell in left if cell.task == task and cell.method != "base"]
         if not mine:
             continue
+        size = asdict(run.sizes[task]).items()
         known = [
             row["cell_s"]
             for row in run.rows
-            if (row.get("kind"), row.get("task")) in (("cell", task), ("timing", task)) and row.get("method") != "base"
+            if (row.get("kind"), row.get("task")) in (("cell", task), ("timing", task))
+            and row.get("method") != "base"
+            and row.get("setup", {}).items() >= size
         ]
         seconds = statistics.median(known) if known else _cell_seconds(run, mine[0])
         total += len(mine) * seconds
@@ -285,7 +292,7 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
     began = time.monotonic()
     backward(adapted, [batch])
     seconds = 1.5 * size.steps * (time.monotonic() - began)
-    run.add({"kind": "timing", "task": cell.task, "cell_s": round(seconds, 1)})
+    run.add({"kind": "timing", "task": cell.task, "setup": asdict(size), "cell_s": round(seconds, 1)})
     return seconds
 
 
