@@ -7,7 +7,7 @@
 Every cell (task, language, method, rank, seed) trains one adapter by `flora-vllm train`'s own code, equal steps and
 tokens for all methods, each method's rate from the same sweep on one language's dev split, and measures it on held-out
 files or clips. A finished cell is a row of benchmarks/results/quality.jsonl and is not done again with the same set-up.
-The code adapters are then served by vLLM, all languages in one batch, and compared with PEFT's own forward.
+The adapters are then served by vLLM, all languages of a task in one batch, and compared with PEFT's own forward.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--multipl-e", type=Path, help="directory with humaneval-<language>.jsonl, for pass@1")
     parser.add_argument("--tasks", type=int, default=40, help="problems of a language for pass@1 (default: 40)")
     parser.add_argument(
-        "--task", choices=MODULES, help="train cells of one task alone, so that two runs can share the work"
+        "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
     )
     parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
     options = parser.parse_args()
@@ -133,15 +133,18 @@ def _work(run: Run, plan: list[Cell]) -> None:
     parts = PARTS if run.options.only is None else (run.options.only,)
     if "cells" in parts:
         _train_cells(run, plan)
-    served = _serve(run, plan) if "served" in parts else None
+    if "served" in parts:
+        _serve(run, plan)
     if "pass" in parts and run.options.multipl_e is not None:
         from quality_pass import pass_rows
 
         options = run.options
-        for row in pass_rows(run.model("code"), _trained(run, plan), options.multipl_e, options.tasks, run.rows):
+        for row in pass_rows(
+            run.model("code"), _trained(run, plan, "code"), options.multipl_e, options.tasks, run.rows
+        ):
             run.add(row)
     cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
-    comparisons, result = summarise(cells, run.rows, served, quick=run.options.quick)
+    comparisons, result = summarise(cells, run.rows, quick=run.options.quick)
     for row in comparisons:
         print(json.dumps(row))
     if not run.options.quick and run.options.only is None:
@@ -296,30 +299,30 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
     return seconds
 
 
-def _trained(run: Run, plan: list[Cell]) -> dict[Cell, Path]:
-    """The code adapters of rank 1 and seed 0 that are there."""
+def _trained(run: Run, plan: list[Cell], task: str) -> dict[Cell, Path]:
+    """The task's adapters of rank 1 and seed 0 that are there."""
     trained = {}
     for cell in plan:
-        if cell.task == "code" and cell.method != "base" and (cell.rank, cell.seed) == (1, 0):
+        if cell.task == task and cell.method != "base" and (cell.rank, cell.seed) == (1, 0):
             row = find_cell(run.rows, cell, run.setup(cell))
             if row is not None and (out := run.out(cell, row["rate"])).exists():
                 trained[cell] = out
     return trained
 
 
-def _serve(run: Run, plan: list[Cell]) -> dict | None:
-    """Those adapters through vLLM against PEFT; the row, or None if there are none yet."""
+def _serve(run: Run, plan: list[Cell]) -> None:
+    """Those adapters through vLLM against PEFT; a row for each task that has some."""
     from quality_served import served_equals_peft
 
-    trained = _trained(run, plan)
-    if not trained:
-        return None
-    progress(f"serving {len(trained)} adapters in one batch")
-    data = {cell: run.data(cell) for cell in trained}
-    row = served_equals_peft(run.model("code"), trained, data, run.sizes["code"])
-    run.add({"kind": "served", **row})
-    progress(f"served against PEFT: {row['served_equals_peft']:.2e}")
-    return row
+    for task in MODULES:
+        trained = _trained(run, plan, task)
+        if not trained or run.options.task not in (None, task):
+            continue
+        progress(f"serving {len(trained)} adapters in one batch")
+        data = {cell: run.data(cell) for cell in trained}
+        row = served_equals_peft(task, run.model(task), trained, data, run.sizes[task])
+        run.add({"kind": "served", **row})
+        progress(f"{task} served against PEFT: {row['served_equals_peft']:.2e}")
 
 
 if __name__ == "__main__":

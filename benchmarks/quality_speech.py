@@ -71,7 +71,11 @@ def transcribe(base: SpeechBase, files: Sequence[Path], language: str, batch: in
             input_features=features, language=language, task="transcribe", max_new_tokens=MOST_TOKENS, num_beams=1
         )
         texts += base.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [re.sub(r"\s+", " ", text).strip() for text in texts]
+    return [tidy(text) for text in texts]
+
+
+def tidy(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
