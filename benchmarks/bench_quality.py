@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _arguments() -> argparse.Namespace:
         "--budget-hours", type=float, default=8.0, help="start no new cell after this time (default: 8)"
     )
     parser.add_argument("--multipl-e", type=Path, help="directory with humaneval-<language>.jsonl, for pass@1")
-    parser.add_argument("--tasks", type=int, default=40, help="problems of a language for pass@1 (default: 40)")
+    parser.add_argument("--tasks", type=int, default=20, help="problems of a language for pass@1 (default: 20)")
     parser.add_argument(
         "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
     )
@@ -145,6 +145,8 @@ def _work(run: Run, plan: list[Cell]) -> None:
             run.add(row)
     cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
     comparisons, result = summarise(cells, run.rows, quick=run.options.quick)
+    done = {(row["task"], row["language"], row["method"], row["rank"], row["seed"]) for row in cells}
+    result["cells_missing"] = [cell.name for cell in plan if astuple(cell) not in done]
     for row in comparisons:
         print(json.dumps(row))
     if not run.options.quick and run.options.only is None:
