@@ -254,8 +254,7 @@ def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
     return math.inf if row["dev_loss"] is None else row["dev_loss"]
 
 
-# A quick run doesn't search. Multiples of each method's default rate: code's are what the full run's search found,
-# speech's are guesses until the full run has searched for them.
+# A quick run doesn't search: multiples of each method's default rate that the full run's search found.
 QUICK_FACTORS = {
     "code": {"flora": 2.0, "lora": 128.0, "ia3": 4.0},
     "speech": {"flora": 1.0, "lora": 8.0, "ia3": 1.0},

@@ -144,6 +144,13 @@ def test_programs_run_within_limits(program, passes, monkeypatch):
     assert quality_sandbox.run("perl", program) is passes
 
 
+@pytest.mark.skipif(quality_sandbox._find("racket") is None, reason="needs racket")
+@pytest.mark.parametrize(("value", "passes"), [("1", True), ("2", False)])
+def test_a_failed_check_of_racket_is_a_failure(value, passes):
+    """Its process ends with status 0 either way."""
+    assert quality_sandbox.run("racket", f"#lang racket\n(require rackunit)\n(check-equal? 1 {value})\n") is passes
+
+
 @perl
 def test_programs_have_no_network_where_namespaces_are_allowed():
     if not quality_sandbox._without_network():
