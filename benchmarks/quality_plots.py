@@ -41,7 +41,7 @@ def _plot(cells: Sequence[dict], task: str, file: Path, title: str) -> None:
     absent = [language for language in (CODE if task == "code" else SPEECH) if language not in languages]
     note = f"\nnot measured with every method yet: {', '.join(absent)}" if absent else ""
     axes.set(ylabel=title.partition(" (")[0], title=title + note)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
