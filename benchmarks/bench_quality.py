@@ -7,7 +7,7 @@
 Every cell (task, language, method, rank, seed) trains one adapter by `flora-vllm train`'s own code, equal steps and
 tokens for all methods, each method's rate from the same sweep on one language's dev split, and measures it on held-out
 files or clips. A finished cell is a row of benchmarks/results/quality.jsonl and is not done again with the same set-up.
-The code adapters are then served by vLLM, all languages in one batch, and compared with PEFT's own forward.
+The adapters are then served by vLLM, all languages of a task in one batch, and compared with PEFT's own forward.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ FETCH_DATA = {"code": code_data, "speech": speech_data}
 FETCH_MODEL = {"code": ("smollm2", fetch_smollm2), "speech": ("whisper-base", fetch_whisper_base)}
 MODEL_NAMES = {"code": "SmolLM2-135M-Instruct", "speech": "whisper-base"}
 PARTS = ("cells", "served", "pass")
-DTYPES = {"code": "bfloat16", "speech": "float32"}
+DTYPE = "bfloat16"
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Run:
     def setup(self, cell: Cell) -> dict:
         module = MODULES[cell.task]
         size = self.sizes[cell.task]
-        return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPES[cell.task], self.data(cell))
+        return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPE, self.data(cell))
 
     def out(self, cell: Cell, rate: float) -> Path:
         return self.adapters / setup_hash(self.setup(cell)) / f"{cell.name}-{rate:g}"
@@ -118,7 +118,10 @@ def _arguments() -> argparse.Namespace:
         "--budget-hours", type=float, default=8.0, help="start no new cell after this time (default: 8)"
     )
     parser.add_argument("--multipl-e", type=Path, help="directory with humaneval-<language>.jsonl, for pass@1")
-    parser.add_argument("--tasks", type=int, default=40, help="problems of a language for pass@1 (default: 40)")
+    parser.add_argument("--tasks", type=int, default=20, help="problems of a language for pass@1 (default: 20)")
+    parser.add_argument(
+        "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
+    )
     parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
     options = parser.parse_args()
     if options.only == "pass" and options.multipl_e is None:
@@ -130,15 +133,20 @@ def _work(run: Run, plan: list[Cell]) -> None:
     parts = PARTS if run.options.only is None else (run.options.only,)
     if "cells" in parts:
         _train_cells(run, plan)
-    served = _serve(run, plan) if "served" in parts else None
+    if "served" in parts:
+        _serve(run, plan)
     if "pass" in parts and run.options.multipl_e is not None:
         from quality_pass import pass_rows
 
         options = run.options
-        for row in pass_rows(run.model("code"), _trained(run, plan), options.multipl_e, options.tasks, run.rows):
+        for row in pass_rows(
+            run.model("code"), _trained(run, plan, "code"), options.multipl_e, options.tasks, run.rows
+        ):
             run.add(row)
     cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
-    comparisons, result = summarise(cells, run.rows, served, quick=run.options.quick)
+    comparisons, result = summarise(cells, run.rows, quick=run.options.quick)
+    done = {(row["task"], row["language"], row["method"], row["rank"], row["seed"]) for row in cells}
+    result["cells_missing"] = [cell.name for cell in plan if astuple(cell) not in done]
     for row in comparisons:
         print(json.dumps(row))
     if not run.options.quick and run.options.only is None:
@@ -151,7 +159,8 @@ def _work(run: Run, plan: list[Cell]) -> None:
 
 
 def _train_cells(run: Run, plan: list[Cell]) -> None:
-    left = [cell for cell in plan if find_cell(run.rows, cell, run.setup(cell)) is None]
+    mine = [cell for cell in plan if run.options.task in (None, cell.task)]
+    left = [cell for cell in mine if find_cell(run.rows, cell, run.setup(cell)) is None]
     _estimate(run, left)
     for cell in left:
         if time.monotonic() > run.stop_at:
@@ -245,8 +254,7 @@ def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
     return math.inf if row["dev_loss"] is None else row["dev_loss"]
 
 
-# A quick run doesn't search. Multiples of each method's default rate: code's are what the full run's search found,
-# speech's are guesses until the full run has searched for them.
+# A quick run doesn't search: multiples of each method's default rate that the full run's search found.
 QUICK_FACTORS = {
     "code": {"flora": 2.0, "lora": 128.0, "ia3": 4.0},
     "speech": {"flora": 1.0, "lora": 8.0, "ia3": 1.0},
@@ -260,10 +268,13 @@ def _estimate(run: Run, left: list[Cell]) -> None:
         mine = [cell for cell in left if cell.task == task and cell.method != "base"]
         if not mine:
             continue
+        size = asdict(run.sizes[task]).items()
         known = [
             row["cell_s"]
             for row in run.rows
-            if (row.get("kind"), row.get("task")) in (("cell", task), ("timing", task)) and row.get("method") != "base"
+            if (row.get("kind"), row.get("task")) in (("cell", task), ("timing", task))
+            and row.get("method") != "base"
+            and row.get("setup", {}).items() >= size
         ]
         seconds = statistics.median(known) if known else _cell_seconds(run, mine[0])
         total += len(mine) * seconds
@@ -285,34 +296,34 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
     began = time.monotonic()
     backward(adapted, [batch])
     seconds = 1.5 * size.steps * (time.monotonic() - began)
-    run.add({"kind": "timing", "task": cell.task, "cell_s": round(seconds, 1)})
+    run.add({"kind": "timing", "task": cell.task, "setup": asdict(size), "cell_s": round(seconds, 1)})
     return seconds
 
 
-def _trained(run: Run, plan: list[Cell]) -> dict[Cell, Path]:
-    """The code adapters of rank 1 and seed 0 that are there."""
+def _trained(run: Run, plan: list[Cell], task: str) -> dict[Cell, Path]:
+    """The task's adapters of rank 1 and seed 0 that are there."""
     trained = {}
     for cell in plan:
-        if cell.task == "code" and cell.method != "base" and (cell.rank, cell.seed) == (1, 0):
+        if cell.task == task and cell.method != "base" and (cell.rank, cell.seed) == (1, 0):
             row = find_cell(run.rows, cell, run.setup(cell))
             if row is not None and (out := run.out(cell, row["rate"])).exists():
                 trained[cell] = out
     return trained
 
 
-def _serve(run: Run, plan: list[Cell]) -> dict | None:
-    """Those adapters through vLLM against PEFT; the row, or None if there are none yet."""
+def _serve(run: Run, plan: list[Cell]) -> None:
+    """Those adapters through vLLM against PEFT; a row for each task that has some."""
     from quality_served import served_equals_peft
 
-    trained = _trained(run, plan)
-    if not trained:
-        return None
-    progress(f"serving {len(trained)} adapters in one batch")
-    data = {cell: run.data(cell) for cell in trained}
-    row = served_equals_peft(run.model("code"), trained, data, run.sizes["code"])
-    run.add({"kind": "served", **row})
-    progress(f"served against PEFT: {row['served_equals_peft']:.2e}")
-    return row
+    for task in MODULES:
+        trained = _trained(run, plan, task)
+        if not trained or run.options.task not in (None, task):
+            continue
+        progress(f"serving {len(trained)} adapters in one batch")
+        data = {cell: run.data(cell) for cell in trained}
+        row = served_equals_peft(task, run.model(task), trained, data, run.sizes[task])
+        run.add({"kind": "served", **row})
+        progress(f"{task} served against PEFT: {row['served_equals_peft']:.2e}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from quality_sandbox import missing, run
 from quality_served import open_engine, requests_for
 from tqdm import tqdm
 
-NEW_TOKENS, PROMPT_TOKENS = 160, 864
+NEW_TOKENS, PROMPT_TOKENS = 96, 864
 
 
 def pass_rows(
@@ -79,9 +79,12 @@ def read_problems(folder: Path, language: str, tasks: int) -> list[dict]:
 
 
 def _row(cell: Cell, tasks: int, score: float | None, reason: str | None) -> dict:
-    return {"kind": "pass", **asdict(cell), "tasks": tasks, "dtype": "bfloat16", "pass_at_1": score, "reason": reason}
+    return {**_setup(cell, tasks), "dtype": "bfloat16", "pass_at_1": score, "reason": reason}
 
 
 def _is_done(rows: Sequence[dict], cell: Cell, tasks: int) -> bool:
-    wanted = {"kind": "pass", **asdict(cell), "tasks": tasks}
-    return any(all(row.get(key) == value for key, value in wanted.items()) for row in rows)
+    return any(all(row.get(key) == value for key, value in _setup(cell, tasks).items()) for row in rows)
+
+
+def _setup(cell: Cell, tasks: int) -> dict:
+    return {"kind": "pass", **asdict(cell), "tasks": tasks, "new_tokens": NEW_TOKENS}

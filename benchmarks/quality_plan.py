@@ -34,9 +34,9 @@ class Size:
 
 FULL = {
     "code": Size(32, 4, 128, dev=16, test=64, sweep_share=0.375),
-    "speech": Size(24, 2, 128, dev=6, test=24, sweep_share=0.4),
+    "speech": Size(32, 1, 128, dev=6, test=48, sweep_share=0.375),
 }
-QUICK = {"code": Size(10, 4, 128, dev=4, test=12), "speech": Size(6, 2, 128, dev=2, test=6, sweep_share=0.0)}
+QUICK = {"code": Size(10, 4, 128, dev=4, test=12), "speech": Size(10, 1, 128, dev=2, test=6)}
 
 
 @dataclass(frozen=True)

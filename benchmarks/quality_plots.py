@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from quality_data import CODE, SPEECH
 from quality_plan import METHODS
 from quality_stats import METRICS, by_language
 
@@ -25,7 +26,10 @@ def plot(cells: Sequence[dict], folder: Path) -> None:
 
 
 def _plot(cells: Sequence[dict], task: str, file: Path, title: str) -> None:
-    """Bars at rank 1, means over seeds; the last group is the mean over languages that every method has."""
+    """Bars at rank 1, means over seeds; the last group is the mean over languages that every method has.
+
+    The title names the languages that aren't all there.
+    """
     found = {method: by_language(cells, task, method, METRICS[task]) for method in METHODS}
     languages = [language for language in found["base"] if all(language in values for values in found.values())]
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
@@ -34,8 +38,10 @@ def _plot(cells: Sequence[dict], task: str, file: Path, title: str) -> None:
         heights += [statistics.mean(heights)] if heights else []
         axes.bar([x + (i - 1.5) * 0.2 for x in range(len(heights))], heights, 0.2, label=method)
     axes.set_xticks(range(len(languages) + bool(languages)), [*languages, "mean"] if languages else [])
-    axes.set(ylabel=title.partition(" (")[0], title=title)
-    axes.legend(fontsize="small")
+    absent = [language for language in (CODE if task == "code" else SPEECH) if language not in languages]
+    note = f"\nnot measured with every method yet: {', '.join(absent)}" if absent else ""
+    axes.set(ylabel=title.partition(" (")[0], title=title + note)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)

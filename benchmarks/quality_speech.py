@@ -1,4 +1,7 @@
-"""The speech task: Whisper adapted to one speaker of one language, measured in words wrong."""
+"""The speech task: Whisper adapted to one speaker of one language, measured in words wrong.
+
+In bfloat16, a third quicker than float32 on a CPU that has it; the encoder hears 30 s of every clip, as Whisper does.
+"""
 
 import re
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from quality_data import read_rows
 from quality_plan import Size
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -28,12 +32,16 @@ MOST_TOKENS = 128
 def prepare(model: Path, data: Path, size: Size) -> tuple[PreTrainedModel, ClipSplit]:
     """The frozen base model, and clips to train on and to choose a rate by."""
     base = load_speech_base(str(model))
+    nn.Module.to(base.model, torch.bfloat16)
     train, dev = (read_clips(data / f"{name}.jsonl", base, size.length) for name in ("train", "dev"))
     return base.model, ClipSplit(Clips(base, train), Clips(base, dev[: size.dev]))
 
 
 def score(base: PreTrainedModel, model: Path, data: Path, size: Size) -> dict:
-    """Word error rates in percent over the test clips, with Whisper's normalisation (`wer`) and without (`wer_raw`)."""
+    """Word error rates in percent over the test clips, with Whisper's normalisation (`wer`) and without (`wer_raw`).
+
+    `heard` is what the model wrote for each clip.
+    """
     speech = load_speech_base(str(model))
     speech = SpeechBase(base, speech.features, speech.tokenizer)  # type: ignore[arg-type]  # a Whisper, adapted
     clips = read_rows(data / "test.jsonl")[: size.test]
@@ -43,25 +51,31 @@ def score(base: PreTrainedModel, model: Path, data: Path, size: Size) -> dict:
     return {
         "wer": word_error_rate([normal(text) for text in said], [normal(text) for text in heard]),
         "wer_raw": word_error_rate(said, heard),
+        "heard": heard,
         "test_clips": len(clips),
         "test_words": sum(len(normal(text).split()) for text in said),
     }
 
 
 @torch.no_grad()
-def transcribe(base: SpeechBase, files: Sequence[Path], language: str, batch: int = 6) -> list[str]:
-    """Greedy transcripts, language and task given."""
+def transcribe(base: SpeechBase, files: Sequence[Path], language: str, batch: int = 16) -> list[str]:
+    """Greedy transcripts, language and task given; no token is suppressed, as in vLLM."""
     model: Any = base.model
     texts = []
     model.eval()
     model.config.use_cache = True
+    model.generation_config.suppress_tokens = model.generation_config.begin_suppress_tokens = None
     for start in range(0, len(files), batch):
         features = input_features(base, files[start : start + batch])
         ids = model.generate(
             input_features=features, language=language, task="transcribe", max_new_tokens=MOST_TOKENS, num_beams=1
         )
         texts += base.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [re.sub(r"\s+", " ", text).strip() for text in texts]
+    return [tidy(text) for text in texts]
+
+
+def tidy(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:

@@ -54,9 +54,7 @@ def verdict(low: float, high: float, margin: float) -> str:
     return "worse" if low > margin else "open: the interval is wider than the margin allows"
 
 
-def summarise(
-    cells: Sequence[dict], rows: Sequence[dict], served: dict | None, *, quick: bool
-) -> tuple[list[dict], dict]:
+def summarise(cells: Sequence[dict], rows: Sequence[dict], *, quick: bool) -> tuple[list[dict], dict]:
     """Every comparison there are cells for, and the result line; a mean is over languages that every method has."""
     comparisons = [
         found
@@ -81,6 +79,7 @@ def summarise(
             found = [values[language] for language in sorted(shared)]
             result[f"{prefix}_{method}"] = round(statistics.mean(found), 5) if found else None
         result[f"{prefix}_languages"] = len(shared)
-    newest = served or next((row for row in reversed(rows) if row.get("kind") == "served"), None)
-    result["served_equals_peft"] = newest["served_equals_peft"] if newest else None
+    newest = {row["task"]: row["served_equals_peft"] for row in rows if row.get("kind") == "served"}
+    result["served_equals_peft"] = max(newest.values(), default=None)
+    result["served_tasks"] = sorted(newest)
     return comparisons, result

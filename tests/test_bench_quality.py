@@ -87,7 +87,8 @@ def test_verdict_follows_the_margin(low, high, words):
 
 def test_means_are_over_languages_that_every_method_has():
     rows = cells({"base": [1.0, 2.0, 9.0], "ia3": [1.0, 2.0], "lora": [1.0, 3.0], "flora": [2.0, 2.0]})
-    _, result = quality_stats.summarise(rows, [], {"served_equals_peft": 1e-5}, quick=True)
+    served = [{"kind": "served", "task": "code", "served_equals_peft": worst} for worst in (1e-3, 1e-5)]
+    _, result = quality_stats.summarise(rows, served, quick=True)
     assert (result["code_bpb_base"], result["code_bpb_lora"], result["code_bpb_languages"]) == (1.5, 2.0, 2)
     assert result["asr_wer_flora"] is None
     assert result["served_equals_peft"] == 1e-5
@@ -141,6 +142,13 @@ def test_programs_run_within_limits(program, passes, monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setattr(quality_sandbox, "TIME_S", 2)
     assert quality_sandbox.run("perl", program) is passes
+
+
+@pytest.mark.skipif(quality_sandbox._find("racket") is None, reason="needs racket")
+@pytest.mark.parametrize(("value", "passes"), [("1", True), ("2", False)])
+def test_a_failed_check_of_racket_is_a_failure(value, passes):
+    """Its process ends with status 0 either way."""
+    assert quality_sandbox.run("racket", f"#lang racket\n(require rackunit)\n(check-equal? 1 {value})\n") is passes
 
 
 @perl

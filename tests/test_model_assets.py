@@ -16,7 +16,7 @@ from flora_vllm import model_assets
 from flora_vllm.cli import main
 from flora_vllm.errors import ConfigError, FloraError
 from flora_vllm.model_assets import ASSETS, ModelError, Package, fetch_model, weights_digest
-from flora_vllm.model_conversion import read_ctranslate2
+from flora_vllm.model_conversion import add_timestamps, read_ctranslate2
 
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3)}
 
@@ -186,3 +186,25 @@ class TestSmolLM2:
         settings = (smollm2_dir / "config.json").read_text() + (smollm2_dir / "tokenizer_config.json").read_text()
         for trace in ("quantization", "gguf", "name_or_path", str(smollm2_dir.parent)):
             assert trace not in settings
+
+
+class TestWhisper:
+    def test_timestamps_follow_the_special_tokens(self):
+        """As in openai/whisper-base: the server cuts segments by them, transformers finds them by their place."""
+        token = {"id": 7, "content": "<|notimestamps|>", "special": True, "normalized": False}
+        tokenizer = {"added_tokens": [token]}
+        add_timestamps(tokenizer)
+        assert len(tokenizer["added_tokens"]) == 1 + 1501
+        for i, text in ((1, "<|0.00|>"), (2, "<|0.02|>"), (1501, "<|30.00|>")):
+            expected = {"id": 7 + i, "content": text, "special": False, "normalized": False}
+            assert tokenizer["added_tokens"][i] == expected
+
+    def test_tokenizer_fills_the_models_vocabulary(self, whisper_base_dir):
+        from transformers import AutoConfig, WhisperTokenizer
+
+        tokenizer = WhisperTokenizer.from_pretrained(whisper_base_dir)
+        assert len(tokenizer) == AutoConfig.from_pretrained(whisper_base_dir).vocab_size == 51865
+        ids = tokenizer("<|0.00|> Hello there.<|1.20|>", add_special_tokens=False).input_ids
+        assert (ids[0], ids[-1]) == (50364, 50364 + 60)
+        assert tokenizer.decode(ids) == " Hello there."
+        assert tokenizer.decode(ids, decode_with_timestamps=True) == "<|0.00|> Hello there.<|1.20|>"
