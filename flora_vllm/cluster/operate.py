@@ -260,6 +260,10 @@ def down(name: str) -> None:
         serve.delete(name)
 
 
+# Who asked for the end still watches it through this Ray; without an answer its process hangs for a minute.
+_FAREWELL_S = 5.0
+
+
 def wait_until_gone(name: str) -> None:
     """Returns when the application was deleted. Raises ClusterError if Ray itself went away."""
     from ray import serve
@@ -269,6 +273,7 @@ def wait_until_gone(name: str) -> None:
     try:
         while name in serve.status().applications:
             time.sleep(1.0)
+        time.sleep(_FAREWELL_S)
     except (RayError, RayServeException) as error:
         raise ClusterError(f"Ray or its Serve ended while {name} was served: {error}") from error
 
