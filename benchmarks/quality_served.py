@@ -8,7 +8,7 @@ transcribed by both.
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,6 @@ def _judge(adapted: Any, request: Asked) -> torch.Tensor:
 
 def _transcripts(speech: SpeechBase, model: PreTrainedModel, asked: list[Asked]) -> list[str]:
     clips = [request.clip for request in asked if request.clip is not None]
-    adapted = SpeechBase(model, speech.features, speech.tokenizer)  # type: ignore[arg-type]  # a Whisper, adapted
     language = clips[0].language
     assert language is not None, "every clip of the benchmark has its language"
-    return quality_speech.transcribe(adapted, [clip.audio for clip in clips], language)
+    return quality_speech.transcribe(replace(speech, model=model), [clip.audio for clip in clips], language)

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 # A local Ray holds requests and answers only; its default would reserve a third of the memory.
 OBJECT_STORE_BYTES = 256 * 2**20
 REACH_S = 10.0
+# How long an `up` keeps its Ray after its application: `down` watches the end through it, and hangs for a minute if the
+# answer never comes.
+FAREWELL_S = 5.0
 
 
 def cpus_needed(config: ClusterConfig) -> int:
@@ -255,13 +258,9 @@ def down(name: str) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if name not in serve.status().applications:
         raise ClusterError(f"no application {name!r} runs on this Ray")
-    # An `up` that started this Ray ends it as soon as the application is gone, maybe before Serve has said so.
+    # An `up` that started this Ray ends it FAREWELL_S after the application; on a slow machine Serve may say so later.
     with contextlib.suppress(RayActorError):
         serve.delete(name)
-
-
-# Who asked for the end still watches it through this Ray; without an answer its process hangs for a minute.
-_FAREWELL_S = 5.0
 
 
 def wait_until_gone(name: str) -> None:
@@ -273,7 +272,7 @@ def wait_until_gone(name: str) -> None:
     try:
         while name in serve.status().applications:
             time.sleep(1.0)
-        time.sleep(_FAREWELL_S)
+        time.sleep(FAREWELL_S)
     except (RayError, RayServeException) as error:
         raise ClusterError(f"Ray or its Serve ended while {name} was served: {error}") from error
 

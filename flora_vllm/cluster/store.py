@@ -153,8 +153,7 @@ def _largest_rank(path: str, text: bytes) -> int:
         config = json.loads(text)
     except ValueError as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error
-    pattern = config.get("rank_pattern") or {} if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(pattern, dict):
+    if not isinstance(config, dict) or not isinstance(pattern := config.get("rank_pattern") or {}, dict):
         raise AdapterError(f"{path} must be a JSON object, and rank_pattern in it too")
     ranks = [config.get("r") or 1, *pattern.values()]
     if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):

@@ -73,7 +73,6 @@ def load_torch_op() -> ctypes.CDLL | None:
         compiler = _compiler()
         parts = (_run(compiler, "--version"), torch.__version__, *_COMPILE_TORCH, _TORCH_OP.read_text())
         folder = cache_dir() / "native" / _hash(parts)
-        folder.mkdir(parents=True, exist_ok=True)
         libraries = (f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu")
         return ctypes.CDLL(str(_built(compiler, (*_COMPILE_TORCH, str(_TORCH_OP)), folder, "torch_op.so", libraries)))
     except (OSError, ConfigError) as error:
@@ -91,7 +90,6 @@ def _load(arch: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         compiler = _compiler()
         folder = cache_dir() / "native" / _digest(compiler, arch)
-        folder.mkdir(parents=True, exist_ok=True)
         flags = (*_COMPILE, f"-march={arch}", str(SOURCES / "linear.cpp"))
         try:
             return ctypes.CDLL(str(_built(compiler, flags, folder, "flora.so", ()))), None
@@ -109,6 +107,7 @@ def _built(compiler: str, flags: Sequence[str], folder: Path, name: str, librari
     target = folder / name
     if target.exists():
         return target
+    folder.mkdir(parents=True, exist_ok=True)
     # Engine workers start together: one compiles, the others wait for it.
     with _locked(folder / "lock"):
         if target.exists():
