@@ -151,7 +151,7 @@ class NativeLinear:
                 continue
             assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, not {shape}"
             assert tensor.dtype == self.dtype, f"{name} is {tensor.dtype}, W {self.dtype}"
-            kept.append(tensor.detach().cpu().contiguous())
+            kept.append(tensor.cpu().contiguous())
             pointers.append(kept[-1].data_ptr())
         return _RawTerms(*pointers, rank, low, terms.identity, terms.gain_bias)
 

@@ -17,6 +17,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.batch import GraphSteps
+from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
@@ -212,7 +213,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
         request = lora_request
         rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
-        return LoadedAdapter(request.lora_int_id, rank, layers)
+        return LoadedAdapter(request.lora_int_id, rank, CompactLayers(layers))
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
