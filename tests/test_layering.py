@@ -36,9 +36,11 @@ PARTS = (
     Part("ops.terms", (), ("torch",)),
     Part("ops", ("errors", "ops.terms"), ("torch", "triton")),
     Part("slots", ("adapter", "errors", "ops.terms", "ops"), ("torch",)),
+    Part("compact", ("ops.terms",), ("torch",)),
     Part("batch", ("errors", "ops", "ops.terms"), ("torch",)),
     Part("layers", ("batch", "errors", "ops", "ops.terms", "slots"), ("torch",)),
-    Part("plugin", ("adapter", "batch", "errors", "formats", "layers", "ops", "ops.terms", "slots"), ("torch", "vllm")),
+    Part("plugin", ("adapter", "batch", "compact", "errors", "formats", "layers", "ops", "ops.terms", "slots"),
+         ("torch", "vllm")),
     Part("training", ("adapter", "errors", "formats", "ops", "ops.terms"),
          ("torch", "peft", "transformers", "safetensors", "trl", "datasets", "tqdm", "jinja2", "numpy", "yaml", "av")),
     # What decides is apart from what it is told by: no Ray, no engine, not even torch.
