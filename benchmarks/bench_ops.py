@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 # One thread from the start: OpenMP pools are sized when they are made.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -143,7 +144,7 @@ def vllm_linear(weight_OI: torch.Tensor) -> Callable[[torch.Tensor], torch.Tenso
     import vllm._custom_ops  # noqa: F401 - registers the kernels that the dispatch below looks for
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight_OI.clone(), requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     return lambda x_TI: layer.cpu_linear(x_TI, layer.weight, None)

@@ -188,7 +188,7 @@ def _work(pipe: Connection, model: str, adapters: dict[str, Path]) -> None:
             sampling = vllm.SamplingParams(
                 temperature=0, max_tokens=request.output_tokens, ignore_eos=True, detokenize=False
             )
-            prompt = {"prompt_token_ids": list(request.prompt)}
+            prompt: Any = {"prompt_token_ids": list(request.prompt)}
             engine.add_request(str(count), prompt, sampling, lora_request=named[request.model])
 
     while (message := pipe.recv()) != "end":

@@ -6,6 +6,7 @@ does not follow tuples of numbers.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ class CompactLayers(Mapping[str, LayerTerms]):
         return len(self._layers)
 
     def _slice(self, part: tuple) -> SliceTerms:
-        return SliceTerms(*(self._view(x) if isinstance(x, tuple) else x for x in part))
+        values: list[Any] = [self._view(x) if isinstance(x, tuple) else x for x in part]
+        return SliceTerms(*values)
 
     def _view(self, place: tuple) -> torch.Tensor:
         dtype, start, shape = place

@@ -5,6 +5,8 @@ scratch memory is bounded whatever the step (`SCRATCH_BYTES`), by splitting toke
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -117,8 +119,10 @@ class TorchLinear:
     def _placed(self, part: SliceTerms | None) -> SliceTerms | None:
         if part is None:
             return None
-        values = vars(part).items()
-        return SliceTerms(**{k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in values})
+        moved: dict[str, Any] = {
+            name: value.to(self.device) for name, value in vars(part).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(part, **moved)
 
     def _modulates(self, tokens: int, rank: int) -> bool:
         return self.weight_OI is not None and self.rule.modulates(tokens, rank)

@@ -170,7 +170,7 @@ def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:
         group = module.tp_rank // module.num_kv_head_replicas
         return full, sizes, [module.tp_rank * sizes[0], group * sizes[1], group * sizes[2]]
     if isinstance(module, (RowParallelLinear, ReplicatedLinear)):
-        sizes = list(module.output_partition_sizes)
+        sizes = list(module.output_partition_sizes)  # pyright: ignore[reportArgumentType]
         return sizes, sizes, [0] * len(sizes)
     full = list(module.output_sizes) if isinstance(module, MergedColumnParallelLinear) else [module.output_size]
     sizes = list(module.output_partition_sizes)
@@ -197,7 +197,7 @@ def _take_over(
     hidden_bias = module.bias if module.skip_bias_add and first_rank else None
     layer = AdaptedLinear(kernel, step, layout.sizes, hidden_bias)
     module._flora_handle = layer.handle
-    module._flora_out_features = layer.out_features
+    module._flora_out_features = layer.out_features  # pyright: ignore[reportArgumentType]
     module.quant_method = copy.copy(method)
     module.quant_method.apply = _apply
     return layer
