@@ -77,6 +77,12 @@ class Run:
     def data(self, cell: Cell) -> Path:
         return FETCH_DATA[cell.task](self.folder / "quality" / "data", cell.language)
 
+    @property
+    def kind(self) -> str:
+        """Of the rows that training adds."""
+        factor = self.options.rate_factor
+        return "cell" if factor == 1 else f"cell at {factor:g} of the rate"
+
     def setup(self, cell: Cell) -> dict:
         module = MODULES[cell.task]
         size = self.sizes[cell.task]
@@ -123,6 +129,13 @@ def _arguments() -> argparse.Namespace:
         "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
     )
     parser.add_argument("--language", help="train one language alone, for the same reason")
+    parser.add_argument("--method", choices=METHODS, help="train one method alone")
+    parser.add_argument(
+        "--rate-factor",
+        type=float,
+        default=1.0,
+        help="train at this multiple of the rate that the sweep chose, to see what it does; no comparison counts these",
+    )
     parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
     options = parser.parse_args()
     if options.only == "pass" and options.multipl_e is None:
@@ -161,8 +174,11 @@ def _work(run: Run, plan: list[Cell]) -> None:
 
 def _train_cells(run: Run, plan: list[Cell]) -> None:
     options = run.options
-    mine = [c for c in plan if options.task in (None, c.task) and options.language in (None, c.language)]
-    left = [cell for cell in mine if find_cell(run.rows, cell, run.setup(cell)) is None]
+    wanted = {"task": options.task, "language": options.language, "method": options.method}
+    mine = [c for c in plan if all(value in (None, getattr(c, name)) for name, value in wanted.items())]
+    if options.rate_factor != 1:
+        mine = [cell for cell in mine if cell.method != "base"]
+    left = [cell for cell in mine if find_cell(run.rows, cell, run.setup(cell), run.kind) is None]
     _estimate(run, left)
     for cell in left:
         if time.monotonic() > run.stop_at:
@@ -175,8 +191,8 @@ def _do(run: Run, cell: Cell) -> None:
     """Train and measure one cell; its row is added."""
     began = time.monotonic()
     size, model, data = run.sizes[cell.task], run.model(cell.task), run.data(cell)
-    row: dict[str, Any] = {"kind": "cell", **asdict(cell), "setup": run.setup(cell)}
-    rate = None if cell.method == "base" else _rate(run, cell)
+    row: dict[str, Any] = {"kind": run.kind, **asdict(cell), "setup": run.setup(cell)}
+    rate = None if cell.method == "base" else _rate(run, cell) * run.options.rate_factor
     base, split = MODULES[cell.task].prepare(model, data, size)
     if rate is not None:
         request = _request(run, cell, rate)

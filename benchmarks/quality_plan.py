@@ -94,9 +94,9 @@ def read_rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def find_cell(rows: Iterable[dict], cell: Cell, setup: dict) -> dict | None:
+def find_cell(rows: Iterable[dict], cell: Cell, setup: dict, kind: str = "cell") -> dict | None:
     """The newest row of `cell` made with `setup`."""
-    wanted = {"kind": "cell", **asdict(cell), "setup": setup}
+    wanted = {"kind": kind, **asdict(cell), "setup": setup}
     found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return found[-1] if found else None
 
