@@ -122,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
     )
+    parser.add_argument("--language", help="train one language alone, for the same reason")
     parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
     options = parser.parse_args()
     if options.only == "pass" and options.multipl_e is None:
@@ -159,7 +160,8 @@ def _work(run: Run, plan: list[Cell]) -> None:
 
 
 def _train_cells(run: Run, plan: list[Cell]) -> None:
-    mine = [cell for cell in plan if run.options.task in (None, cell.task)]
+    options = run.options
+    mine = [c for c in plan if options.task in (None, c.task) and options.language in (None, c.language)]
     left = [cell for cell in mine if find_cell(run.rows, cell, run.setup(cell)) is None]
     _estimate(run, left)
     for cell in left:
