@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from harness import RESULTS, append_rows, environment, finish, progress, summary
 from serving_adapters import make_pool
 from serving_bound import predicted_ratios
@@ -30,7 +31,7 @@ from serving_load import at_rate, make_requests, percentile, read_lengths, satur
 from tqdm import tqdm
 
 from flora_vllm.model_assets import fetch_smollm2
-from flora_vllm.server_process import ServerProcess
+from flora_vllm.server_process import ServerProcess, engine_threads
 
 POOL, SLOTS, CONCURRENCY = 64, 32, 16
 RANKS = (1, 2, 4, 8, 16, 32)
@@ -202,6 +203,7 @@ def _ratio(setup: Setup, name: str, against: str) -> float:
 
 
 def _summary(setup: Setup) -> dict:
+    torch.set_num_threads(engine_threads())  # the bound is measured as the engines run
     token_s = 1 / statistics.median(setup.rates["base_only"])
     bounds = predicted_ratios(setup.model, setup.options.ranks, POOL, CONCURRENCY, token_s, setup.lengths)
     return {
@@ -230,6 +232,7 @@ def _rows(setup: Setup, traffics: Sequence[Traffic], latencies: Sequence[dict]) 
         "scale": setup.options.scale,
         "concurrency": CONCURRENCY,
         "slots": SLOTS,
+        "engine_threads": engine_threads(),
     }
     throughput = [
         {
