@@ -30,13 +30,14 @@ from serving_load import Request, make_requests, read_lengths
 from tqdm import tqdm
 
 from flora_vllm.model_assets import fetch_smollm2
+from flora_vllm.server_process import engine_threads
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    "OMP_NUM_THREADS": str(engine_threads()),
 }
 TRAFFICS = ("base_only", "flora_r1", "lora_r8", "flora_r8")
 # OpenMP's threads spin for a moment after a step; the other engine's step starts when they sleep.
@@ -50,18 +51,20 @@ def main() -> None:
     lengths = read_lengths(options.lengths, options.scale)
     with tempfile.TemporaryDirectory(prefix="flora-steps-") as folder:
         pools = {"base_only": {"": Path()}}
-        for traffic in TRAFFICS[1:]:
+        for traffic in options.traffics:
+            if traffic == "base_only":
+                continue
             kind, _, rank = traffic.partition("_r")
             pools[traffic] = make_pool(Path(folder), model, kind, int(rank), POOL)
         adapters = {name: path for pool in pools.values() for name, path in pool.items() if name}
         progress("starting two engines")
-        plain, plugin = _Engine(model, {}), _Engine(model, adapters)
+        plain, plugin = _Engine(model, None), _Engine(model, adapters)
         for engine in (plain, plugin):
             engine.hear()  # it is up
-        ratios: dict[str, list[float]] = {traffic: [] for traffic in TRAFFICS}
-        steps: dict[str, list[tuple[float, float]]] = {traffic: [] for traffic in TRAFFICS}
+        ratios: dict[str, list[float]] = {traffic: [] for traffic in options.traffics}
+        steps: dict[str, list[tuple[float, float]]] = {traffic: [] for traffic in options.traffics}
         for number in range(-1, options.passes):  # the one before the first warms up
-            for traffic in TRAFFICS:
+            for traffic in options.traffics:
                 requests = make_requests(lengths, options.requests, tuple(pools[traffic]), "zipf", seed=number + 1)
                 pairs = _lock_step(plain, plugin, requests)
                 if number >= 0:
@@ -70,12 +73,12 @@ def main() -> None:
                     progress(f"pass {number + 1}: {traffic:10} {len(pairs)} steps, ratio {ratios[traffic][-1]:.3f}")
         for engine in (plain, plugin):
             engine.end()
-    rows = [_row(options, traffic, ratios[traffic], steps[traffic]) for traffic in TRAFFICS]
+    rows = [_row(options, traffic, ratios[traffic], steps[traffic]) for traffic in options.traffics]
     for row in rows:
         print(json.dumps(row))
     if not options.quick:
         append_rows(RESULTS / "serving.jsonl", rows)
-    finish({"benchmark": "steps", **{f"{t}_vs_vllm": round(statistics.median(ratios[t]), 4) for t in TRAFFICS}})
+    finish({"benchmark": "steps", **{f"{t}_vs_vllm": round(statistics.median(ratios[t]), 4) for t in ratios}})
 
 
 def _arguments() -> argparse.Namespace:
@@ -83,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two passes, nothing written")
     parser.add_argument("--lengths", type=Path, help="CSV of prompt_tokens,output_tokens")
     parser.add_argument("--scale", type=float, default=0.125, help="factor on every length (default: 0.125)")
+    parser.add_argument("--traffics", nargs="+", choices=TRAFFICS, default=TRAFFICS, help="default: all")
     parser.add_argument("--passes", type=int, help="passes over every traffic (default: 6, quick 2)")
     parser.add_argument("--requests", type=int, default=64, help="requests of a pass (default: 64)")
     options = parser.parse_args()
@@ -100,6 +104,7 @@ def _row(options: argparse.Namespace, traffic: str, ratios: Sequence[float], ste
         "scale": options.scale,
         "concurrency": CONCURRENCY,
         "slots": SLOTS,
+        "engine_threads": engine_threads(),
         "traffic": traffic,
         "pool": POOL,
         "requests": options.requests,
@@ -134,7 +139,7 @@ def _lock_step(plain: "_Engine", plugin: "_Engine", requests: Sequence[Request])
 class _Engine:
     """The parent's end of a process with an engine."""
 
-    def __init__(self, model: Path, adapters: dict[str, Path]) -> None:
+    def __init__(self, model: Path, adapters: dict[str, Path] | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, str(model), adapters), daemon=True)
@@ -152,8 +157,8 @@ class _Engine:
         self._process.join(30)
 
 
-def _work(pipe: Connection, model: str, adapters: dict[str, Path]) -> None:
-    """A process with an engine: plain vLLM without adapters, the plugin with them. Answers (seconds, outputs, left)."""
+def _work(pipe: Connection, model: str, adapters: dict[str, Path] | None) -> None:
+    """A process with an engine: plain vLLM if `adapters` is None, else the plugin. Answers (seconds, outputs, left)."""
     os.environ.update(ENVIRONMENT)
     import vllm
     from vllm.lora.request import LoRARequest
@@ -169,7 +174,7 @@ def _work(pipe: Connection, model: str, adapters: dict[str, Path]) -> None:
         "enable_prefix_caching": False,
     }
     named: dict[str, LoRARequest | None] = {"": None}
-    if adapters:
+    if adapters is not None:
         llm = flora_vllm.LLM(max_loras=SLOTS, max_cpu_loras=1024, max_lora_rank=32, max_flora_rank=32, **common)
         for number, (name, path) in enumerate(tqdm(adapters.items(), desc="loading adapters", file=sys.stderr), 1):
             named[name] = LoRARequest(name, number, str(path))
