@@ -80,6 +80,9 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         assert options is not None, "made only for engines that ask for FLoRA"
         self.options: FloraOptions = options
         self.attached = Attached()
+        # The adapters in slots. vLLM's cache answers without a touch of its order only by copying all it holds, which
+        # took a tenth of every step with 2,500 adapters.
+        self._in_slots: dict[int, LoadedAdapter] = {}
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
@@ -126,7 +129,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if graphs is None or segments is None or not graphs.serves(segments.tokens):
             return False
         used = [(self.lora_index_to_id[slot - 1], len(tokens)) for slot, tokens in segments if slot > 0]
-        rows = sum(tokens * self._registered_adapters.cache[adapter_id].rows for adapter_id, tokens in used)
+        rows = sum(tokens * self._in_slots[adapter_id].rows for adapter_id, tokens in used)
         return rows <= graphs.row_budget
 
     def tokens_fit_graph(self, num_tokens: int) -> bool:
@@ -162,12 +165,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             layer.write_slot(index + 1, adapter.layers.get(name))
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
+        self._in_slots[lora_id] = adapter
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
+            del self._in_slots[lora_id]
             for layer in self.attached.layers.values():
                 layer.write_slot(index + 1, None)
 
@@ -180,11 +185,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         slots = {adapter_id: index + 1 for index, adapter_id in enumerate(self.lora_index_to_id) if adapter_id}
-        if any(self._registered_adapters.cache[i].is_stand_in and i in mapping.index_mapping for i in slots):
+        if any(self._in_slots[i].is_stand_in and i in mapping.index_mapping for i in slots):
             self.rows.steps[mapping.type.name].rehearse(len(mapping.index_mapping))
             return
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
-        idle = {i for i in slots if not self._registered_adapters.cache[i].layers}
+        idle = {i for i in slots if not self._in_slots[i].layers}
         self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots | dict.fromkeys(idle, 0))
 
     def remove_all_adapters(self) -> None:
