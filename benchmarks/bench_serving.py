@@ -74,10 +74,11 @@ def main() -> None:
     rows = _rows(setup, traffics, latencies)
     for row in rows:
         print(json.dumps(row))
+    if options.write or not options.quick:
+        append_rows(RESULTS / "serving.jsonl", [*rows, {**environment(), **result}])
     if not options.quick:
         from serving_plots import plot
 
-        append_rows(RESULTS / "serving.jsonl", [*rows, {**environment(), **result}])
         plot(rows, RESULTS)
     finish(result)
 
@@ -85,6 +86,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ranks 1 and 8, fewer requests, nothing written")
+    parser.add_argument("--write", action="store_true", help="write a quick run's rows all the same")
     parser.add_argument("--lengths", type=Path, help="CSV of prompt_tokens,output_tokens")
     parser.add_argument("--scale", type=float, default=0.125, help="factor on every length (default: 0.125)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 3)", default=3)

@@ -46,7 +46,7 @@ def _ratio(mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, 
 def last_run(file: Path) -> tuple[list[dict], dict]:
     """The rows of the last full run and its summary."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    ends = [i for i, row in enumerate(rows) if "quick" in row]
+    ends = [i for i, row in enumerate(rows) if row.get("quick") is False]
     before = ends[-2] + 1 if len(ends) > 1 else 0
     return rows[before : ends[-1]], rows[ends[-1]]
 

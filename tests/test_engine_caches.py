@@ -55,6 +55,16 @@ def test_more_adapters_than_slots_and_host_places(adapters, engine):
     assert sum(index is not None for index in manager.lora_index_to_id) == 2
 
 
+def test_no_step_walks_the_table_of_all_adapters(adapters, engine):
+    """`LRUCache.cache` copies it; a step with thousands of registered adapters would wait for that."""
+    from vllm.utils.cache import LRUCache
+
+    asks = [Ask(support.prompt(9, seed=50 + i), adapters[name]) for i, name in enumerate(("flora-1", "lora"))]
+    engine.ask(asks)  # they are loaded
+    with mock.patch.object(LRUCache, "cache", new_callable=mock.PropertyMock, side_effect=AssertionError):
+        engine.ask([*asks, Ask(support.prompt(9, seed=52), None)])
+
+
 def test_a_preempted_request_continues_as_if_nothing_had_happened(adapters, engine):
     used = [None, adapters["flora-8"], adapters["lora"], None]
     asks = [Ask(support.prompt(60, seed=20 + i), adapter) for i, adapter in enumerate(used)]
