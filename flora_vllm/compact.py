@@ -12,9 +12,6 @@ import torch
 
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
 
-# Each tensor starts on a cache line: elements of the widest dtype that a layer has.
-_ALIGNED = 16
-
 
 class CompactLayers(Mapping[str, LayerTerms]):
     """Layer name -> slot contents, equal to those of `layers`, which it copies. What it returns are views."""
@@ -26,8 +23,8 @@ class CompactLayers(Mapping[str, LayerTerms]):
             if tensor not in places:
                 start = sizes.get(tensor.dtype, 0)
                 places[tensor] = (tensor.dtype, start, tuple(tensor.shape))
-                sizes[tensor.dtype] = start + -(-tensor.numel() // _ALIGNED) * _ALIGNED
-        self._memory = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
+                sizes[tensor.dtype] = start + tensor.numel()
+        self._memory = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
         for tensor, place in places.items():
             self._view(place).copy_(tensor)
 
