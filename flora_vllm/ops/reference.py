@@ -41,11 +41,13 @@ def _one_token(
     y = weight_OI @ x_I
     if terms is None:
         return y + bias_O
-    if terms.a_RI is not None and terms.b_RO is not None:
+    if terms.a_RI is not None:
+        assert terms.b_RO is not None, "a Hadamard term has both sides"
         y = y if terms.identity else torch.zeros_like(y)
         for a_I, b_O in zip(terms.a_RI.double(), terms.b_RO.double(), strict=True):
             y = y + b_O * (weight_OI @ (a_I * x_I))
-    if terms.down_RI is not None and terms.up_RO is not None:
+    if terms.down_RI is not None:
+        assert terms.up_RO is not None, "a low-rank term has both sides"
         y = y + (terms.down_RI.double() @ x_I) @ terms.up_RO.double()
     gain = torch.ones_like(y) if terms.gain_O is None else terms.gain_O.double()
     return gain * y + (gain * bias_O if terms.gain_bias else bias_O)
