@@ -28,7 +28,7 @@ import quality_code
 import quality_speech
 import torch
 from harness import RESULTS, append_rows, environment, finish, progress
-from quality_data import code_data, speech_data
+from quality_data import CODE, SPEECH, code_data, speech_data
 from quality_plan import (
     FULL,
     QUICK,
@@ -128,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
     )
-    parser.add_argument("--language", help="train one language alone, for the same reason")
+    parser.add_argument("--language", choices=[*CODE, *SPEECH], help="train one language alone, for the same reason")
     parser.add_argument("--method", choices=METHODS, help="train one method alone")
     parser.add_argument(
         "--rate-factor",
@@ -136,7 +136,11 @@ def _arguments() -> argparse.Namespace:
         default=1.0,
         help="train at this multiple of the rate that the sweep chose, to see what it does; no comparison counts these",
     )
-    parser.add_argument("--only", choices=PARTS, help="one part of the work, without the summary row and the plots")
+    parser.add_argument(
+        "--only",
+        choices=(*PARTS, "summary"),
+        help="one part of the work without the summary row and the plots, or these alone, from the rows there are",
+    )
     options = parser.parse_args()
     if options.only == "pass" and options.multipl_e is None:
         parser.error("--only pass needs --multipl-e")
@@ -163,7 +167,7 @@ def _work(run: Run, plan: list[Cell]) -> None:
     result["cells_missing"] = [cell.name for cell in plan if astuple(cell) not in done]
     for row in comparisons:
         print(json.dumps(row))
-    if not run.options.quick and run.options.only is None:
+    if not run.options.quick and run.options.only in (None, "summary"):
         from quality_plots import plot
 
         run.add({"kind": "comparisons", "comparisons": comparisons})
