@@ -80,8 +80,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         assert options is not None, "made only for engines that ask for FLoRA"
         self.options: FloraOptions = options
         self.attached = Attached()
-        # The adapters in slots. vLLM's cache answers without a touch of its order only by copying all it holds, which
-        # took a tenth of every step with 2,500 adapters.
+        # Slot -> adapter, for what every step asks. vLLM's cache answers without a touch of its order only by copying
+        # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -128,8 +128,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         graphs, segments = self.rows.tokens.graphs, self.rows.tokens.segments
         if graphs is None or segments is None or not graphs.serves(segments.tokens):
             return False
-        used = [(self.lora_index_to_id[slot - 1], len(tokens)) for slot, tokens in segments if slot > 0]
-        rows = sum(tokens * self._in_slots[adapter_id].rows for adapter_id, tokens in used)
+        rows = sum(len(tokens) * self._in_slots[slot].rows for slot, tokens in segments if slot > 0)
         return rows <= graphs.row_budget
 
     def tokens_fit_graph(self, num_tokens: int) -> bool:
@@ -165,14 +164,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             layer.write_slot(index + 1, adapter.layers.get(name))
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
-        self._in_slots[lora_id] = adapter
+        self._in_slots[index + 1] = adapter
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
-            del self._in_slots[lora_id]
+            del self._in_slots[index + 1]
             for layer in self.attached.layers.values():
                 layer.write_slot(index + 1, None)
 
@@ -184,13 +183,13 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self.rows.begin(mapping.type.name)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
-        slots = {adapter_id: index + 1 for index, adapter_id in enumerate(self.lora_index_to_id) if adapter_id}
-        if any(self._in_slots[i].is_stand_in and i in mapping.index_mapping for i in slots):
+        adapters = self._in_slots.values()
+        if any(adapter.is_stand_in and adapter.id in mapping.index_mapping for adapter in adapters):
             self.rows.steps[mapping.type.name].rehearse(len(mapping.index_mapping))
             return
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
-        idle = {i for i in slots if not self._in_slots[i].layers}
-        self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots | dict.fromkeys(idle, 0))
+        slots = {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
+        self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
 
     def remove_all_adapters(self) -> None:
         for adapter_id in list(self._active_adapters.cache):
