@@ -145,8 +145,7 @@ def _on_cpu() -> bool:
 def engine_threads() -> int:
     """OpenMP threads of a CPU engine: OMP_NUM_THREADS, else all cores but one, which the HTTP server needs.
 
-    An engine on every core waits at each of a step's barriers for the thread that the server has displaced: on two
-    cores one thread serves 1.3 times the tokens of two, and evenly.
+    An engine on every core waits at each of a step's barriers for the thread that the server has displaced.
     """
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) - 1))
 
