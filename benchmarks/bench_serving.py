@@ -1,6 +1,6 @@
 """The paper's serving experiment on this machine: every request its own adapter, through real OpenAI servers.
 
-    python benchmarks/bench_serving.py --quick                  # 12 minutes on 2 cores, prints the summary
+    python benchmarks/bench_serving.py --quick                  # 10 minutes on 2 cores, prints the summary
     python benchmarks/bench_serving.py --lengths LENGTHS.csv    # everything, rows and plots in benchmarks/results
 
 Three servers run side by side and get traffic in turn, so that a ratio compares the same minutes of the machine:
