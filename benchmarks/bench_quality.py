@@ -19,8 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,17 @@ import torch
 from harness import RESULTS, append_rows, environment, finish, progress
 from quality_data import CODE, SPEECH, code_data, speech_data
 from quality_plan import (
+    FINE,
     FULL,
     QUICK,
     Cell,
+    FineSearch,
     Size,
-    find_cell,
-    find_sweep,
+    find_row,
     full_plan,
     quick_plan,
     read_rows,
+    search,
     setup_hash,
     setup_of,
     sweep_cell,
@@ -87,6 +88,21 @@ class Run:
         module = MODULES[cell.task]
         size = self.sizes[cell.task]
         return setup_of(size, MODEL_NAMES[cell.task], module.TARGETS, DTYPE, self.data(cell))
+
+    def row(self, cell: Cell) -> dict | None:
+        """The newest row of `cell` at the rate that was chosen for it; None before one is chosen."""
+        if cell.method == "base":
+            return find_row(self.rows, "cell", cell, self.setup(cell))
+        rate = self.chosen_rate(cell)
+        if rate is None:
+            return None
+        return find_row(self.rows, self.kind, cell, self.setup(cell), rate=rate * self.options.rate_factor)
+
+    def chosen_rate(self, cell: Cell) -> float | None:
+        """What the search for this cell's task, method and rank found; None before it came to its end."""
+        chosen = sweep_cell(cell)
+        row = find_row(self.rows, "rate", chosen, self.setup(chosen))
+        return None if row is None else row["rate"]
 
     def out(self, cell: Cell, rate: float) -> Path:
         return self.adapters / setup_hash(self.setup(cell)) / f"{cell.name}-{rate:g}"
@@ -161,7 +177,7 @@ def _work(run: Run, plan: list[Cell]) -> None:
             run.model("code"), _trained(run, plan, "code"), options.multipl_e, options.tasks, run.rows
         ):
             run.add(row)
-    cells = [row for cell in plan if (row := find_cell(run.rows, cell, run.setup(cell))) is not None]
+    cells = [row for cell in plan if (row := run.row(cell)) is not None]
     comparisons, result = summarise(cells, run.rows, quick=run.options.quick)
     done = {(row["task"], row["language"], row["method"], row["rank"], row["seed"]) for row in cells}
     result["cells_missing"] = [cell.name for cell in plan if astuple(cell) not in done]
@@ -182,7 +198,7 @@ def _train_cells(run: Run, plan: list[Cell]) -> None:
     mine = [c for c in plan if all(value in (None, getattr(c, name)) for name, value in wanted.items())]
     if options.rate_factor != 1:
         mine = [cell for cell in mine if cell.method != "base"]
-    left = [cell for cell in mine if find_cell(run.rows, cell, run.setup(cell), run.kind) is None]
+    left = [cell for cell in mine if run.row(cell) is None]
     _estimate(run, left)
     for cell in left:
         if time.monotonic() > run.stop_at:
@@ -197,6 +213,8 @@ def _do(run: Run, cell: Cell) -> None:
     size, model, data = run.sizes[cell.task], run.model(cell.task), run.data(cell)
     row: dict[str, Any] = {"kind": run.kind, **asdict(cell), "setup": run.setup(cell)}
     rate = None if cell.method == "base" else _rate(run, cell) * run.options.rate_factor
+    if run.row(cell) is not None:  # at the rate that was only now chosen
+        return
     base, split = MODULES[cell.task].prepare(model, data, size)
     if rate is not None:
         request = _request(run, cell, rate)
@@ -240,38 +258,46 @@ def _rate(run: Run, cell: Cell) -> float:
 
     Every method is searched alike: its default rate, 4 and 16 times that, further by 4 while the best is at an end,
     then twice and half the best. (A climb by doubling stops in the noise where a rate is too low to move anything.)
+    For a task with a finer search, then whole runs from the best down, further by 2 while the best is at an end.
     Every rate tried is a row.
     """
     chosen, default = sweep_cell(cell), METHODS[cell.method].rate
+    if (known := run.chosen_rate(cell)) is not None:
+        return known
     if run.options.quick:
-        return default * QUICK_FACTORS[cell.task][cell.method]
-    losses: dict[float, float] = {}
-
-    def best_of(factors: Sequence[float]) -> float:
-        for factor in factors:
-            if factor not in losses:
-                losses[factor] = _dev_loss(run, chosen, default * factor)
-        return min(losses, key=losses.__getitem__)
-
-    best = best_of((1.0, 4.0, 16.0))
-    while best in (min(losses), max(losses)):
-        best = best_of((best * 4 if best == max(losses) else best / 4,))
-    return default * best_of((best * 2, best / 2))
+        best = default * QUICK_FACTORS[cell.task][cell.method]
+    else:
+        best = search(lambda rate: _dev_loss(run, chosen, rate), default, (1.0, 4.0, 16.0), 4)
+        best = search(lambda rate: _dev_loss(run, chosen, rate), best, (1.0, 2.0, 0.5))
+        if fine := FINE.get(cell.task):
+            best = search(lambda rate: _fine_loss(run, chosen, rate, fine), best, fine.factors, 2)
+    run.add({"kind": "rate", **asdict(chosen), "setup": run.setup(chosen), "rate": best})
+    return best
 
 
-def _dev_loss(run: Run, chosen: Cell, rate: float) -> float:
-    """Dev loss after a sweep's steps at `rate`, infinite if it diverged; from the rows if it is there."""
-    setup = run.setup(chosen)
-    row = find_sweep(run.rows, chosen, rate, setup)
+def _fine_loss(run: Run, chosen: Cell, rate: float, fine: FineSearch) -> float:
+    """Mean dev loss of whole runs at `rate` over the finer search's seeds."""
+    return statistics.mean(_dev_loss(run, replace(chosen, seed=seed), rate, fine.dev) for seed in fine.seeds)
+
+
+def _dev_loss(run: Run, chosen: Cell, rate: float, whole_run_on: int = 0) -> float:
+    """Dev loss at `rate` after a sweep's steps, or after a whole run on so many examples, infinite if it diverged.
+
+    From the rows if it is there.
+    """
+    size, setup = run.sizes[chosen.task], run.setup(chosen)
+    kind, dev, share = ("whole run", whole_run_on, 1.0) if whole_run_on else ("sweep", size.dev, size.sweep_share)
+    asked = {"rate": rate, "dev_examples": dev} if whole_run_on else {"rate": rate}
+    row = find_row(run.rows, kind, chosen, setup, **asked)
     if row is None:
-        progress(f"sweep of {chosen.name} at {rate:g}")
-        size, began = run.sizes[chosen.task], time.monotonic()
-        base, split = MODULES[chosen.task].prepare(run.model(chosen.task), run.data(chosen), size)
+        progress(f"{kind} of {chosen.name} at {rate:g}")
+        began = time.monotonic()
+        base, split = MODULES[chosen.task].prepare(run.model(chosen.task), run.data(chosen), replace(size, dev=dev))
         try:
-            loss = sweep(_request(run, chosen, rate), base, split, (1.0,), size.sweep_share)[rate]
+            loss = sweep(_request(run, chosen, rate), base, split, (1.0,), share)[rate]
         except ConfigError:  # it diverged
             loss = None
-        row = {"kind": "sweep", **asdict(chosen), "setup": setup, "rate": rate, "dev_loss": loss}
+        row = {"kind": kind, **asdict(chosen), "setup": setup, **asked, "dev_loss": loss}
         run.add({**row, "cell_s": round(time.monotonic() - began, 1)})
     return math.inf if row["dev_loss"] is None else row["dev_loss"]
 
@@ -327,7 +353,7 @@ def _trained(run: Run, plan: list[Cell], task: str) -> dict[Cell, Path]:
     trained = {}
     for cell in plan:
         if cell.task == task and cell.method != "base" and (cell.rank, cell.seed) == (1, 0):
-            row = find_cell(run.rows, cell, run.setup(cell))
+            row = run.row(cell)
             if row is not None and (out := run.out(cell, row["rate"])).exists():
                 trained[cell] = out
     return trained

@@ -6,9 +6,10 @@ first language chooses the rate. Finished work is a row of quality.jsonl and cou
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quality_data import CODE, SPEECH, digest
 
@@ -36,6 +37,19 @@ FULL = {
     "code": Size(32, 4, 128, dev=16, test=64, sweep_share=0.375),
     "speech": Size(32, 1, 128, dev=6, test=48, sweep_share=0.375),
 }
+
+
+@dataclass(frozen=True)
+class FineSearch:
+    """A second search for the rate: whole runs at `factors` of the first one's, mean over `seeds`, on `dev` clips."""
+
+    factors: tuple[float, ...] = (1.0, 0.5, 0.25)
+    seeds: tuple[int, ...] = (0, 1)
+    dev: int = 16
+
+
+# Steps of one clip are noisy and six clips few: what the first search finds for a third of the run is too high for all.
+FINE = {"speech": FineSearch()}
 QUICK = {"code": Size(10, 4, 128, dev=4, test=12), "speech": Size(10, 1, 128, dev=2, test=6)}
 
 
@@ -94,16 +108,9 @@ def read_rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def find_cell(rows: Iterable[dict], cell: Cell, setup: dict, kind: str = "cell") -> dict | None:
-    """The newest row of `cell` made with `setup`."""
-    wanted = {"kind": kind, **asdict(cell), "setup": setup}
-    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    return found[-1] if found else None
-
-
-def find_sweep(rows: Iterable[dict], chosen: Cell, rate: float, setup: dict) -> dict | None:
-    """The newest row of a sweep at `rate` with `setup`."""
-    wanted = {"kind": "sweep", **asdict(chosen), "rate": rate, "setup": setup}
+def find_row(rows: Iterable[dict], kind: str, cell: Cell, setup: dict, **wanted: Any) -> dict | None:
+    """The newest row of this kind about `cell`, made with `setup` and with the fields `wanted`."""
+    wanted |= {"kind": kind, **asdict(cell), "setup": setup}
     found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return found[-1] if found else None
 
@@ -111,6 +118,17 @@ def find_sweep(rows: Iterable[dict], chosen: Cell, rate: float, setup: dict) -> 
 def sweep_cell(cell: Cell) -> Cell:
     """The cell whose language, the task's first, chooses the rate for all languages."""
     return replace(cell, language=next(iter(CODE)) if cell.task == "code" else SPEECH[0], seed=0)
+
+
+def search(loss: Callable[[float], float], start: float, factors: Sequence[float], widen: int = 0) -> float:
+    """The multiple of `start` with the lowest loss; further by `widen` while that is the lowest or highest tried."""
+    losses = {factor: loss(start * factor) for factor in factors}
+    while True:
+        best = min(losses, key=losses.__getitem__)
+        if not widen or min(losses) < best < max(losses):
+            return start * best
+        factor = best * widen if best == max(losses) else best / widen
+        losses[factor] = loss(start * factor)
 
 
 def complete_languages(rows: Sequence[dict], task: str) -> Iterator[str]:

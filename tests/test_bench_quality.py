@@ -97,9 +97,22 @@ def test_means_are_over_languages_that_every_method_has():
 def test_a_cell_of_another_setup_is_not_done():
     cell = Cell("code", "lua", "flora")
     row = {"kind": "cell", **vars(cell), "setup": {"steps": 8}, "bpb": 1.0}
-    assert quality_plan.find_cell([row], cell, {"steps": 8}) is row
-    assert quality_plan.find_cell([row], cell, {"steps": 9}) is None
-    assert quality_plan.find_cell([row], Cell("code", "lua", "flora", seed=1), {"steps": 8}) is None
+    assert quality_plan.find_row([row], "cell", cell, {"steps": 8}) is row
+    assert quality_plan.find_row([row], "cell", cell, {"steps": 9}) is None
+    assert quality_plan.find_row([row], "cell", cell, {"steps": 8}, rate=0.5) is None
+    assert quality_plan.find_row([row], "cell", Cell("code", "lua", "flora", seed=1), {"steps": 8}) is None
+
+
+def test_search_goes_on_while_the_best_rate_is_at_an_end():
+    tried = []
+
+    def loss(rate):
+        tried.append(rate)
+        return abs(rate - 0.25)
+
+    assert quality_plan.search(loss, 4.0, (1.0, 0.5, 0.25), 2) == 0.25
+    assert tried == [4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
+    assert quality_plan.search(loss, 4.0, (1.0, 0.5)) == 2.0
 
 
 def test_plan_is_balanced_and_holds_every_cell_once():
