@@ -134,8 +134,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
     def tokens_fit_graph(self, num_tokens: int) -> bool:
         """The same of any step of so many tokens, whichever adapters it uses."""
         graphs = self.rows.tokens.graphs
+        if graphs is None or not graphs.serves(num_tokens):
+            return False  # before the table of all adapters is copied
         most = max((adapter.rows for adapter in self._registered_adapters.cache.values()), default=1)
-        return graphs is not None and graphs.serves(num_tokens) and num_tokens * most <= graphs.row_budget
+        return num_tokens * most <= graphs.row_budget
 
     def _guard_logits(self) -> None:
         """Nothing may be sampled from a step whose adapter tokens ran past the op."""
