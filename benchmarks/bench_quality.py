@@ -305,7 +305,7 @@ def _dev_loss(run: Run, chosen: Cell, rate: float, whole_run_on: int = 0) -> flo
 # A quick run doesn't search: multiples of each method's default rate that the full run's search found.
 QUICK_FACTORS = {
     "code": {"flora": 2.0, "lora": 128.0, "ia3": 4.0},
-    "speech": {"flora": 1.0, "lora": 8.0, "ia3": 1.0},
+    "speech": {"flora": 0.25, "lora": 4.0, "ia3": 0.5},
 }
 
 
