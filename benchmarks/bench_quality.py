@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,15 +268,16 @@ def _rate(run: Run, cell: Cell) -> float:
     if run.options.quick:
         best = default * QUICK_FACTORS[cell.task][cell.method]
     else:
-        best = search(lambda rate: _dev_loss(run, chosen, rate), default, (1.0, 4.0, 16.0), 4)
-        best = search(lambda rate: _dev_loss(run, chosen, rate), best, (1.0, 2.0, 0.5))
+        coarse_loss = partial(_dev_loss, run, chosen)
+        best = search(coarse_loss, default, (1.0, 4.0, 16.0), 4)
+        best = search(coarse_loss, best, (1.0, 2.0, 0.5))
         if fine := FINE.get(cell.task):
-            best = search(lambda rate: _fine_loss(run, chosen, rate, fine), best, fine.factors, 2)
+            best = search(partial(_fine_loss, run, chosen, fine), best, fine.factors, 2)
     run.add({"kind": "rate", **asdict(chosen), "setup": run.setup(chosen), "rate": best})
     return best
 
 
-def _fine_loss(run: Run, chosen: Cell, rate: float, fine: FineSearch) -> float:
+def _fine_loss(run: Run, chosen: Cell, fine: FineSearch, rate: float) -> float:
     """Mean dev loss of whole runs at `rate` over the finer search's seeds."""
     return statistics.mean(_dev_loss(run, replace(chosen, seed=seed), rate, fine.dev) for seed in fine.seeds)
 
