@@ -9,13 +9,13 @@ DEVICE ?= auto
 export FLORA_CACHE ?= $(CURDIR)/.cache
 BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
-ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo_adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
+ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
 .PHONY: setup model demo test test-cluster lint format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
-	@$(PYTHON) -I flora_vllm/bootstrap.py --device $(DEVICE)
+	@$(PYTHON) -I flora_vllm/commands/bootstrap.py --device $(DEVICE)
 
 model: setup
 	@$(BIN)/flora-vllm model $(MODEL)

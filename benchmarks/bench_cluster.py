@@ -29,8 +29,8 @@ from cluster_replay import (
     replay,
 )
 
-from flora_vllm.cluster.placement import AdapterSpec, ReplicaSpec
-from flora_vllm.cluster.policy import Planner
+from flora_vllm.cluster.rules.placement import AdapterSpec, ReplicaSpec
+from flora_vllm.cluster.rules.policy import Planner
 
 REPLICAS, ADAPTERS = 1000, 100_000
 FILE = harness.RESULTS / "cluster.jsonl"
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def smollm2() -> Path:
-    from flora_vllm.model_assets import fetch_smollm2
+    from flora_vllm.demo.model_assets import fetch_smollm2
 
     return fetch_smollm2(Path(os.environ.get("FLORA_CACHE") or Path(__file__).parent.parent / ".cache") / "smollm2")
 

@@ -47,8 +47,8 @@ from quality_plan import (
 )
 from quality_stats import summarise
 
+from flora_vllm.demo.model_assets import fetch_smollm2, fetch_whisper_base
 from flora_vllm.errors import ConfigError
-from flora_vllm.model_assets import fetch_smollm2, fetch_whisper_base
 from flora_vllm.training.build import METHODS
 from flora_vllm.training.checkpoint import training_directory
 from flora_vllm.training.run import Request, sweep, train_one

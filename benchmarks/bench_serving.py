@@ -30,8 +30,8 @@ from serving_bound import predicted_ratios
 from serving_load import at_rate, make_requests, percentile, read_lengths, saturate
 from tqdm import tqdm
 
-from flora_vllm.model_assets import fetch_smollm2
-from flora_vllm.server_process import ServerProcess, engine_threads
+from flora_vllm.commands.server_process import ServerProcess, engine_threads
+from flora_vllm.demo.model_assets import fetch_smollm2
 
 POOL, SLOTS, CONCURRENCY = 64, 32, 16
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -29,8 +29,8 @@ from serving_adapters import make_pool
 from serving_load import Request, make_requests, read_lengths
 from tqdm import tqdm
 
-from flora_vllm.model_assets import fetch_smollm2
-from flora_vllm.server_process import engine_threads
+from flora_vllm.commands.server_process import engine_threads
+from flora_vllm.demo.model_assets import fetch_smollm2
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

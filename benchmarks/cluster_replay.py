@@ -5,7 +5,7 @@ are log-normal. An adapter that is not in memory takes LOAD_S on one lane before
 Memory holds SLOTS adapters per replica. Wait is the time from arrival to the start of service.
 
 Policies, each written from its public description:
-  ours         plan of flora_vllm.cluster.policy once per second, flora_vllm.cluster.routing per request
+  ours         plan of flora_vllm.cluster.rules.policy once per second, flora_vllm.cluster.rules.routing per request
   stock        Ray Serve multiplexing: replicas that hold the model, else those with the fewest models; power of two
                choices among them; LRU per replica; no spill, since ray.serve.llm sets max_ongoing_requests to 1e9
   round_robin  next replica in turn; LRU
@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flora_vllm.cluster.placement import AdapterSpec, ReplicaSpec
-from flora_vllm.cluster.policy import Planner, PolicyOptions
-from flora_vllm.cluster.routing import RoutingOptions, choose, key_of
+from flora_vllm.cluster.rules.placement import AdapterSpec, ReplicaSpec
+from flora_vllm.cluster.rules.policy import Planner, PolicyOptions
+from flora_vllm.cluster.rules.routing import RoutingOptions, choose, key_of
 
 LANES, SLOTS, LOAD_S, SERVICE_S, SIGMA = 8, 32, 0.3, 1.0, 0.5
 

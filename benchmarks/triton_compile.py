@@ -23,8 +23,10 @@ from harness import append_rows, environment
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flora_vllm.ops import triton_kernels, triton_low_rank, triton_opaque
-from flora_vllm.ops.triton_config import launch_config
+from flora_vllm.ops.gpu import kernels as triton_kernels
+from flora_vllm.ops.gpu import low_rank as triton_low_rank
+from flora_vllm.ops.gpu import opaque as triton_opaque
+from flora_vllm.ops.gpu.config import launch_config
 
 RESULTS = Path(__file__).parent / "results" / "triton_compile.jsonl"
 TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"

@@ -2,7 +2,7 @@
 
 `flora::linear` takes the layer's identity as a tensor handle, never as a Python number: tracers freeze numbers, so a
 number would tie a compiled graph to one layer and to the moment it was traced. What a step needs is read inside the op.
-Calls of layers on the native op are taken in C++ (ops/csrc/torch_op.cpp), which hands what is not plain back to here.
+Calls of layers on the native op are taken in C++ (ops/cpu/csrc/torch_op.cpp); what is not plain comes back here.
 """
 
 import itertools
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flora_vllm.batch import GraphSteps, Step
-from flora_vllm.ops.native import NativeLinear
+from flora_vllm.ops.cpu.linear import NativeLinear
+from flora_vllm.ops.gpu.linear import TritonLinear
 from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms
-from flora_vllm.ops.triton_linear import TritonLinear
+from flora_vllm.step import GraphSteps, Step
 
 
 class AdaptedLinear:

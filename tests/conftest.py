@@ -52,7 +52,7 @@ def cache_directory() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir(cache_directory: Path) -> Path:
     """SmolLM2-135M-Instruct, bfloat16; downloaded by the first test that needs it."""
-    from flora_vllm.model_assets import fetch_smollm2
+    from flora_vllm.demo.model_assets import fetch_smollm2
 
     with _alone(cache_directory):
         return fetch_smollm2(cache_directory / "smollm2")
@@ -61,7 +61,7 @@ def smollm2_dir(cache_directory: Path) -> Path:
 @pytest.fixture(scope="session")
 def whisper_base_dir(cache_directory: Path) -> Path:
     """Whisper-base, float16; downloaded by the first test that needs it."""
-    from flora_vllm.model_assets import fetch_whisper_base
+    from flora_vllm.demo.model_assets import fetch_whisper_base
 
     with _alone(cache_directory):
         return fetch_whisper_base(cache_directory / "whisper-base")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import linear
 
+from flora_vllm.ops.cpu.linear import NativeLinear
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
-from flora_vllm.ops.native import NativeLinear
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
 from flora_vllm.ops.torch_linear import TorchLinear

@@ -18,7 +18,7 @@ import peft
 import torch
 from engine_support import Answer, Ask, Oracle, State, load, prompt, save_peft_adapter, write_flora_adapter
 
-from flora_vllm.server_process import ServerProcess
+from flora_vllm.commands.server_process import ServerProcess
 
 TINY_OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20))
 BASE = "base"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flora_vllm import bootstrap
-from flora_vllm.bootstrap import SetupError
+from flora_vllm.commands import bootstrap
+from flora_vllm.commands.bootstrap import SetupError
 
 ROOT = Path(bootstrap.__file__).resolve().parent.parent
 NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"
@@ -259,8 +259,8 @@ def test_silence_is_broken_by_lines_with_the_elapsed_time(tmp_path, monkeypatch,
 
 def test_runs_alone_and_silently_when_there_is_nothing_to_do(machine):
     """As the Makefile runs it: isolated, standard library only."""
-    script = machine.root / "flora_vllm" / "bootstrap.py"
-    script.parent.mkdir()
+    script = machine.root / "flora_vllm" / "commands" / "bootstrap.py"
+    script.parent.mkdir(parents=True)
     script.write_bytes(Path(bootstrap.__file__).read_bytes())
     command = [sys.executable, "-I", str(script), "--device", "cpu"]
     first = subprocess.run(command, capture_output=True, text=True, check=False)

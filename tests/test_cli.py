@@ -10,8 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from flora_vllm import __version__, bench_command, cli
-from flora_vllm.cli import COMMANDS, Command, available, main
+from flora_vllm import __version__
+from flora_vllm.commands import bench as bench_command
+from flora_vllm.commands import cli
+from flora_vllm.commands.cli import COMMANDS, Command, available, main
 from flora_vllm.errors import ConfigError
 
 
@@ -113,7 +115,7 @@ class TestOutcome:
 
     def test_a_reader_that_goes_away_is_no_traceback(self):
         code = (
-            "import sys\nfrom flora_vllm import cli, inspect_command\n"
+            "import sys\nfrom flora_vllm.commands import cli, inspect as inspect_command\n"
             "inspect_command.run = lambda args: print('x' * 10**6) or 0\n"
             "sys.exit(cli.main(['inspect', 'x']))"
         )
@@ -130,7 +132,7 @@ class TestOutcome:
 
     def test_real_interrupt_ends_the_process_with_130(self):
         code = (
-            "import signal, sys, time\nfrom flora_vllm import cli, inspect_command\n"
+            "import signal, sys, time\nfrom flora_vllm.commands import cli, inspect as inspect_command\n"
             # As in a terminal, also where these tests run in the background, which ignores the signal.
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "inspect_command.run = lambda args: print('here', flush=True) or time.sleep(60)\n"
@@ -177,7 +179,9 @@ def test_starting_is_quick():
     """Less than a second of processor time: nothing heavy is imported on the way to a command's help."""
     before = os.times()
     for _ in range(3):
-        subprocess.run([sys.executable, "-m", "flora_vllm.cli", "merge", "--help"], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "flora_vllm.commands.cli", "merge", "--help"], capture_output=True, check=True
+        )
     after = os.times()
     spent_s = after.children_user - before.children_user + after.children_system - before.children_system
     assert spent_s / 3 < 1

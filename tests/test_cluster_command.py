@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flora_vllm.cli import main
 from flora_vllm.cluster.config import ClusterConfig, parse, to_data
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import ClusterError, ConfigError, HookError
 
 with warnings.catch_warnings():
@@ -210,7 +210,7 @@ def test_a_ray_of_our_own_beside_a_dead_clusters_address(dead_cluster, monkeypat
         app = build_from_data(data)
         # Another process of this user finds it and may talk to it.
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        command = [sys.executable, "-m", "flora_vllm.cli", "cluster", "status", "--name", "nobody"]
+        command = [sys.executable, "-m", "flora_vllm.commands.cli", "cluster", "status", "--name", "nobody"]
         seen = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         logging.getLogger("somebody").warning("for the file")
         written = (logs / f"flora-up-{os.getpid()}.log").read_text()

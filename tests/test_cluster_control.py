@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from cluster_support import minimal, play, write_adapter
 
-from flora_vllm.cluster import routing, scaling
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
 from flora_vllm.cluster.controller import BROKEN, PlacementController
-from flora_vllm.cluster.demand import Demand
 from flora_vllm.cluster.memory import NoRoomError
 from flora_vllm.cluster.messages import Report
+from flora_vllm.cluster.rules import routing, scaling
+from flora_vllm.cluster.rules.demand import Demand
 from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
 from flora_vllm.cluster.streams import LostError, guarded
 from flora_vllm.cluster.view import CatalogueView

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flora_vllm.cluster.placement import AdapterSpec, ReplicaSpec
-from flora_vllm.cluster.policy import Planner, PolicyOptions
+from flora_vllm.cluster.rules.placement import AdapterSpec, ReplicaSpec
+from flora_vllm.cluster.rules.policy import Planner, PolicyOptions
 from flora_vllm.errors import ConfigError
 
 RANKS = (4, 16, 64)

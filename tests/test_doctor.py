@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.engine]
 
-DOCTOR = "import sys; from flora_vllm.cli import main; sys.exit(main(['doctor', '--json']))"
+DOCTOR = "import sys; from flora_vllm.commands.cli import main; sys.exit(main(['doctor', '--json']))"
 
 
 def doctor(before: str = "", path: Path | None = None, **environment: str) -> tuple[int, dict[str, tuple]]:

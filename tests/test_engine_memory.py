@@ -14,7 +14,7 @@ import transformers
 from engine_support import Ask, Engine
 from tiny_models import HEADS, KV_HEADS, VOCABULARY, randomise
 
-from flora_vllm.ops import native
+from flora_vllm.ops.cpu import linear as native
 from flora_vllm.ops.torch_linear import SCRATCH_BYTES
 
 pytestmark = support.ENGINE_MARKS

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from flora_vllm import inspect_command
+from flora_vllm.commands import inspect as inspect_command
 from flora_vllm.formats import content_digest
 
 torch.set_num_threads(1)
@@ -143,10 +143,10 @@ def test_any_config_value_gives_an_answer(adapter: Path, capsys) -> None:
     check()
 
 
-@pytest.mark.parametrize("command", ["inspect_command", "merge_command"])
+@pytest.mark.parametrize("command", ["inspect", "merge"])
 def test_help_teaches_by_example_and_needs_no_torch(command: str) -> None:
     code = (
-        f"import argparse, sys; from flora_vllm import {command} as c; p = argparse.ArgumentParser('x');"
+        f"import argparse, sys; from flora_vllm.commands import {command} as c; p = argparse.ArgumentParser('x');"
         "c.add_arguments(p); print(p.format_help()); sys.exit('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -26,10 +26,7 @@ class Part:
 
 
 # The longest prefix that fits a module names its part. A new module that fits none fails the test: add a row.
-COMMANDS = ("demo", "doctor", "inspect_command", "merge_command", "convert_command", "train_command", "bench_command",
-            "model_command")  # fmt: skip
 PARTS = (
-    Part("bootstrap"),
     Part("errors"),
     Part("adapter", ("errors",), ("torch",)),
     Part("formats", ("errors", "adapter"), ("torch", "regex", "safetensors", "huggingface_hub")),
@@ -37,28 +34,27 @@ PARTS = (
     Part("ops", ("errors", "ops.terms"), ("torch", "triton")),
     Part("slots", ("adapter", "errors", "ops.terms", "ops"), ("torch",)),
     Part("compact", ("ops.terms",), ("torch",)),
-    Part("batch", ("errors", "ops", "ops.terms"), ("torch",)),
-    Part("layers", ("batch", "errors", "ops", "ops.terms", "slots"), ("torch",)),
-    Part("plugin", ("adapter", "batch", "compact", "errors", "formats", "layers", "ops", "ops.terms", "slots"),
+    Part("step", ("errors", "ops", "ops.terms"), ("torch",)),
+    Part("layers", ("step", "errors", "ops", "ops.terms", "slots"), ("torch",)),
+    Part("plugin", ("adapter", "step", "compact", "errors", "formats", "layers", "ops", "ops.terms", "slots"),
          ("torch", "vllm")),
     Part("training", ("adapter", "errors", "formats", "ops", "ops.terms"),
          ("torch", "peft", "transformers", "safetensors", "trl", "datasets", "tqdm", "jinja2", "numpy", "yaml", "av")),
-    # What decides is apart from what it is told by: no Ray, no engine, not even torch.
-    *(Part(f"cluster.{name}", ("errors", "cluster.rules"), ("numpy",))
-      for name in ("policy", "placement", "moves", "trades", "demand", "routing", "scaling")),
+    Part("cluster.rules", ("errors",), ("numpy",)),
     Part("cluster.vllm_engine", ("errors", "formats", "plugin", "cluster"), ("vllm",)),
-    Part("cluster", ("errors", "cluster.rules", "cluster.vllm_engine", "server_process", "formats"),
+    Part("cluster", ("errors", "cluster.rules", "cluster.vllm_engine", "formats"),
          ("numpy", "ray", "yaml", "fsspec", "fastapi", "starlette", "pydantic", "jsonschema")),
-    Part("model_conversion", (), ("numpy", "tokenizers", "torch", "transformers")),
-    Part("model_assets", ("errors", "model_conversion"), ("safetensors", "torch")),
-    Part("server_process", ("errors",), ("torch",)),
-    Part("demo_adapters.build_data"),
-    Part("cli", ("", "errors")),
-    *(Part(name, ("", "errors", "adapter", "formats", "ops", "training", "plugin", "server_process", "model_assets"),
-           ("torch", "openai", "tqdm", "peft", "transformers")) for name in COMMANDS),
+    Part("demo.model_conversion", (), ("numpy", "tokenizers", "torch", "transformers")),
+    Part("demo.model_assets", ("errors", "demo.model_conversion"), ("safetensors", "torch")),
+    Part("demo.adapters"),
+    Part("demo", ("errors", "commands.server_process", "demo.model_assets"), ("openai", "tqdm")),
+    Part("commands.bootstrap"),
+    Part("commands.cli", ("", "errors")),
+    Part("commands.server_process", ("errors",), ("torch",)),
+    Part("commands", ("", "errors", "adapter", "formats", "ops", "training", "plugin", "demo.model_assets"),
+         ("torch", "tqdm", "peft", "transformers")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip
-RULES = {part.prefix for part in PARTS if part.prefix.startswith("cluster.") and part.libraries == ("numpy",)}
 # Read by everything that serves; must not wait for, or need, any of these.
 HEAVY = {"torch", "vllm", "ray", "peft", "transformers", "triton", "fastapi", "numpy"}
 
@@ -104,10 +100,6 @@ def ours(name: str) -> str | None:
 def test_imports_point_one_way(module):
     part = part_of(module)
     allowed = set(part.parts) | {part.prefix}
-    if "cluster.rules" in allowed:
-        allowed |= RULES
-    if part.prefix in RULES:
-        allowed.add("cluster")  # the package's empty __init__
     faults = []
     for name in imported(ast.walk(TREES[module])):
         own = ours(name)
@@ -124,7 +116,7 @@ def test_the_package_of_the_cluster_rules_is_empty():
 
 
 def test_parts_have_no_cycle():
-    graph = {part.prefix: set(part.parts) - {part.prefix, "", "cluster", "cluster.rules"} for part in PARTS}
+    graph = {part.prefix: set(part.parts) - {part.prefix, "", "cluster"} for part in PARTS}
     TopologicalSorter(graph).prepare()
 
 
@@ -154,7 +146,7 @@ def at_import_time(tree: ast.Module) -> Iterator[ast.AST]:
 def test_libraries_a_reader_may_lack_are_imported_where_used(module):
     """Modules that the core and the command line import may not need more than torch at their top."""
     part = part_of(module)
-    if part.prefix in ("training", "model_conversion", "cluster.vllm_engine") or part.prefix.startswith("cluster"):
+    if part.prefix in ("training", "demo.model_conversion") or part.prefix.startswith("cluster"):
         return
     optional = {"ray", "peft", "transformers", "openai", "fsspec", "yaml", "datasets", "trl"}
     if part.prefix != "plugin":
@@ -167,12 +159,12 @@ def test_libraries_a_reader_may_lack_are_imported_where_used(module):
     ("module", "absent"),
     [
         ("flora_vllm", HEAVY),
-        ("flora_vllm.cli", HEAVY),
+        ("flora_vllm.commands.cli", HEAVY),
         ("flora_vllm.errors", HEAVY),
         ("flora_vllm.plugin", HEAVY - {"numpy"}),
         ("flora_vllm.formats", {"vllm", "ray", "peft", "transformers", "triton", "fastapi"}),
         ("flora_vllm.ops.table", {"vllm", "ray", "peft", "transformers", "fastapi"}),
-        ("flora_vllm.cluster.policy", HEAVY - {"numpy"}),
+        ("flora_vllm.cluster.rules.policy", HEAVY - {"numpy"}),
     ],
 )
 def test_import_loads_nothing_heavy(module, absent):

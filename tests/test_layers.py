@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from flora_vllm.batch import Step
 from flora_vllm.errors import StepError
 from flora_vllm.layers import AdaptedLinear
-from flora_vllm.ops import native_build
+from flora_vllm.ops.cpu import build as native_build
+from flora_vllm.ops.cpu.linear import NativeLinear
 from flora_vllm.ops.dispatch import DispatchRule
-from flora_vllm.ops.native import NativeLinear
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms, group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear
+from flora_vllm.step import Step
 
 SIZES = (6, 3)
 IN = 7

@@ -12,8 +12,8 @@ from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flora_vllm import merge_command
 from flora_vllm.adapter import Gain, Hadamard, LowRank, ModuleTerms
+from flora_vllm.commands import merge as merge_command
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import write_flora
 from flora_vllm.formats.merge import merged_weight

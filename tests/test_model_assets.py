@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flora_vllm import model_assets
-from flora_vllm.cli import main
+from flora_vllm.commands.cli import main
+from flora_vllm.demo import model_assets
+from flora_vllm.demo.model_assets import ASSETS, ModelError, Package, fetch_model, weights_digest
+from flora_vllm.demo.model_conversion import add_timestamps, read_ctranslate2
 from flora_vllm.errors import ConfigError, FloraError
-from flora_vllm.model_assets import ASSETS, ModelError, Package, fetch_model, weights_digest
-from flora_vllm.model_conversion import add_timestamps, read_ctranslate2
 
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3)}
 

@@ -12,9 +12,10 @@ import torch
 from ops_support import Case
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops import native_build, table
+from flora_vllm.ops import table
+from flora_vllm.ops.cpu import build as native_build
+from flora_vllm.ops.cpu.linear import NativeLinear
 from flora_vllm.ops.dispatch import DispatchRule, calibrate
-from flora_vllm.ops.native import NativeLinear
 from flora_vllm.ops.terms import group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear
 

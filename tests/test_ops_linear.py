@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops import native, torch_linear
+from flora_vllm.ops import torch_linear
+from flora_vllm.ops.cpu import linear as native
 from flora_vllm.ops.dispatch import PATHS, DispatchRule
 from flora_vllm.ops.terms import SliceTerms, group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear

@@ -9,10 +9,10 @@ from engine_support import Ask, Oracle
 from server_support import BASE, Client, regret
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flora_vllm.demo import ADAPTERS
+from flora_vllm.commands.server_process import ServerProcess
+from flora_vllm.demo.run import ADAPTERS
 from flora_vllm.formats import read_adapter
 from flora_vllm.formats.merge import merged_weight
-from flora_vllm.server_process import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 

@@ -5,8 +5,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from training_support import sentences, tiny_llama, tiny_tokenizer
 
-from flora_vllm import convert_command
 from flora_vllm.adapter import Adapter, LowRank, ModuleTerms
+from flora_vllm.commands import convert as convert_command
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
 from flora_vllm.training.convert import input_energy

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from training_support import sentences, tiny_llama, tiny_tokenizer
 
-from flora_vllm import train_command
+from flora_vllm.commands import train as train_command
 from flora_vllm.errors import ConfigError
 from flora_vllm.training import jobs
 from flora_vllm.training.run import Request, read_blocks, train_one

@@ -15,7 +15,7 @@ from tiny_models import WHISPER_CHUNK_S, tiny_whisper
 from training_support import interrupted_at_step, tiny_llama, tiny_tokenizer
 from transformers import WhisperForConditionalGeneration
 
-from flora_vllm import train_command
+from flora_vllm.commands import train as train_command
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
 from flora_vllm.training.audio import SAMPLE_RATE, load_audio

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from training_support import WORDS, interrupted_at_step, sentences, tiny_llama, tiny_tokenizer
 
-from flora_vllm import train_command
+from flora_vllm.commands import train as train_command
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
 from flora_vllm.training import build, checkpoint, loop, run

@@ -13,10 +13,12 @@ import torch
 from triton_support import Layer, fresh_memory_is_nan, mixed_layer
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops import triton_launch, triton_linear, triton_opaque
 from flora_vllm.ops.dispatch import PathChoice
+from flora_vllm.ops.gpu import launch as triton_launch
+from flora_vllm.ops.gpu import linear as triton_linear
+from flora_vllm.ops.gpu import opaque as triton_opaque
+from flora_vllm.ops.gpu.config import launch_config
 from flora_vllm.ops.terms import SliceTerms
-from flora_vllm.ops.triton_config import launch_config
 
 __all__ = ["fresh_memory_is_nan"]
 

@@ -22,7 +22,7 @@ import torch
 from ops_support import Case, assert_close
 from triton_support import CPU, record_launches, replay
 
-from flora_vllm import batch
+from flora_vllm import step as batch
 from flora_vllm.errors import ConfigError, StepError
 from flora_vllm.ops.dispatch import DispatchRule
 from flora_vllm.ops.terms import SliceTerms, group_by_slot

@@ -11,10 +11,10 @@ import torch
 from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer, record_launches, replay
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops import triton_launch
+from flora_vllm.ops.gpu import launch as triton_launch
+from flora_vllm.ops.gpu.step import StepBuffers
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms
-from flora_vllm.ops.triton_step import StepBuffers
 
 __all__ = ["fresh_memory_is_nan"]
 

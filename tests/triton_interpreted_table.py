@@ -13,11 +13,12 @@ import torch
 from ops_support import Case, assert_close, load
 from triton_support import CPU, fresh_memory_is_nan
 
-from flora_vllm.ops import table, triton_check
+from flora_vllm.ops import table
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
+from flora_vllm.ops.gpu import check as triton_check
+from flora_vllm.ops.gpu.linear import TritonLinear
 from flora_vllm.ops.terms import SlotLimits, group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear
-from flora_vllm.ops.triton_linear import TritonLinear
 
 __all__ = ["fresh_memory_is_nan"]
 

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from flora_vllm.ops import triton_kernels, triton_low_rank, triton_opaque
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
+from flora_vllm.ops.gpu import kernels as triton_kernels
+from flora_vllm.ops.gpu import low_rank as triton_low_rank
+from flora_vllm.ops.gpu import opaque as triton_opaque
+from flora_vllm.ops.gpu.linear import TritonLinear
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, SlotLimits, group_by_slot
-from flora_vllm.ops.triton_linear import TritonLinear
 
 CPU = torch.device("cpu")
 # Largest error relative to the output's root mean square. float32: sums of up to 200 products and 17 rows, each

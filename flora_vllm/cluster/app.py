@@ -52,7 +52,7 @@ def deployment_options(config: ClusterConfig, model: ModelConfig) -> dict[str, A
             "target_ongoing_requests": scale.target_requests,
             "upscale_delay_s": scale.upscale_delay_s,
             "downscale_delay_s": scale.downscale_delay_s,
-            "policy": {"policy_function": "flora_vllm.cluster.scaling:autoscaling_policy"},
+            "policy": {"policy_function": "flora_vllm.cluster.rules.scaling:autoscaling_policy"},
         }
     if model.replicas_per_node is not None:
         options["max_replicas_per_node"] = model.replicas_per_node

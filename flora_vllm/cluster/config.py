@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flora_vllm.cluster.placement import UNLIMITED
-from flora_vllm.cluster.policy import PolicyOptions
-from flora_vllm.cluster.routing import RoutingOptions
+from flora_vllm.cluster.rules.placement import UNLIMITED
+from flora_vllm.cluster.rules.policy import PolicyOptions
+from flora_vllm.cluster.rules.routing import RoutingOptions
 from flora_vllm.errors import ConfigError
 
 # Ray's ingress splits adapter ids at the first colon, and an at sign separates name and version.

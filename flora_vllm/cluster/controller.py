@@ -15,8 +15,8 @@ from typing import Any
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse
 from flora_vllm.cluster.messages import CatalogueNews, Orders, Report
-from flora_vllm.cluster.placement import AdapterSpec, ReplicaSpec
-from flora_vllm.cluster.policy import Planner
+from flora_vllm.cluster.rules.placement import AdapterSpec, ReplicaSpec
+from flora_vllm.cluster.rules.policy import Planner
 from flora_vllm.cluster.store import Catalogue, Entry
 from flora_vllm.errors import ConfigError
 

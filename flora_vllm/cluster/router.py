@@ -1,4 +1,4 @@
-"""Serve's request router with adapter affinity: flora_vllm.cluster.routing on Serve's view of the replicas."""
+"""Serve's request router with adapter affinity: flora_vllm.cluster.rules.routing on Serve's view of the replicas."""
 
 import random
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flora_vllm.cluster.ray_hooks import PendingRequest, RequestRouter, RunningReplica
-from flora_vllm.cluster.routing import RoutingOptions, choose, key_of
+from flora_vllm.cluster.rules.routing import RoutingOptions, choose, key_of
 
 
 class AdapterAffinityRouter(RequestRouter):

@@ -13,10 +13,10 @@ import torch
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.config_keys import CheckedConfig, check_config, shown
-from flora_vllm.formats.family import Axes, Family
+from flora_vllm.formats.families.family import Axes, Family
+from flora_vllm.formats.families.table import FAMILIES
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, collect_files, digest_of
 from flora_vllm.formats.matching import Targets
-from flora_vllm.formats.table import FAMILIES
 from flora_vllm.formats.tensor_file import TensorRecord, load_json_object, parse_records, tensor_view
 
 PREFIX = "base_model.model."

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.families.flora import FLORA_A, FLORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
-from flora_vllm.formats.flora import FLORA_A, FLORA_B
 from flora_vllm.formats.reader import PREFIX, examine_files
 
 

@@ -15,8 +15,10 @@ from typing import Protocol
 
 import torch
 
-from flora_vllm.ops import native, triton_check, triton_linear
+from flora_vllm.ops.cpu import linear as native
 from flora_vllm.ops.dispatch import RANKS_MEASURED, SLOTS_MEASURED, DispatchRule, PathChoice, calibrate
+from flora_vllm.ops.gpu import check as triton_check
+from flora_vllm.ops.gpu import linear as triton_linear
 from flora_vllm.ops.terms import LayerTerms, Segments, SlotLimits
 from flora_vllm.ops.torch_linear import TorchLinear
 

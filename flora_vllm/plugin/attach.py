@@ -24,12 +24,12 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from flora_vllm.batch import Step
 from flora_vllm.layers import AdaptedLinear
 from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import SlotLimits
 from flora_vllm.slots import LinearLayout, SliceLayout
+from flora_vllm.step import Step
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-from flora_vllm.batch import Step
 from flora_vllm.errors import ConfigError
 from flora_vllm.plugin.hooks import ENCODER_HOOKS, offers, verify
 from flora_vllm.plugin.speech import detect_language_with_adapter
+from flora_vllm.step import Step
 
 WHISPER = "WhisperForConditionalGeneration"
 _MAPPING = f"vllm.model_executor.models.whisper:{WHISPER}.get_mm_mapping"  # patches/0013

@@ -16,7 +16,6 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.batch import GraphSteps
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
@@ -26,6 +25,7 @@ from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.step import GraphSteps
 
 logger = logging.getLogger(__name__)
 

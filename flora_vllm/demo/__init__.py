@@ -1,0 +1,1 @@
+"""The demonstration: its models and adapters, served and checked."""

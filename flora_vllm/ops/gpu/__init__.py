@@ -1,0 +1,1 @@
+"""The Triton op. Compiled and interpreted; NOT RUN ON HARDWARE YET."""
