@@ -8,6 +8,7 @@ The constants belong to an implementation, a layer shape, a thread count and a m
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -24,6 +25,8 @@ from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
 PathChoice = Literal["auto", "stacked", "modulated"]
 PATHS: tuple[PathChoice, ...] = ("auto", "stacked", "modulated")
 
+
+NEVER = 2**62  # tokens; no step has so many
 
 # What a measurement needs of a kernel's slots.
 SLOTS_MEASURED, RANKS_MEASURED = 16, 16
@@ -47,23 +50,19 @@ class DispatchRule:
         if self.constant < 0 or self.slope < 0:
             raise ConfigError(f"dispatch constants must not be negative: {self.constant}, {self.slope}")
 
-    def modulates(self, tokens: int, rank: int) -> bool:
-        """Whether a segment of `tokens` tokens with `rank` base products per token takes the modulated path."""
-        if self.path != "auto":
-            return self.path == "modulated"
-        return rank > 1 and tokens * rank > tokens + self.constant + self.slope * rank
+    def modulate_from(self, products: int, scaled: int) -> int:
+        """Tokens from which a segment with `products` base products per token, `scaled` of them with factors, takes
+        the modulated path; NEVER if none does.
 
-    def rows(self, segments: Segments, ranks: Sequence[int]) -> float:
-        """Rows of the base product that the step's work amounts to; `ranks[slot]` is 1 for a slot that adds none."""
-        total = 0.0
-        for i, slot in enumerate(segments.slots):
-            tokens, rank = segments.starts[i + 1] - segments.starts[i], ranks[slot]
-            adapted = slot > 0 and (rank > 1 or self.path == "modulated")
-            if adapted and self.modulates(tokens, rank):
-                total += tokens + self.constant + self.slope * rank
-            else:
-                total += tokens * rank
-        return total
+        Stacked costs tokens * products rows, modulated tokens + constant + slope * products.
+        """
+        if self.path == "stacked" or scaled == 0:
+            return NEVER
+        if self.path == "modulated":
+            return 0
+        if products <= 1:
+            return NEVER
+        return math.floor((self.constant + self.slope * products) / (products - 1)) + 1
 
 
 class Adaptable(Protocol):

@@ -15,7 +15,9 @@ def reference_linear(
     slots: Sequence[LayerTerms | None],
     segments: Segments,
 ) -> torch.Tensor:
-    """y[t] = g ∘ [Σ_j b[j] ∘ W(a[j] ∘ x[t]) + U(V x[t])] + h ∘ bias, slice by slice, in float64.
+    """y[t] = plain ∘ W x[t] + Σ_j b[j] ∘ W(a[j] ∘ x[t]) + (down x[t]) up + bias + offset, slice by slice, in float64.
+
+    x is turned before the products and the sum swapped after the bias where a slot's rare terms say so.
 
     `sizes`: out features of each slice, in order, summing to O. `slots[s]`: the terms of slot s (None: not adapted).
     Returns (T, O) float64. Source: arXiv 2312.05677, equations 4-6, for the Hadamard part.
@@ -38,16 +40,29 @@ def reference_linear(
 def _one_token(
     x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor, terms: SliceTerms | None
 ) -> torch.Tensor:
-    y = weight_OI @ x_I
     if terms is None:
-        return y + bias_O
+        return weight_OI @ x_I + bias_O
+    turned_I = x_I
+    for rare in terms.rare:
+        if rare.stage == "input":
+            turned_I = rare.apply(turned_I[None])[0]
+    y = torch.zeros_like(bias_O)
+    if terms.plain_O is not None:
+        y = y + terms.plain_O.double() * (weight_OI @ turned_I)
     if terms.a_RI is not None:
-        assert terms.b_RO is not None, "a Hadamard term has both sides"
-        y = y if terms.identity else torch.zeros_like(y)
+        assert terms.b_RO is not None, "scaled products have both sides"
         for a_I, b_O in zip(terms.a_RI.double(), terms.b_RO.double(), strict=True):
-            y = y + b_O * (weight_OI @ (a_I * x_I))
+            y = y + b_O * (weight_OI @ (a_I * turned_I))
     if terms.down_RI is not None:
         assert terms.up_RO is not None, "a low-rank term has both sides"
         y = y + (terms.down_RI.double() @ x_I) @ terms.up_RO.double()
-    gain = torch.ones_like(y) if terms.gain_O is None else terms.gain_O.double()
-    return gain * y + (gain * bias_O if terms.gain_bias else bias_O)
+    for rare in terms.rare:
+        if rare.stage == "added":
+            y = y + rare.apply(x_I[None])[0]
+    y = y + bias_O
+    if terms.offset_O is not None:
+        y = y + terms.offset_O.double()
+    for rare in terms.rare:
+        if rare.stage == "output":
+            y = rare.apply(y[None])[0].to(y.dtype)
+    return y

@@ -10,38 +10,47 @@ from functools import cached_property
 
 import torch
 
+from flora_vllm.ops.rare import RareTerm
+
 
 @dataclass(frozen=True, eq=False)
 class SliceTerms:
-    """One slot's terms for one slice of a layer: scale folded, this TP rank's part, the layer's dtype, contiguous.
+    """One slot's terms for one slice of a layer: scales and gains folded, this TP rank's part, contiguous.
 
-    y_slice = g ∘ [ Σ_j b_RO[j] ∘ W(a_RI[j] ∘ x)  +  W x if identity or a_RI is None  +  (down_RI x) up_RO ] + h ∘ bias
+    y = plain_O ∘ W x  +  Σ_j b_RO[j] ∘ W(a_RI[j] ∘ x)  +  (down_RI x) up_RO  +  bias + offset_O
 
-    with h = g if gain_bias else 1. The Hadamard rank and the low rank are independent.
+    `plain_O`: float32, (O,), or (1,) where all outputs have the same weight; None: the sum has no W x.
+    a_RI, b_RO (R, I), (R, O) and down_RI, up_RO (L, I), (L, O): in the layer's dtype; pairs, each may be absent.
+    `offset_O`: float32 (O,), added beside the bias; it knows nothing of the bias.
+    `rare`: what kernels do not know; `ops.shell` does it around them.
     """
 
+    plain_O: torch.Tensor | None = None
     a_RI: torch.Tensor | None = None
     b_RO: torch.Tensor | None = None
-    identity: bool = False
     down_RI: torch.Tensor | None = None
     up_RO: torch.Tensor | None = None
-    gain_O: torch.Tensor | None = None
-    gain_bias: bool = False
+    offset_O: torch.Tensor | None = None
+    rare: tuple["RareTerm", ...] = ()
 
     @property
-    def rank(self) -> int:
-        """Rows the stacked path needs per token for this slice's base products (1 for plain `W x`)."""
-        return 1 if self.a_RI is None else self.a_RI.shape[0] + int(self.identity)
+    def products(self) -> int:
+        """Base products per token on the stacked path; at least 1, for a row must be started by something."""
+        scaled = 0 if self.a_RI is None else self.a_RI.shape[0]
+        return max(scaled + (self.plain_O is not None), 1)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        for tensor in (self.a_RI, self.b_RO, self.down_RI, self.up_RO, self.gain_O):
+        """This adapter's own: what its rare terms share with other adapters is not among them."""
+        for tensor in (self.plain_O, self.a_RI, self.b_RO, self.down_RI, self.up_RO, self.offset_O):
             if tensor is not None:
                 yield tensor
+        for term in self.rare:
+            yield from term.tensors()
 
 
 @dataclass(frozen=True)
 class SlotLimits:
-    """What the slots of a layer may hold. `rank`: of Hadamard terms, without identity; `low_rank`: of the others."""
+    """What the slots of a layer may hold. `rank`: scaled products a token; `low_rank`: of low-rank terms."""
 
     slots: int = 32  # beside slot 0
     rank: int = 16
