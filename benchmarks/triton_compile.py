@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 
 from flora_vllm.ops.gpu import kernels as triton_kernels
 from flora_vllm.ops.gpu import low_rank as triton_low_rank
-from flora_vllm.ops.gpu import opaque as triton_opaque
 from flora_vllm.ops.gpu.config import launch_config
 
 RESULTS = Path(__file__).parent / "results" / "triton_compile.jsonl"
@@ -37,7 +36,7 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "LDG.E.U16", "LDL", "STL", "FFMA")
 
 INDICES = ("tokens", "token_slots", "segments", "counts", "layout", "tiles")
-ADDRESSES = ("table", "gains", "low")
+ADDRESSES = ("table",)
 # Numbers that are multiples of 16 where a layer's sizes are; Triton sees the same at a launch.
 MULTIPLES_OF_16 = ("in_features", "out_features", "x_stride", "w_stride", "y_stride", "split_stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -124,7 +123,7 @@ def _argument_type(name: str, case: Case) -> str:
         return "*i64"
     if name in ("parts", "middle") or (name == "y" and case.constants.get("SPLIT", 1) > 1):
         return "*fp32"
-    if name in ("x", "w", "y", "bias", "out", "products", "parts"):
+    if name in ("x", "w", "y", "bias"):
         return f"*{NAMES[case.dtype]}"
     return "i32"
 
@@ -157,20 +156,17 @@ def cases(dtype: torch.dtype, sm: int) -> Iterator[Case]:
         tile = {"BM": config.modulated_m, "BN": config.modulated_n, "BK": config.modulated_k}
         name = f"modulated {config.modulated_n}x{config.modulated_m}x{config.modulated_k}{'' if aligned else ' odd'}"
         for rank in (16, 32) if rows == 16 else ():
-            constants = {**common, **tile, "RANK": rank, "STAGES": config.modulated_stages, "FINISH": True}
+            constants = {**common, **tile, "RANKS": rank, "STAGES": config.modulated_stages, "FINISH": True}
             name_of_rank = f"{name} rank={rank}"
             yield Case(name_of_rank, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps)
     config = launch_config(dtype, 16, 4096, 4096, 1024)
     last = {"HAS_BIAS": True, "ALIGNED": True, "BN": config.sum_n, "FINISH": True}
-    expand = {"BM": config.expand_m, "BK": config.expand_k, "ALIGNED": True}
-    yield Case("expand", triton_opaque.flora_expand, dtype, expand, 4, tensor_core=False)
-    yield Case("reduce", triton_opaque.flora_reduce, dtype, last, 4, tensor_core=False)
-    low = {"BR": config.low_r, "BK": config.expand_k, "ALIGNED": True}
+    low = {"BR": config.low_r, "BK": config.low_k, "ALIGNED": True}
     yield Case("low down", triton_low_rank.flora_low_down, dtype, low, 4, tensor_core=False)
     for parts, count, with_low in ((4, 2, False), (1, 3, False), (2, 3, True)):
         constants = {**last, "PARTS": parts, "COUNT": count, "LOW": with_low}
         name = f"sum of {parts}{' and low rank' if with_low else ''}"
-        yield Case(name, triton_opaque.flora_sum, dtype, constants, 4, tensor_core=False)
+        yield Case(name, triton_low_rank.flora_sum, dtype, constants, 4, tensor_core=False)
 
 
 def main() -> None:

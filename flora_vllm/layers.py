@@ -84,7 +84,7 @@ class AdaptedLinear:
     def _captured_form(self, x_TI: torch.Tensor, bias: torch.Tensor | None, graphs: GraphSteps) -> torch.Tensor:
         assert isinstance(self._kernel, TritonLinear), "why_not_captured is asked before graphs are captured"
         tokens = x_TI.shape[0]
-        y_TO = self._kernel.forward_step(x_TI, bias, graphs.buffers, graphs.rows(tokens), modulated=False)
+        y_TO = self._kernel.graph_form(x_TI, bias, graphs.buffers, graphs.rows(tokens))
         graphs.note_launches(tokens)
         return y_TO
 

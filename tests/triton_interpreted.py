@@ -16,7 +16,7 @@ from flora_vllm.errors import ConfigError
 from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.gpu import launch as triton_launch
 from flora_vllm.ops.gpu import linear as triton_linear
-from flora_vllm.ops.gpu import opaque as triton_opaque
+from flora_vllm.ops.gpu import low_rank as triton_low_rank
 from flora_vllm.ops.gpu.config import launch_config
 from flora_vllm.ops.terms import SliceTerms
 
@@ -52,7 +52,7 @@ def test_auto_takes_both_ways_in_one_step() -> None:
 @pytest.mark.parametrize("path", ["stacked", "modulated"])
 def test_odd_sizes_and_one_token(path: PathChoice) -> None:
     layer = Layer((7, 33), 37)
-    layer.slots += [layer.uniform(2), layer.uniform(3, identity=True)]
+    layer.slots += [layer.uniform(2), layer.uniform(3, plain_O=layer.weights(1))]
     for counts in ([0, 1, 0], [1, 1, 2]):
         x_TI, segments = layer.step(counts)
         layer.check(layer.kernel(path), x_TI, segments)
@@ -60,7 +60,7 @@ def test_odd_sizes_and_one_token(path: PathChoice) -> None:
 
 def test_a_rank_above_the_tensor_cores_16() -> None:
     layer = Layer((48,), 64)
-    layer.slots += [layer.uniform(20, identity=True)]
+    layer.slots += [layer.uniform(20, plain_O=layer.weights(48))]
     x_TI, segments = layer.step([1, 4])
     for path in ("stacked", "modulated"):
         layer.check(layer.kernel(path, rank=32), x_TI, segments)
@@ -85,39 +85,25 @@ def test_products_cut_along_in_features(monkeypatch: pytest.MonkeyPatch) -> None
     layer.check(layer.kernel("stacked"), x_TI, segments)
 
 
-def test_low_rank_terms_come_between_products_and_gain() -> None:
+def test_low_rank_terms_beside_products_and_offsets() -> None:
     layer = Layer((48, 16), 40)
     low = layer.low_rank(4, 48)
     layer.slots += [
-        (SliceTerms(**low, gain_O=layer.gain(48), gain_bias=True), None),
-        (layer.hadamard(2, 48, **low), layer.hadamard(2, 16, gain_O=layer.gain(16))),
+        (SliceTerms(layer.weights(48), **low, offset_O=layer.offset(48)), None),
+        (layer.hadamard(2, 48, **low), layer.hadamard(2, 16, offset_O=layer.offset(16))),
     ]
     x_TI, segments = layer.step([2, 3, 4])
-    for kernel in (layer.kernel("stacked"), layer.kernel("modulated"), layer.kernel(opaque=True)):
-        layer.check(kernel, x_TI, segments)
+    for path in ("stacked", "modulated"):
+        layer.check(layer.kernel(path), x_TI, segments)
 
 
-def test_opaque_base_sees_the_rows_it_must_and_no_more() -> None:
-    layer = mixed_layer()
-    seen = []
-
-    def base(x_TI: torch.Tensor) -> torch.Tensor:
-        seen.append(x_TI.shape[0])
-        return layer.base(x_TI)
-
-    kernel = layer.kernel(opaque=True)
-    kernel.base = base
-    x_TI, segments = layer.step([2, 2, 1, 1, 1])
-    layer.check(kernel, x_TI, segments)
-    # Plain tokens one row; rank 1 in three slices; 3 + 5 and plain; 12 + 16 and plain.
-    assert seen == [3 * 1 + 2 * 3 + 1 * 9 + 1 * 29]
-
-
-def test_opaque_base_in_float16() -> None:
-    layer = Layer((40,), 48, torch.float16)
-    layer.slots += [layer.uniform(3)]
-    x_TI, segments = layer.step([2, 3])
-    layer.check(layer.kernel(opaque=True), x_TI, segments)
+def test_a_sum_without_plain_product() -> None:
+    """Nothing but an offset, and nothing but a low-rank term: no W x in them."""
+    layer = Layer((48, 16), 40)
+    layer.slots += [(SliceTerms(offset_O=layer.offset(48)), None), (SliceTerms(**layer.low_rank(2, 48)), SliceTerms())]
+    x_TI, segments = layer.step([2, 3, 4])
+    for path in ("stacked", "modulated"):
+        layer.check(layer.kernel(path), x_TI, segments)
 
 
 def test_swapped_factors_give_another_result() -> None:
@@ -144,11 +130,16 @@ def test_swapped_factors_are_refused_where_the_shape_tells() -> None:
 @pytest.mark.parametrize(("path", "dtype"), [("stacked", torch.float32), ("modulated", torch.float16)])
 def test_every_rank(rank: int, path: PathChoice, dtype: torch.dtype) -> None:
     layer = Layer((192,), 200, dtype, seed=rank)
-    layer.slots += [layer.uniform(rank), layer.uniform(rank, identity=True), layer.uniform(1), layer.uniform(17 - rank)]
+    layer.slots += [
+        layer.uniform(rank),
+        layer.uniform(rank, plain_O=layer.weights(192)),
+        layer.uniform(1),
+        layer.uniform(17 - rank),
+    ]
     x_TI, segments = layer.step([3, 5, 37, 1, 64])
     layer.check(layer.kernel(path), x_TI, segments)
 
 
 def test_everything_ran_in_the_interpreter() -> None:
     assert triton_launch.INTERPRETED
-    assert type(triton_opaque.flora_sum).__name__ == "InterpretedFunction"
+    assert type(triton_low_rank.flora_sum).__name__ == "InterpretedFunction"

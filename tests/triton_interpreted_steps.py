@@ -11,36 +11,33 @@ import torch
 from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer, record_launches, replay
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops.gpu import launch as triton_launch
 from flora_vllm.ops.gpu.step import StepBuffers
-from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms
 
 __all__ = ["fresh_memory_is_nan"]
 
 
-@pytest.mark.parametrize("modulated", [False, True])
-def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_launches_follow_slots_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a captured graph does: the same launches on the same buffers, after slots and step were rewritten."""
     launches = record_launches(monkeypatch)
     # Captured with empty slots, as at an engine's start.
     layer = Layer((96, 64, 32), 200)
     layer.slots += [None] * 4
-    kernel = layer.kernel("modulated" if modulated else "stacked")
+    kernel = layer.kernel("stacked")
     step = StepBuffers(9, 6, CPU)
     x_TI, segments = layer.step([9])
-    step.fill(segments, [modulated])
-    y_TO = kernel.forward_step(x_TI, layer.bias_O, step, row_budget=40, modulated=modulated)
+    step.fill(segments, [False])
+    y_TO = kernel.graph_form(x_TI, layer.bias_O, step, row_budget=40)
     assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
     filled = mixed_layer().slots
     low = layer.low_rank(3, 64)
     rewritten = [
         None,
-        (None, layer.hadamard(6, 64, identity=True, **low), SliceTerms(**layer.low_rank(16, 32))),
+        (None, layer.hadamard(6, 64, plain_O=layer.weights(1), **low), SliceTerms(**layer.low_rank(16, 32))),
         None,
         layer.uniform(9),
-        (SliceTerms(**layer.low_rank(1, 96), gain_O=layer.gain(96), gain_bias=True), None, None),
+        (SliceTerms(layer.weights(96), **layer.low_rank(1, 96), offset_O=layer.offset(96)), None, None),
     ]
     for slots, counts in ((filled, [2, 1, 1, 4, 1]), (rewritten, [1, 4, 0, 1, 3])):
         layer.slots = slots
@@ -48,7 +45,7 @@ def test_recorded_launches_follow_slots_and_steps(modulated: bool, monkeypatch: 
             kernel.write_slot(slot, slots[slot])
         other_TI, segments = layer.step(counts)
         x_TI.copy_(other_TI)
-        step.fill(segments, [modulated] * len(segments.slots))
+        step.fill(segments, [False] * len(segments.slots))
         y_TO.fill_(float("nan"))
         replay(launches)
         assert layer.error(y_TO, x_TI, segments) <= 5e-6
@@ -59,28 +56,9 @@ def test_a_grid_smaller_than_the_work_is_only_slower() -> None:
     layer.slots += [layer.uniform(12), layer.uniform(1)]
     x_TI, segments = layer.step([3, 12, 40])
     step = StepBuffers(x_TI.shape[0], 3, CPU)
-    for kinds in ([False] * 3, [True] * 3, [True, False, True]):
-        step.fill(segments, kinds)
-        y_TO = layer.kernel().forward_step(x_TI, layer.bias_O, step, row_budget=1, modulated=True)
-        assert layer.error(y_TO, x_TI, segments) <= 5e-6
-
-
-def test_opaque_base_beyond_its_budget_gives_nan_not_other_rows() -> None:
-    layer = Layer((40,), 48)
-    layer.slots += [layer.uniform(4)]
-    x_TI, segments = layer.step([1, 3])
-    step = StepBuffers(4, 2, CPU)
-    step.fill(segments, [False] * 2)
-    kernel = layer.kernel(opaque=True)
-    assert kernel.stacked_rows(segments, [False] * 2) == 13
-    y_TO = kernel.forward_step(x_TI, layer.bias_O, step, row_budget=20, modulated=False)
+    step.fill(segments, [False] * 3)
+    y_TO = layer.kernel().graph_form(x_TI, layer.bias_O, step, row_budget=1)
     assert layer.error(y_TO, x_TI, segments) <= 5e-6
-    y_TO = kernel.forward_step(x_TI, layer.bias_O, step, row_budget=12, modulated=False)
-    late = segments.rows_T[-1]
-    assert y_TO[late].isnan().all()
-    kept = torch.arange(4) != late
-    exact = reference_linear(x_TI, layer.weight_OI, layer.bias_O, layer.sizes, layer.slots, segments)
-    torch.testing.assert_close(y_TO[kept].double(), exact[kept], rtol=1e-5, atol=1e-5)
 
 
 # numpy warns of the products that the test is about.
@@ -143,13 +121,8 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
         kernel.forward(x_TI, layer.bias_O[:8], segments)
     with pytest.raises(ConfigError, match="does not fit buffers"):
         StepBuffers(2, 2, CPU).fill(segments, [False, False])
-    with pytest.raises(ConfigError, match="needs the layer's weight"):
-        layer.kernel("modulated", opaque=True)
     with pytest.raises(ConfigError, match="ranks up to 32"):
         layer.kernel(rank=33)
-    step = StepBuffers(3, 2, CPU)
-    with pytest.raises(ConfigError, match="contiguous rows"):
-        triton_launch.launch_expand(x_TI.T.contiguous().T, x_TI, step, kernel.slots, kernel._config(x_TI, 3))
 
 
 def test_no_adapter_at_all_is_the_base_call() -> None:

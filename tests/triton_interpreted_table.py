@@ -50,7 +50,7 @@ def check(case: Case, kernel: TritonLinear, slot_T: Sequence[int] | torch.Tensor
 @pytest.mark.parametrize("path", ["auto", "stacked", "modulated"])
 @pytest.mark.parametrize("rank", [1, 7, 16])
 def test_every_kind_of_term_in_one_step(rank: int, path: PathChoice) -> None:
-    """Hadamard, low-rank, gain, gain on the bias, slices left alone: slots of every kind, and tokens of none."""
+    """Products, low-rank, weights, offsets, slices left alone: slots of every kind, and tokens of none."""
     case = Case(torch.float32, 70, seed=rank).add_slots(rank, 5)
     kernel = make(case, path)
     check(case, kernel, load("uniform", 23, 5, case.random))
@@ -69,7 +69,7 @@ def test_a_slot_is_rewritten_where_it_is() -> None:
     """Captured launches keep these addresses."""
     case = Case(torch.float32, 37).add_slots(4, 3)
     kernel = make(case)
-    tables = (kernel.slots.table, kernel.slots.gains, kernel.slots.low, kernel.slots.layout)
+    tables = (kernel.slots.table, kernel.slots.layout)
     before = [tensor.data_ptr() for tensor in tables]
     slot_T = [1, 2, 0, 3, 1, 2]
     check(case, kernel, slot_T)

@@ -9,7 +9,6 @@ import torch
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
 from flora_vllm.ops.gpu import kernels as triton_kernels
 from flora_vllm.ops.gpu import low_rank as triton_low_rank
-from flora_vllm.ops.gpu import opaque as triton_opaque
 from flora_vllm.ops.gpu.linear import TritonLinear
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, SlotLimits, group_by_slot
@@ -50,7 +49,7 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> list:
     """The list that every launch is added to from now on."""
     launches: list = []
     recorded = {"flora_stacked", "flora_modulated", "flora_sum", "flora_low_down"}
-    for module in (triton_kernels, triton_opaque, triton_low_rank):
+    for module in (triton_kernels, triton_low_rank):
         for name in recorded & vars(module).keys():
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     return launches
@@ -87,8 +86,12 @@ class Layer:
         a_RI, b_RO = self.factors(rank, size)
         return SliceTerms(a_RI=a_RI, b_RO=b_RO, **other)
 
-    def gain(self, size: int) -> torch.Tensor:
-        return (1 + 0.3 * self.normal(size)).to(self.dtype)
+    def weights(self, size: int) -> torch.Tensor:
+        """By-output weights of plain W x, or with 1 the same for all."""
+        return 1 + 0.3 * self.normal(size).float()
+
+    def offset(self, size: int) -> torch.Tensor:
+        return self.normal(size).float()
 
     def uniform(self, rank: int, **other) -> LayerTerms:
         return tuple(self.hadamard(rank, size, **other) for size in self.sizes)
@@ -104,11 +107,9 @@ class Layer:
         down_RI = self.normal(low, self.in_features) * self.in_features**-0.5
         return {"down_RI": down_RI.to(self.dtype), "up_RO": (self.normal(low, size) * low**-0.5).to(self.dtype)}
 
-    def kernel(self, path: PathChoice = "auto", opaque: bool = False, **limits: int) -> TritonLinear:
-        weight_OI = None if opaque else self.weight_OI
-        kernel = TritonLinear(
-            weight_OI, self.base, self.sizes, DispatchRule(path), self.in_features, SlotLimits(**limits), device=CPU
-        )
+    def kernel(self, path: PathChoice = "auto", **limits: int) -> TritonLinear:
+        rule = DispatchRule(path)
+        kernel = TritonLinear(self.weight_OI, self.base, self.sizes, rule, self.in_features, SlotLimits(**limits))
         for slot, terms in enumerate(self.slots):
             if slot:
                 kernel.write_slot(slot, terms)
@@ -131,15 +132,15 @@ class Layer:
 
 
 def mixed_layer(dtype: torch.dtype = torch.float32) -> Layer:
-    """Three slices; ranks that are no powers of two, an identity, gains, a slice and a slot left alone."""
+    """Three slices; ranks that are no powers of two, plain terms of both kinds, a slice and a slot left alone."""
     layer = Layer((96, 64, 32), 200, dtype)
     layer.slots += [
         layer.uniform(1),
-        (layer.hadamard(3, 96), None, layer.hadamard(5, 32, identity=True)),
+        (layer.hadamard(3, 96), None, layer.hadamard(5, 32, plain_O=layer.weights(1))),
         (
-            layer.hadamard(12, 96, gain_O=layer.gain(96)),
-            SliceTerms(gain_O=layer.gain(64), gain_bias=True),
-            layer.hadamard(16, 32, identity=True),
+            layer.hadamard(12, 96, offset_O=layer.offset(96)),
+            SliceTerms(layer.weights(64), offset_O=layer.offset(64)),
+            layer.hadamard(16, 32, plain_O=layer.weights(32)),
         ),
         None,
     ]

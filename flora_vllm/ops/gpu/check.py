@@ -38,16 +38,17 @@ def _errors(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, flo
     def tensor(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=random) * shape[-1] ** -0.5).to(dtype)
 
-    def terms(rank: int, low: int, identity: bool) -> LayerTerms:
+    def terms(rank: int, low: int, plain: bool) -> LayerTerms:
         return tuple(
             SliceTerms(
-                a_RI=1 + tensor(rank, _IN), b_RO=1 + tensor(rank, size), identity=identity,
-                down_RI=tensor(low, _IN), up_RO=tensor(low, size), gain_O=1 + tensor(size), gain_bias=identity,
+                plain_O=1 + tensor(size if rank > 1 else 1).float() if plain else None,
+                a_RI=1 + tensor(rank, _IN), b_RO=1 + tensor(rank, size),
+                down_RI=tensor(low, _IN), up_RO=tensor(low, size), offset_O=tensor(size).float(),
             )
             for size in _SIZES
         )  # fmt: skip
 
-    slots = [None, terms(1, 3, identity=False), terms(_RANK, 1, identity=True), None]
+    slots = [None, terms(1, 3, plain=False), terms(_RANK, 1, plain=True), (SliceTerms(1 + tensor(64).float()), None)]
     weight_OI, bias_O, x_TI = tensor(sum(_SIZES), _IN), tensor(sum(_SIZES)), tensor(_TOKENS, _IN) * _IN**0.5
     segments = group_by_slot(torch.arange(_TOKENS) * 7 % 4)
     wanted_TO = reference_linear(x_TI, weight_OI, bias_O, _SIZES, slots, segments)
@@ -65,7 +66,7 @@ def _errors(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, flo
             buffers = StepBuffers(_TOKENS, 4, device)
             buffers.fill(segments, [False] * len(segments.slots))
             rows = kernel.stacked_rows(segments, [False] * len(segments.slots))
-            yield "captured form", _error(kernel.forward_step(x, bias, buffers, rows, modulated=False), wanted_TO)
+            yield "captured form", _error(kernel.graph_form(x, bias, buffers, rows), wanted_TO)
 
 
 def _error(y_TO: torch.Tensor, wanted_TO: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of Hadamard terms, identity not counted: a token's rows must fit half a row tile, and above 32 the modulation's
+# Of scaled products, plain W x not counted: a token's rows must fit half a row tile, and above 32 the modulation's
 # operands spill.
 MAX_RANK = 32
 
@@ -31,8 +31,7 @@ class LaunchConfig:
     rank: int  # the modulation product's inner size: rank padded in registers, at least the tensor core's 16
     split: int  # runs of in features that the stacked product is cut into
     sum_n: int  # out features per program of the sums and elementwise kernels
-    expand_m: int
-    expand_k: int
+    low_k: int
     low_r: int  # low ranks per program of the low-rank terms' first half
 
 
@@ -76,7 +75,6 @@ def launch_config(
         rank=16 if max_rank <= 16 else 32,
         split=max(1, min(processors // programs, in_features // 512, 8)),
         sum_n=256,
-        expand_m=16,
-        expand_k=256,
+        low_k=256,
         low_r=16,
     )

@@ -2,25 +2,25 @@
 
 NOT RUN ON HARDWARE YET: correct in Triton's interpreter, compiled for sm_80, sm_90 and sm_100, nothing more.
 
-A row is one base product W(a ∘ x) of one token; a token needs `rank` of them, and one with a = b = 1 for plain `W x`
-("identity"; a slice left alone is rank 0 with identity). Decisions:
+A row is one base product W(a ∘ x) of one token; a token needs `rank` of them, and one with a = 1 and b = `plain` where
+the sum has a plain `W x` (a slice left alone is that row with plain = 1). Decisions:
 * Rows are packed back to back whatever the mix of ranks, so nothing is padded to a rank bucket and one launch reads W
   once for the whole step. A tile takes the tokens whose first row is in its window, so no token is split.
 * Which row is whose is computed on the device from the segments and the slot table: a captured graph replays rightly
   after either has changed. Programs stride over tiles: a grid smaller than the work is slower, never wrong.
 * The modulation is made by the tensor core with the rank padded to 16 in registers (the FMA form spills).
-Layouts: slot table (S, N, 4) int64 [address of a_RI, address of b_RO, rank, flags], gains (S, N) int64 address or 0,
-low (S, N, 3) int64 [address of down_RI, address of up_RO, rank], layout (S, 2N+1) int32 [rows per slice, rows over an
-opaque base, first row of each slice there], segments (G, 3) int32 [slot, first list position, tokens], tiles (P, 4)
-int32 [slice, first column, first and last column of the slice].
+Layouts: slot table (S, N, 9) int64 [addresses of a_RI and b_RO, their rank, address of plain_O, its step (0: one number
+for all outputs), address of offset_O or 0, addresses of down_RI and up_RO, their rank]; layout (S, N) int32 rows by
+slice; segments (G, 3) int32 [slot, first list position, tokens]; tiles (P, 4) int32 [slice, first column, first and
+last column of the slice]. plain_O and offset_O are float32, all else has the dtype of W.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 - Triton types a kernel's arguments itself: pointers, integers, constants.
 import triton
 import triton.language as tl
 
-IDENTITY = tl.constexpr(1)
-GAIN_BIAS = tl.constexpr(2)
+# Entries of the slot table for a slot and slice, and where they are.
+WIDTH, A, B, RANK, PLAIN, PLAIN_STEP, OFFSET, DOWN, UP, LOW_RANK = (tl.constexpr(i) for i in (9, *range(9)))
 # Segments looked at together when rows are located.
 CHUNK = tl.constexpr(32)
 # Tokens summed together after a stacked product.
@@ -95,55 +95,49 @@ def _factor(address, index, length, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def _gain_and_bias(
-    gains, bias, column, in_slice, first, HAS_BIAS: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """float32 gain (ones if there is none at the address that `gains` holds) and bias (zeros) of these columns."""
-    address = tl.load(gains)
+def _added(entry, bias, column, in_slice, first, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr):
+    """float32 offset (zeros where the slot of `entry` has none) and bias of these columns."""
+    address = tl.load(entry + OFFSET)
     # A vector of it: the interpreter makes integers of a scalar's mask.
-    has_gain = tl.full(column.shape, address, tl.int64) != 0
-    gain_ptr = _pointer(address, ELEMENT, ALIGNED) + (column - first)
-    gain = tl.load(gain_ptr, mask=in_slice & has_gain, other=1.0).to(tl.float32)
-    bias_N = tl.zeros_like(gain)
+    has_offset = tl.full(column.shape, address, tl.int64) != 0
+    offset_ptr = _pointer(address, tl.float32, ALIGNED) + (column - first)
+    added_N = tl.load(offset_ptr, mask=in_slice & has_offset, other=0.0)
     if HAS_BIAS:
-        bias_N = tl.load(bias + column, mask=in_slice, other=0.0).to(tl.float32)
-    return gain, bias_N
+        added_N += tl.load(bias + column, mask=in_slice, other=0.0).to(tl.float32)
+    return added_N
 
 
 @triton.jit
-def _finish(acc, gain, flags, bias):
-    """g ∘ acc + h ∘ bias in float32; h = g if the bias is scaled too."""
-    return acc * gain + tl.where((flags & GAIN_BIAS) != 0, gain, 1.0) * bias
+def _plain(address, step, column):
+    """Pointers to the weights of the plain W x: float32, one by column or (step 0) one for all."""
+    return address.to(tl.pointer_type(tl.float32)) + column * step
 
 
 @triton.jit
 def _store_tokens(
-    acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
+    acc, position, live, y, tokens, token_slots, table, bias, split_stride, y_stride,
     n_slices, slice_index, column, in_slice, first,
-    FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Store acc (rows: list positions, columns: out features), with gain and bias if FINISH."""
+    """Store acc (rows: list positions, columns: out features), with bias and offset if FINISH."""
     token = tl.load(tokens + position, mask=live, other=0).to(tl.int64)
     if FINISH:
         slot = tl.load(token_slots + position, mask=live, other=0).to(tl.int64)
-        address = tl.load(gains + slot * n_slices + slice_index)
-        flags = tl.load(table + (slot * n_slices + slice_index) * 4 + 3)
-        has_gain = (address != 0)[:, None]
-        gain_ptr = _pointer(address, ELEMENT, ALIGNED)[:, None] + (column - first)[None, :]
-        gain = tl.load(gain_ptr, mask=has_gain & live[:, None] & in_slice[None, :], other=1.0).to(tl.float32)
-        bias_N = tl.zeros_like(column).to(tl.float32)
+        address = tl.load(table + (slot * n_slices + slice_index) * WIDTH + OFFSET)
+        has_offset = ((address != 0) & live)[:, None] & in_slice[None, :]
+        offset_ptr = _pointer(address, tl.float32, ALIGNED)[:, None] + (column - first)[None, :]
+        acc += tl.load(offset_ptr, mask=has_offset, other=0.0)
         if HAS_BIAS:
-            bias_N = tl.load(bias + column, mask=in_slice, other=0.0).to(tl.float32)
-        acc = _finish(acc, gain, flags[:, None], bias_N[None, :])
+            acc += tl.load(bias + column, mask=in_slice, other=0.0).to(tl.float32)[None, :]
     out = y + tl.program_id(2).to(tl.int64) * split_stride + token[:, None] * y_stride + column[None, :]
     tl.store(out, acc.to(y.dtype.element_ty), mask=live[:, None] & in_slice[None, :])
 
 
 @triton.jit
 def _sum_and_store(
-    acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
+    acc, position, live, y, tokens, token_slots, table, bias, split_stride, y_stride,
     n_slices, slice_index, column, in_slice, first,
-    FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     DOT: tl.constexpr, EXACT_SUM: tl.constexpr,
 ):  # fmt: skip
     """Sum the rows of each token, which lie side by side, and store the tokens."""
@@ -151,8 +145,8 @@ def _sum_and_store(
     last_position = tl.max(tl.where(live, position, -1))
     if last_position - first_position + 1 == tl.sum(live.to(tl.int32)):
         _store_tokens(
-            acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
-            n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED,
+            acc, position, live, y, tokens, token_slots, table, bias, split_stride, y_stride,
+            n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ALIGNED,
         )  # fmt: skip
     else:
         # Sum each token's rows by a 0/1 matrix. 0 * inf would carry one token's overflow into the others, so
@@ -172,14 +166,14 @@ def _sum_and_store(
             spoilt = tl.max(tl.where(member, lost[None, :], 0), axis=1)
             sum_TN = tl.where(spoilt[:, None] != 0, float("nan"), sum_TN)
             _store_tokens(
-                sum_TN, out, out <= last_position, y, tokens, token_slots, table, gains, bias, split_stride,
-                y_stride, n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED,
+                sum_TN, out, out <= last_position, y, tokens, token_slots, table, bias, split_stride,
+                y_stride, n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ALIGNED,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window"])
 def flora_stacked(
-    x, w, y, bias, tokens, token_slots, segments, counts, table, gains, layout, tiles,
+    x, w, y, bias, tokens, token_slots, segments, counts, table, layout, tiles,
     n_slices, in_features, x_stride, w_stride, y_stride, split_stride, window,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -193,7 +187,7 @@ def flora_stacked(
     ELEMENT: tl.constexpr = w.dtype.element_ty
     slice_index, column, in_slice, first, last = _columns(tiles, BN, ALIGNED)
     n_segments = tl.load(counts)
-    rows, rows_stride = layout + slice_index, 2 * n_slices + 1
+    rows, rows_stride = layout + slice_index, n_slices
     total = _count_rows(segments, n_segments, rows, rows_stride)
     k = tl.arange(0, BK)
     w_ptr = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
@@ -207,9 +201,9 @@ def flora_stacked(
         head = row - component
         live = (row < total) & (head >= first_row) & (head < first_row + window)
         token = tl.load(tokens + position, mask=live, other=0).to(tl.int64)
-        entry = table + (slot.to(tl.int64) * n_slices + slice_index) * 4
-        paired = live & (component < tl.load(entry + 2))
-        a_ptr = _factor(tl.load(entry), component, in_features, ELEMENT, ALIGNED)[:, None] + k[None, :]
+        entry = table + (slot.to(tl.int64) * n_slices + slice_index) * WIDTH
+        paired = live & (component < tl.load(entry + RANK))
+        a_ptr = _factor(tl.load(entry + A), component, in_features, ELEMENT, ALIGNED)[:, None] + k[None, :]
         x_ptr = x + token[:, None] * x_stride + k[None, :]
         acc = tl.zeros((BM, BN), tl.float32)
         for k0 in tl.range(k_first, k_last, BK, num_stages=STAGES):
@@ -219,12 +213,16 @@ def flora_stacked(
             w_KN = tl.load(w_ptr + k0, mask=in_k[:, None] & in_slice[None, :], other=0.0)
             acc = tl.dot(x_MK * a_MK, w_KN, acc, input_precision=DOT)
 
-        b_row = _factor(tl.load(entry + 1), component, last - first, ELEMENT, ALIGNED)
+        b_row = _factor(tl.load(entry + B), component, last - first, ELEMENT, ALIGNED)
         b_ptr = b_row[:, None] + (column - first)[None, :]
         acc *= tl.load(b_ptr, mask=paired[:, None] & in_slice[None, :], other=1.0).to(tl.float32)
+        plain_ptr = _plain(
+            tl.load(entry + PLAIN)[:, None], tl.load(entry + PLAIN_STEP)[:, None], (column - first)[None, :]
+        )
+        acc *= tl.load(plain_ptr, mask=(live & ~paired)[:, None] & in_slice[None, :], other=1.0)
         _sum_and_store(
-            acc, position, live, y, tokens, token_slots, table, gains, bias, split_stride, y_stride,
-            n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ELEMENT, ALIGNED, DOT, EXACT_SUM,
+            acc, position, live, y, tokens, token_slots, table, bias, split_stride, y_stride,
+            n_slices, slice_index, column, in_slice, first, FINISH, HAS_BIAS, ALIGNED, DOT, EXACT_SUM,
         )  # fmt: skip
 
 
@@ -256,12 +254,12 @@ def _count_tiles(segments, n_segments, BM: tl.constexpr):
 
 @triton.jit
 def flora_modulated(
-    x, w, y, bias, tokens, segments, counts, table, gains, tiles,
+    x, w, y, bias, tokens, segments, counts, table, tiles,
     n_slices, in_features, x_stride, w_stride, y_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr,
     FINISH: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = (W ∘ (Bᵀ A + identity)) x[t] of the modulated segments' tokens; grid (row tiles, P).
+    """y[t] = (W ∘ (Bᵀ A + plain)) x[t] of the modulated segments' tokens; grid (row tiles, P).
 
     Computed transposed, (BN, BM): the modulated tile of W is then the operand that the tensor core takes from
     registers. Segments and slices without Hadamard terms take the loop without modulation.
@@ -270,7 +268,7 @@ def flora_modulated(
     slice_index, column, in_slice, first, last = _columns(tiles, BN, ALIGNED)
     n_segments = tl.load(counts + 1)
     k = tl.arange(0, BK)
-    j = tl.arange(0, RANK)
+    j = tl.arange(0, RANKS)
     w_ptr = w + column[:, None].to(tl.int64) * w_stride + k[None, :]
 
     for tile in range(tl.program_id(0), _count_tiles(segments, n_segments, BM), tl.num_programs(0)):
@@ -280,9 +278,10 @@ def flora_modulated(
         live = m < tl.load(segments + segment * 3 + 2)
         position = tl.load(segments + segment * 3 + 1) + m
         token = tl.load(tokens + position, mask=live, other=0).to(tl.int64)
-        entry = table + (slot * n_slices + slice_index) * 4
-        rank = tl.load(entry + 2).to(tl.int32)
-        flags = tl.load(entry + 3)
+        entry = table + (slot * n_slices + slice_index) * WIDTH
+        rank = tl.load(entry + RANK).to(tl.int32)
+        plain_ptr = _plain(tl.load(entry + PLAIN), tl.load(entry + PLAIN_STEP), column - first)
+        plain_N = tl.load(plain_ptr, mask=in_slice, other=0.0)
         x_ptr = x + token[None, :] * x_stride + k[:, None]
         acc = tl.zeros((BN, BM), tl.float32)
         if rank == 0:
@@ -291,24 +290,21 @@ def flora_modulated(
                 w_NK = tl.load(w_ptr + k0, mask=in_slice[:, None] & in_k[None, :], other=0.0)
                 x_KM = tl.load(x_ptr + k0, mask=in_k[:, None] & live[None, :], other=0.0)
                 acc = tl.dot(w_NK, x_KM, acc, input_precision=DOT)
+            acc *= plain_N[:, None]
         else:
-            a_ptr = _factor(tl.load(entry), j, in_features, ELEMENT, ALIGNED)[:, None] + k[None, :]
-            b_row = _factor(tl.load(entry + 1), j, last - first, ELEMENT, ALIGNED)
+            a_ptr = _factor(tl.load(entry + A), j, in_features, ELEMENT, ALIGNED)[:, None] + k[None, :]
+            b_row = _factor(tl.load(entry + B), j, last - first, ELEMENT, ALIGNED)
             b_ptr = b_row[None, :] + (column - first)[:, None]
             b_NR = tl.load(b_ptr, mask=(j < rank)[None, :] & in_slice[:, None], other=0.0)
-            one = tl.where((flags & IDENTITY) != 0, 1.0, 0.0)
             for k0 in tl.range(0, in_features, BK, num_stages=STAGES):
                 in_k = k < in_features - k0
                 w_NK = tl.load(w_ptr + k0, mask=in_slice[:, None] & in_k[None, :], other=0.0)
                 x_KM = tl.load(x_ptr + k0, mask=in_k[:, None] & live[None, :], other=0.0)
                 a_RK = tl.load(a_ptr + k0, mask=(j < rank)[:, None] & in_k[None, :], other=0.0)
-                factor_NK = tl.dot(b_NR, a_RK, input_precision=DOT) + one
+                factor_NK = tl.dot(b_NR, a_RK, input_precision=DOT) + plain_N[:, None]
                 w_NK = (w_NK.to(tl.float32) * factor_NK).to(ELEMENT)
                 acc = tl.dot(w_NK, x_KM, acc, input_precision=DOT)
         if FINISH:
-            gain, bias_N = _gain_and_bias(
-                gains + slot * n_slices + slice_index, bias, column, in_slice, first, HAS_BIAS, ELEMENT, ALIGNED
-            )
-            acc = _finish(acc, gain[:, None], flags, bias_N[:, None])
+            acc += _added(entry, bias, column, in_slice, first, HAS_BIAS, ALIGNED)[:, None]
         out = y + token[None, :] * y_stride + column[:, None]
         tl.store(out, acc.to(y.dtype.element_ty), mask=in_slice[:, None] & live[None, :])

@@ -11,7 +11,6 @@ import triton
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.gpu import kernels as triton_kernels
 from flora_vllm.ops.gpu import low_rank as triton_low_rank
-from flora_vllm.ops.gpu import opaque as triton_opaque
 from flora_vllm.ops.gpu.config import DTYPES, LaunchConfig
 from flora_vllm.ops.gpu.slots import SlotTable
 from flora_vllm.ops.gpu.step import StepBuffers
@@ -59,7 +58,7 @@ def launch_stacked(
     _check_product(x_TI, weight_OI, bias_O, step, slots)
     parts = config.split
     _check_output(out, (parts, *_shape(x_TI, slots)) if parts > 1 else _shape(x_TI, slots), x_TI.device)
-    assert not (finish and parts > 1), "gain and bias belong to the sum of the parts"
+    assert not (finish and parts > 1), "bias and offset belong to the sum of the parts"
     exact = x_TI.dtype == torch.float32
     assert slots.most_rows() <= most_rows <= config.stacked_m, f"{most_rows} rows a token, tiles of {config.stacked_m}"
     window = config.stacked_m - most_rows + 1
@@ -68,7 +67,7 @@ def launch_stacked(
     kernel: Any = triton_kernels.flora_stacked
     kernel[grid](
         x_TI, weight_OI, out, _present(bias_O, x_TI), step.tokens, step.token_slots, step.stacked, step.counts,
-        slots.table, slots.gains, slots.layout, tile_table,
+        slots.table, slots.layout, tile_table,
         len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out.stride(-2),
         out.stride(0) if parts > 1 else 0, window,
         BM=config.stacked_m, BN=config.stacked_n, BK=config.stacked_k, SPLIT=parts, STAGES=config.stacked_stages,
@@ -99,54 +98,12 @@ def launch_modulated(
     kernel: Any = triton_kernels.flora_modulated
     kernel[(max(programs, 1), tile_table.shape[0])](
         x_TI, weight_OI, out_TO, _present(bias_O, x_TI), step.tokens, step.modulated, step.counts,
-        slots.table, slots.gains, tile_table,
+        slots.table, tile_table,
         len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0),
-        BM=config.modulated_m, BN=config.modulated_n, BK=config.modulated_k, RANK=config.rank,
+        BM=config.modulated_m, BN=config.modulated_n, BK=config.modulated_k, RANKS=config.rank,
         STAGES=config.modulated_stages, FINISH=finish, HAS_BIAS=finish and bias_O is not None,
         ALIGNED=slots.is_aligned, DOT=_precision(x_TI.dtype == torch.float32),
         num_warps=config.modulated_warps,
-    )  # fmt: skip
-
-
-def launch_expand(
-    x_TI: torch.Tensor, out_VI: torch.Tensor, step: StepBuffers, slots: SlotTable, config: LaunchConfig
-) -> None:
-    """Every row that an opaque base needs of the stacked segments into `out_VI`, written in place; spare rows zero."""
-    _check_x(x_TI, None, step, slots)
-    _check_output(out_VI, (out_VI.shape[0], slots.in_features), x_TI.device)
-    if not out_VI.is_contiguous() or out_VI.dtype != x_TI.dtype:
-        raise ConfigError(f"the rows must be contiguous {x_TI.dtype}, not {out_VI.dtype} {out_VI.stride()}")
-    grid = (triton.cdiv(out_VI.shape[0], config.expand_m), triton.cdiv(slots.in_features, config.expand_k))
-    kernel: Any = triton_opaque.flora_expand
-    kernel[grid](
-        x_TI, out_VI, step.tokens, step.stacked, step.counts, slots.table, slots.layout,
-        len(slots.sizes), slots.in_features, x_TI.stride(0), out_VI.shape[0],
-        BM=config.expand_m, BK=config.expand_k, ALIGNED=slots.is_aligned, num_warps=4,
-    )  # fmt: skip
-
-
-def launch_reduce(
-    products_VO: torch.Tensor,
-    y_TO: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    step: StepBuffers,
-    slots: SlotTable,
-    tiles: ColumnTiles,
-    config: LaunchConfig,
-    finish: bool,
-) -> None:
-    """Scaled sum of the opaque base's rows into `y_TO`, written in place; NaN for tokens whose rows are not there."""
-    _check_output(y_TO, (y_TO.shape[0], sum(slots.sizes)), products_VO.device)
-    if products_VO.shape[1:] != y_TO.shape[1:] or not products_VO.is_contiguous():
-        raise ConfigError(f"the base gave {tuple(products_VO.shape)} {products_VO.stride()}, not rows like y's")
-    tile_table = tiles.of(config.sum_n)
-    kernel: Any = triton_opaque.flora_reduce
-    kernel[(y_TO.shape[0], tile_table.shape[0])](
-        products_VO, y_TO, _present(bias_O, products_VO), step.tokens, step.token_slots, step.stacked, step.counts,
-        slots.table, slots.gains, slots.layout, tile_table,
-        len(slots.sizes), y_TO.shape[1], y_TO.stride(0), products_VO.shape[0],
-        BN=config.sum_n, FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=slots.is_aligned,
-        num_warps=4,
     )  # fmt: skip
 
 
@@ -160,9 +117,9 @@ def launch_low_down(
     assert middle_TNR.dtype == torch.float32, f"the low-rank middle is {middle_TNR.dtype}"
     kernel: Any = triton_low_rank.flora_low_down
     kernel[(shape[0], shape[1], triton.cdiv(shape[2], config.low_r))](
-        x_TI, middle_TNR, step.tokens, step.token_slots, step.counts, slots.low,
+        x_TI, middle_TNR, step.tokens, step.token_slots, step.counts, slots.table,
         shape[1], slots.in_features, x_TI.stride(0), shape[2],
-        BR=config.low_r, BK=config.expand_k, ALIGNED=slots.is_aligned, num_warps=4,
+        BR=config.low_r, BK=config.low_k, ALIGNED=slots.is_aligned, num_warps=4,
     )  # fmt: skip
 
 
@@ -178,17 +135,17 @@ def launch_sum(
     stacked_only: bool,
     middle_TNR: torch.Tensor | None = None,
 ) -> None:
-    """Sum of `parts` (P, T, O) float32, with gain and bias if `finish`, into `y_TO`, written in place.
+    """Sum of `parts` (P, T, O) float32, with bias and offset if `finish`, into `y_TO`, written in place.
 
-    `middle_TNR`: what `launch_low_down` wrote; up times it is added before gain and bias.
+    `middle_TNR`: what `launch_low_down` wrote; up times it is added.
     """
     _check_output(parts, (parts.shape[0], *y_TO.shape), y_TO.device)
     assert middle_TNR is None or slots.dtype in (None, y_TO.dtype), f"up is {slots.dtype}, y {y_TO.dtype}"
     tile_table = tiles.of(config.sum_n)
-    kernel: Any = triton_opaque.flora_sum
+    kernel: Any = triton_low_rank.flora_sum
     kernel[(y_TO.shape[0], tile_table.shape[0])](
         parts, y_TO, _present(bias_O, y_TO), step.tokens, step.token_slots, step.counts,
-        slots.table, slots.gains, slots.low, parts if middle_TNR is None else middle_TNR, tile_table,
+        slots.table, parts if middle_TNR is None else middle_TNR, tile_table,
         len(slots.sizes), parts.stride(0), parts.stride(1), y_TO.stride(0), slots.limits.low_rank,
         COUNT=2 if stacked_only else 3, PARTS=parts.shape[0], BN=config.sum_n, LOW=middle_TNR is not None,
         FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=slots.is_aligned, num_warps=4,

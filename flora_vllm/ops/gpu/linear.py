@@ -1,8 +1,8 @@
 """The adapted linear on Triton kernels, for NVIDIA GPUs. The kernels have not run on hardware yet.
 
-Importing this module needs neither Triton nor a GPU; building a layer does. A segment goes one way for all slices of a
-layer: modulated if the rule says so for any of its ranks. Low-rank terms are two plain products a segment in `forward`,
-kernels in `forward_step`, whose launches may not depend on the step. No step waits for the GPU.
+Importing this module needs neither Triton nor a GPU; building a layer does. A segment goes one way for all slices of
+a layer: modulated if the rule says so for any of them. Low-rank terms are two plain products a segment in `forward`,
+kernels in `graph_form`, whose launches may not depend on the step. No step waits for the GPU.
 """
 
 import importlib
@@ -71,8 +71,8 @@ def build_name() -> str:
 def why_refused(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits) -> str | None:
     """Why an engine's layer is not served here, or None.
 
-    Over an opaque base a kernel's rows of one call hold base tokens and scaled ones: with activation scales of a whole
-    call, as some quantisations have, an adapter would touch its neighbours. Such bases are left to the torch op.
+    A base that hides its weight is left to the torch op: scaled rows beside base tokens in one call of it would let an
+    adapter touch its neighbours where the quantisation scales activations by the call.
     """
     reason = why_unavailable(device)
     if reason is not None:
@@ -91,9 +91,7 @@ def why_refused(weight_OI: torch.Tensor | None, device: torch.device, limits: Sl
 class TritonLinear:
     """y = base(x) + bias with every slot's terms, on Triton kernels.
 
-    weight_OI: W, rows contiguous, or None if the base is opaque (quantised): then everything is stacked through
-    `base`. base: x_TI -> y_TO, W x without bias. sizes: out features of each slice, in order. device: needed only
-    without a weight.
+    weight_OI: W, rows contiguous. base: x_TI -> y_TO, W x without bias. sizes: out features of each slice, in order.
     Raises ConfigError where Triton is missing, or for a path or a rank that cannot be served.
     """
 
@@ -101,21 +99,16 @@ class TritonLinear:
 
     def __init__(
         self,
-        weight_OI: torch.Tensor | None,
+        weight_OI: torch.Tensor,
         base: Callable[[torch.Tensor], torch.Tensor],
         sizes: Sequence[int],
         rule: DispatchRule,
         in_features: int,
         limits: SlotLimits,
-        device: torch.device | None = None,
     ) -> None:
-        if weight_OI is None and rule.path == "modulated":
-            raise ConfigError("path 'modulated' needs the layer's weight, which this (quantised) layer does not show")
         if not 1 <= limits.rank <= MAX_RANK:
             raise ConfigError(f"the Triton kernels serve ranks up to {MAX_RANK}, not {limits.rank}")
-        self.device = torch.device("cuda") if device is None else device
-        if weight_OI is not None:
-            self.device = weight_OI.device
+        self.device = weight_OI.device
         reason = why_unavailable(self.device)
         if reason is not None:
             raise ConfigError(f"the Triton kernels cannot run here: {reason}")
@@ -136,11 +129,7 @@ class TritonLinear:
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on; None clears it. Read by captured graphs too."""
-        tensors = [tensor for part in terms or () if part is not None for tensor in part.tensors()]
-        dtype = tensors[0].dtype if tensors else self.slots.dtype
-        if self.weight_OI is not None:
-            dtype = self.weight_OI.dtype
-        self.slots.write(slot, terms, torch.float32 if dtype is None else dtype)
+        self.slots.write(slot, terms, self.weight_OI.dtype)
 
     def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor:
         """y_TO; `segments` None says that no token has an adapter."""
@@ -166,47 +155,45 @@ class TritonLinear:
         )
         return out_TO
 
-    def forward_step(
-        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, row_budget: int, modulated: bool
+    def graph_form(
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, row_budget: int
     ) -> torch.Tensor:
         """y_TO of whatever step is in `step` when the launches run: the form that a CUDA graph may capture.
 
-        Launches depend on x's shape, `row_budget` (stacked rows; more than that run slower, or give NaN over an opaque
-        base) and `modulated` (whether steps may have modulated segments) alone, whatever terms the slots come to hold.
+        Launches depend on x's shape and `row_budget` (stacked rows; more than that run slower) alone, whatever terms
+        the slots come to hold. Every segment of `step` is a stacked one.
         """
         x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-        plan = self._budget(x_TI, step, row_budget, modulated)
+        # Slots may hold any rank when the launches are replayed.
+        most_rows = self.slots.limits.rank + 1
+        plan = _Plan(step, self._config(x_TI, row_budget), max(row_budget, 1), most_rows, tiles=0)
         shape = (x_TI.shape[0], len(self.parts), self.slots.limits.low_rank)
         middle_TNR = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
         self._launch.launch_low_down(x_TI, middle_TNR, step, self.slots, plan.config)
-        if modulated or self.weight_OI is None:
-            parts = self._run(x_TI, None, plan, torch.float32, finish=False)[None]
-        else:
-            parts = self._stacked_parts(x_TI, plan)
+        parts = self._stacked_parts(x_TI, plan)
         y_TO = torch.empty(x_TI.shape[0], self.out_features, dtype=x_TI.dtype, device=x_TI.device)
         around = (step, self.slots, self._tiles, plan.config)
         self._launch.launch_sum(parts, y_TO, bias_O, *around, finish=True, stacked_only=False, middle_TNR=middle_TNR)
         return y_TO
 
     def stacked_rows(self, segments: Segments, modulates: Sequence[bool]) -> int:
-        """Rows of the base product that the step's stacked segments need: of the largest slice, or of opaque rows."""
+        """Rows of the base product that the step's stacked segments need, of the slice with the most."""
         rows = [0] * len(self.parts)
-        opaque = 0
         for i, slot in enumerate(segments.slots):
             if not modulates[i]:
                 tokens = segments.starts[i + 1] - segments.starts[i]
-                opaque += tokens * self.slots.opaque_rows(slot)
                 rows = [total + tokens * of_slice for total, of_slice in zip(rows, self.slots.rows(slot), strict=True)]
-        return opaque if self.weight_OI is None else max(rows)
+        return max(rows)
 
     def _modulates(self, slot: int, tokens: int) -> bool:
-        if self.weight_OI is None:
-            return False
-        terms = self.slots.terms(slot) or ()
-        ranks = [part.rank for part in terms if part is not None and part.a_RI is not None]
-        if not ranks:
+        counts = [
+            (part.products, part.a_RI.shape[0])
+            for part in self.slots.terms(slot) or ()
+            if part is not None and part.a_RI is not None
+        ]
+        if not counts:
             return tokens >= PLAIN_TOKENS if self.rule.path == "auto" else self.rule.path == "modulated"
-        return any(self.rule.modulates(tokens, rank) for rank in ranks)
+        return any(tokens >= self.rule.modulate_from(products, scaled) for products, scaled in counts)
 
     def _config(self, x_TI: torch.Tensor, rows: int) -> LaunchConfig:
         slots = self.slots
@@ -214,23 +201,12 @@ class TritonLinear:
             x_TI.dtype, slots.limits.rank, slots.in_features, self.out_features, rows, slots.is_aligned, **self._machine
         )
 
-    def _budget(self, x_TI: torch.Tensor, step: StepBuffers, row_budget: int, modulated: bool) -> _Plan:
-        config = self._config(x_TI, row_budget)
-        tiles = -(-x_TI.shape[0] // config.modulated_m) + step.max_segments if modulated else 0
-        # Slots may hold any rank when the launches are replayed.
-        return _Plan(step, config, max(row_budget, 1), self.slots.limits.rank + 1, tiles)
-
     def _run(
         self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, plan: _Plan, dtype: torch.dtype, finish: bool = True
     ) -> torch.Tensor:
         y_TO = torch.empty(x_TI.shape[0], self.out_features, dtype=dtype, device=x_TI.device)
         config, rows = plan.config, plan.rows
         around = (plan.step, self.slots, self._tiles, config)
-        if self.weight_OI is None:
-            expanded_VI = torch.empty(rows, x_TI.shape[1], dtype=x_TI.dtype, device=x_TI.device)
-            self._launch.launch_expand(x_TI, expanded_VI, plan.step, self.slots, config)
-            self._launch.launch_reduce(self.base(expanded_VI), y_TO, bias_O, *around, finish)
-            return y_TO
         if rows and config.split == 1:
             self._launch.launch_stacked(x_TI, self.weight_OI, y_TO, bias_O, *around, rows, plan.most_rows, finish)
         elif rows:

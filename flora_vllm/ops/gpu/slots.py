@@ -11,7 +11,6 @@ import torch
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.terms import LayerTerms, SliceTerms, SlotLimits
 
-_IDENTITY, _GAIN_BIAS = 1, 2
 # What the kernels' wide loads ask of addresses (bytes) and of lengths (elements).
 _ALIGNMENT = 16
 
@@ -32,10 +31,10 @@ class SlotTable:
         # Every address is a multiple of 16 or the kernels take element-wise loads.
         self.is_aligned = all(size % _ALIGNMENT == 0 for size in (*self.sizes, in_features))
         n, slots = len(self.sizes), limits.slots + 1
-        self.table = torch.zeros(slots, n, 4, dtype=torch.int64, device=device)
-        self.gains = torch.zeros(slots, n, dtype=torch.int64, device=device)
-        self.low = torch.zeros(slots, n, 3, dtype=torch.int64, device=device)
-        self.layout = torch.zeros(slots, 2 * n + 1, dtype=torch.int32, device=device)
+        self.table = torch.zeros(slots, n, 9, dtype=torch.int64, device=device)
+        self.layout = torch.zeros(slots, n, dtype=torch.int32, device=device)
+        # What stands for a slice left alone and for one whose sum has no product at all.
+        self._one, self._zero = (torch.full((1,), value, device=device) for value in (1.0, 0.0))
         self._terms: dict[int, LayerTerms] = {}
         self._most_rows = 1
         self._write_rows(slice(None), (None,) * n)
@@ -68,50 +67,39 @@ class SlotTable:
     def rows(self, slot: int) -> tuple[int, ...]:
         """Rows per token, slice by slice, where W is ours."""
         terms = self._terms.get(slot)
-        return (1,) * len(self.sizes) if terms is None else tuple(1 if part is None else part.rank for part in terms)
-
-    def opaque_rows(self, slot: int) -> int:
-        """Rows per token over an opaque base, where the slices cannot be told apart."""
-        return self._layout(self._terms.get(slot) or (None,) * len(self.sizes))[len(self.sizes)]
+        return (
+            (1,) * len(self.sizes) if terms is None else tuple(1 if part is None else part.products for part in terms)
+        )
 
     def most_rows(self) -> int:
         """The most rows that a token of any slot has in a slice."""
         return self._most_rows
 
-    def _layout(self, terms: LayerTerms) -> list[int]:
-        ranks = [0 if part is None or part.a_RI is None else part.a_RI.shape[0] for part in terms]
-        identities = [part is None or part.a_RI is None or part.identity for part in terms]
-        first = [int(any(identities)) + sum(ranks[:i]) for i in range(len(ranks) + 1)]
-        return [rank + plain for rank, plain in zip(ranks, identities, strict=True)] + first[-1:] + first[:-1]
-
     def _write_rows(self, slot: int | slice, terms: LayerTerms) -> None:
-        entries, gains, low = [], [], []
+        entries = []
         for part in terms:
-            part = SliceTerms() if part is None else part
-            a, b = part.a_RI, part.b_RO
-            flags = _IDENTITY if a is None or part.identity else 0
-            flags |= _GAIN_BIAS if part.gain_bias else 0
-            entries.append([_address(a), _address(b), 0 if a is None else a.shape[0], flags])
-            gains.append(_address(part.gain_O))
-            down = part.down_RI
-            low.append([_address(down), _address(part.up_RO), 0 if down is None else down.shape[0]])
+            part = SliceTerms(self._one) if part is None else part
+            plain = part.plain_O if part.plain_O is not None else self._zero
+            entries.append([
+                _address(part.a_RI), _address(part.b_RO), _rank(part.a_RI), plain.data_ptr(), int(plain.numel() > 1),
+                _address(part.offset_O), _address(part.down_RI), _address(part.up_RO), _rank(part.down_RI),
+            ])  # fmt: skip
         self.table[slot] = torch.tensor(entries, dtype=torch.int64).to(self.device)
-        self.gains[slot] = torch.tensor(gains, dtype=torch.int64).to(self.device)
-        self.low[slot] = torch.tensor(low, dtype=torch.int64).to(self.device)
-        self.layout[slot] = torch.tensor(self._layout(terms), dtype=torch.int32).to(self.device)
+        self.layout[slot] = torch.tensor([_rows(part) for part in terms], dtype=torch.int32).to(self.device)
 
     def _place(self, part: SliceTerms, size: int, dtype: torch.dtype) -> SliceTerms:
         if (part.a_RI is None) != (part.b_RO is None) or (part.down_RI is None) != (part.up_RO is None):
             raise ConfigError("factors come in pairs: a with b, down with up")
-        rank = 0 if part.a_RI is None else part.a_RI.shape[0]
-        low = 0 if part.down_RI is None else part.down_RI.shape[0]
+        rank, low = _rank(part.a_RI), _rank(part.down_RI)
         for kind, given, most in (("Hadamard", rank, self.limits.rank), ("low", low, self.limits.low_rank)):
             if given > most:
                 raise ConfigError(f"{kind} rank {given} is above this layer's maximum of {most}")
         shapes = {
-            "a_RI": (rank, self.in_features), "b_RO": (rank, size), "down_RI": (low, self.in_features),
-            "up_RO": (low, size), "gain_O": (size,),
+            "plain_O": (size,), "a_RI": (rank, self.in_features), "b_RO": (rank, size),
+            "down_RI": (low, self.in_features), "up_RO": (low, size), "offset_O": (size,),
         }  # fmt: skip
+        if part.plain_O is not None and part.plain_O.numel() == 1:
+            shapes["plain_O"] = (1,)
         placed = {}
         for name, shape in shapes.items():
             tensor = getattr(part, name)
@@ -119,8 +107,17 @@ class SlotTable:
                 continue
             if tuple(tensor.shape) != shape or 0 in shape:
                 raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, this slice needs {shape}")
-            placed[name] = _aligned(tensor.to(self.device, dtype))
-        return SliceTerms(identity=part.identity, gain_bias=part.gain_bias, **placed)
+            kept_dtype = torch.float32 if name in ("plain_O", "offset_O") else dtype
+            placed[name] = _aligned(tensor.to(self.device, kept_dtype))
+        return SliceTerms(**placed)
+
+
+def _rows(part: SliceTerms | None) -> int:
+    return 1 if part is None else part.products
+
+
+def _rank(factor: torch.Tensor | None) -> int:
+    return 0 if factor is None else factor.shape[0]
 
 
 def _address(tensor: torch.Tensor | None) -> int:
