@@ -6,6 +6,7 @@ does not follow tuples of numbers.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from flora_vllm.ops.terms import LayerTerms, SliceTerms
 
 
 class CompactLayers(Mapping[str, LayerTerms]):
-    """Layer name -> slot contents, equal to those of `layers`, which it copies. What it returns are views."""
+    """Layer name -> slot contents, equal to those of `layers`, which it copies. What it returns are views.
+
+    Tensors that adapters share (those of a rare term that are not its own) are kept as they are, not copied.
+    """
 
     def __init__(self, layers: Mapping[str, LayerTerms]) -> None:
         sizes: dict[torch.dtype, int] = {}
@@ -28,15 +32,20 @@ class CompactLayers(Mapping[str, LayerTerms]):
         for tensor, place in places.items():
             self._view(place).copy_(tensor)
 
+        def placed(value: Any) -> Any:
+            return places.get(value, value) if isinstance(value, torch.Tensor) else value
+
         def places_of(part: SliceTerms | None) -> tuple | None:
             if part is None:
                 return None
-            return tuple(places[x] if isinstance(x, torch.Tensor) else x for x in vars(part).values())
+            *hot, rare = (getattr(part, field.name) for field in fields(part))
+            return (*map(placed, hot), tuple((type(r), *(placed(getattr(r, f.name)) for f in fields(r))) for r in rare))
 
         self._layers = {name: tuple(map(places_of, terms)) for name, terms in layers.items()}
 
     def __getitem__(self, name: str) -> LayerTerms:
-        return tuple(None if part is None else self._slice(part) for part in self._layers[name])
+        views: dict[tuple, torch.Tensor] = {}  # slices that share a factor get the same tensor
+        return tuple(None if part is None else self._slice(part, views) for part in self._layers[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -44,10 +53,30 @@ class CompactLayers(Mapping[str, LayerTerms]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def _slice(self, part: tuple) -> SliceTerms:
-        values: list[Any] = [self._view(x) if isinstance(x, tuple) else x for x in part]
-        return SliceTerms(*values)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that the adapter's own tensors take."""
+        return sum(memory.numel() * memory.element_size() for memory in self._memory.values())
+
+    def _slice(self, part: tuple, views: dict[tuple, torch.Tensor]) -> SliceTerms:
+        def value_of(value: Any) -> Any:
+            if not isinstance(value, tuple):
+                return value
+            if value not in views:
+                views[value] = self._view(value)
+            return views[value]
+
+        *hot, rare = part
+        terms = tuple(kind(*map(value_of, values)) for kind, *values in rare)
+        return SliceTerms(*map(value_of, hot), terms)
 
     def _view(self, place: tuple) -> torch.Tensor:
         dtype, start, shape = place
-        return self._memory[dtype].as_strided(shape, (*shape[1:], 1), start)
+        return self._memory[dtype].as_strided(shape, _strides(shape), start)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))

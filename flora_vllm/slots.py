@@ -1,8 +1,8 @@
-"""From an adapter's terms to a layer's slot: the only place that slices for tensor parallelism and folds scales.
+"""From an adapter's terms to a layer's slot: how a packed, sharded layer maps to the modules that checkpoints know.
 
 An engine packs several linear layers of the checkpoint into one (q, k, v; gate, up) and gives each rank a part.
-`LinearLayout` states that for one layer of this rank; `layer_terms` cuts an adapter's terms to it. The result has
-the layer's dtype, is contiguous and can be written into a slot without any further check.
+`LinearLayout` states that for one layer of this rank; `layer_terms` has an adapter's terms cut to it and folded
+(`terms.fold`). The result has the layer's dtype, is contiguous and can be written into a slot without further checks.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import torch
 
 from flora_vllm.adapter import ModuleTerms
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
+from flora_vllm.terms import Cut, fold
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class SliceLayout:
 
 @dataclass(frozen=True)
 class LinearLayout:
-    """One linear layer of this rank. `module`: its own path, under which a fused checkpoint tensor may come."""
+    """One linear layer of this rank. `module`: its own path, under which a fused checkpoint tensor may come.
+
+    `sums`: its outputs are one rank's part of a sum. `adds_bias`: this rank is the one that adds the bias to the sum.
+    """
 
     module: str
     in_features: int  # this rank's
@@ -39,6 +43,8 @@ class LinearLayout:
     full_in_features: int
     slices: tuple[SliceLayout, ...]
     full_out_features: int
+    sums: bool = False
+    adds_bias: bool = True
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -50,58 +56,38 @@ class LinearLayout:
         return {self.module: (self.full_out_features, self.full_in_features)} | named
 
 
-def layer_terms(layout: LinearLayout, modules: Mapping[str, ModuleTerms], dtype: torch.dtype) -> LayerTerms | None:
-    """The slot contents of one layer, on the host, or None if the adapter leaves the whole layer alone."""
+def layer_terms(
+    layout: LinearLayout,
+    modules: Mapping[str, ModuleTerms],
+    dtype: torch.dtype,
+    bias_O: torch.Tensor | None = None,
+    device: torch.device | None = None,
+) -> LayerTerms | None:
+    """The slot contents of one layer, on the host, or None if the adapter leaves the whole layer alone.
+
+    `bias_O`: this rank's base bias, also one that the layer's caller adds later. `device`: where factors that adapters
+    share are kept. Raises AdapterError where this rank cannot hold a term.
+    """
     fused = modules.get(layout.module)
-    if fused is not None:
-        shared: dict[int, torch.Tensor] = {}
-        return tuple(_slice_terms(layout, s.size, s.fused_start, fused, dtype, shared) for s in layout.slices)
-    parts = [modules.get(s.module) for s in layout.slices]
+    parts = [modules.get(s.module) if fused is None else fused for s in layout.slices]
     if not any(parts):
         return None
-    return tuple(
-        None if terms is None else _slice_terms(layout, s.size, s.start, terms, dtype, {})
-        for s, terms in zip(layout.slices, parts, strict=True)
-    )
-
-
-def _slice_terms(
-    layout: LinearLayout, size: int, start: int, terms: ModuleTerms, dtype: torch.dtype, shared: dict[int, torch.Tensor]
-) -> SliceTerms:
-    rows = slice(start, start + size)
     columns = slice(layout.in_start, layout.in_start + layout.in_features)
-
-    def input_side(factor_RI: torch.Tensor) -> torch.Tensor:
-        # Slices of one fused checkpoint module share their input factor: keep one copy of it.
-        if id(factor_RI) not in shared:
-            shared[id(factor_RI)] = factor_RI[:, columns].to(dtype).contiguous()
-        return shared[id(factor_RI)]
-
-    def output_side(factor_OR: torch.Tensor, scale: float) -> torch.Tensor:
-        return (factor_OR[rows].float() * scale).to(dtype).T.contiguous()
-
-    hadamard, low_rank, gain = terms.hadamard, terms.low_rank, terms.gain
-    a_RI = b_RO = down_RI = up_RO = gain_O = None
-    if hadamard is not None:
-        a_RI = input_side(hadamard.input_factor)
-        if hadamard.output_factor is None:
-            b_RO = torch.full((1, size), hadamard.scale, dtype=dtype)
-        else:
-            b_RO = output_side(hadamard.output_factor, hadamard.scale)
-    if low_rank is not None:
-        down_RI = input_side(low_rank.down)
-        up_RO = output_side(low_rank.up, low_rank.scale)
-    if gain is not None:
-        gain_O = gain.gain[rows].to(dtype).contiguous()
-    return SliceTerms(
-        a_RI=a_RI,
-        b_RO=b_RO,
-        identity=hadamard is not None and hadamard.identity,
-        down_RI=down_RI,
-        up_RO=up_RO,
-        gain_O=gain_O,
-        gain_bias=gain is not None and gain.scales_bias,
-    )
+    inputs: dict[int, torch.Tensor] = {}  # a fused module's slices share their input side
+    contents: list[SliceTerms | None] = []
+    begin = 0
+    for part, terms in zip(layout.slices, parts, strict=True):
+        start = part.start if fused is None else part.fused_start
+        bias = None if bias_O is None else bias_O[begin : begin + part.size].cpu()
+        begin += part.size
+        if terms is None:
+            contents.append(None)
+            continue
+        rows = slice(start, start + part.size)
+        place = torch.device("cpu") if device is None else device
+        cut = Cut(rows, columns, dtype, place, bias, layout.adds_bias, layout.sums, inputs)
+        contents.append(fold(terms.terms, cut))
+    return tuple(contents)
 
 
 def overflowed(terms: LayerTerms) -> bool:

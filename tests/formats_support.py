@@ -24,6 +24,7 @@ from transformers import (
 from flora_vllm.adapter import ModelLayout
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import examine, read_adapter
+from flora_vllm.formats.limits import Limits
 
 # Hidden 64, keys and values 32, feed-forward 96: no two sides of a layer can be mixed up unnoticed.
 _SIZES = {
@@ -108,7 +109,8 @@ def edit_tensors(path: Path, **changes: torch.Tensor | None) -> None:
 
 def faults_of(path: Path, **options: Any) -> tuple[str, ...]:
     """The faults, after checking that the raised error lists every one of them and nothing was returned."""
-    found = examine(path, **options)
+    limits = Limits(options.get("max_flora_rank"), options.get("max_lora_rank"), options.get("max_dense_bytes"))
+    found = examine(path, layout=options.get("layout"), limits=limits)
     assert found.adapter is None
     with pytest.raises(AdapterError) as caught:
         read_adapter(path, **options)

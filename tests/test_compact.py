@@ -5,6 +5,7 @@ import gc
 import torch
 
 from flora_vllm.compact import CompactLayers
+from flora_vllm.ops.rare import SharedLow, Turned
 from flora_vllm.ops.terms import SliceTerms
 
 
@@ -14,13 +15,21 @@ def _layers(count: int = 40) -> dict:
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    shared = random(3, 7)
+    shared, basis = random(3, 7), random(4, 7)
     packed = (
-        SliceTerms(a_RI=shared, b_RO=random(3, 5), identity=True),
+        SliceTerms(torch.ones(1), shared, random(3, 5)),
         None,
-        SliceTerms(a_RI=shared, b_RO=random(3, 9), gain_O=random(9), gain_bias=True),
+        SliceTerms(
+            random(9, dtype=torch.float32),
+            shared,
+            random(3, 9),
+            offset_O=random(9, dtype=torch.float32),
+            rare=(SharedLow(basis, basis.T, random(4), None), Turned(random(1, 7, 7))),
+        ),
     )
-    single = (SliceTerms(down_RI=random(2, 5, dtype=torch.float32), up_RO=random(2, 4, dtype=torch.float32)),)
+    single = (
+        SliceTerms(torch.ones(1), down_RI=random(2, 5, dtype=torch.float32), up_RO=random(2, 4, dtype=torch.float32)),
+    )
     return {name: terms for i in range(count) for name, terms in ((f"{i}.qkv", packed), (f"{i}.down", single))}
 
 
@@ -34,8 +43,8 @@ def test_every_slice_comes_back():
             assert (part is None) == (back is None)
             if part is None:
                 continue
-            assert (part.identity, part.gain_bias, part.rank) == (back.identity, back.gain_bias, back.rank)
-            for one, other in zip(vars(part).values(), vars(back).values(), strict=True):
+            assert [type(term) for term in part.rare] == [type(term) for term in back.rare]
+            for one, other in zip(_values(part), _values(back), strict=True):
                 if isinstance(one, torch.Tensor):
                     assert one.dtype == other.dtype
                     assert other.is_contiguous()
@@ -44,9 +53,16 @@ def test_every_slice_comes_back():
                     assert one == other
 
 
+def _values(part: SliceTerms) -> list:
+    hot = [value for name, value in vars(part).items() if name != "rare"]
+    return hot + [value for term in part.rare for value in vars(term).values()]
+
+
 def test_shared_factors_are_kept_once():
-    first, _, last = CompactLayers(_layers())["0.qkv"]
-    assert first.a_RI.data_ptr() == last.a_RI.data_ptr()
+    layers = _layers()
+    first, _, last = CompactLayers(layers)["0.qkv"]
+    assert first.a_RI is last.a_RI
+    assert last.rare[0].down_LI is layers["0.qkv"][2].rare[0].down_LI  # not the adapter's own: not copied
 
 
 def test_a_hundred_adapters_are_few_tracked_objects():

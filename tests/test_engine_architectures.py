@@ -14,6 +14,7 @@ from engine_support import Answer, Ask, Oracle, State
 from tiny_models import TINY_MODELS
 
 import flora_vllm
+from flora_vllm.terms import Product
 
 pytestmark = support.ENGINE_MARKS
 
@@ -161,7 +162,5 @@ def test_swapping_the_two_factors_is_noticed(tmp_path):
 
 
 def _factors(path: Path, module: str):
-    hadamard = flora_vllm.read_adapter(path).modules[module].hadamard
-    assert hadamard is not None
-    assert hadamard.output_factor is not None
-    return hadamard.input_factor, hadamard.output_factor
+    (product,) = flora_vllm.read_adapter(path).modules[module].of(Product)
+    return product.input, product.output

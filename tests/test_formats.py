@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from flora_vllm.adapter import Adapter, ModuleTerms
+from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import FAMILIES, content_digest, read_adapter, write_flora
 from flora_vllm.formats.matching import Targets, match_pattern
-from flora_vllm.formats.merge import merged_weight
+from flora_vllm.terms import Added, Product, merged
 from flora_vllm.training import FloraConfig
 
 torch.set_num_threads(1)
@@ -78,26 +78,26 @@ def test_canonical_form_is_what_peft_merges(case: str, tmp_path: Path) -> None:
 
     adapter = read_adapter(tmp_path, layout=layout)
 
-    merged = merged_state(base, adapter, stores_in_out=architecture == "gpt2")
+    state = merged_state(base, adapter, stores_in_out=architecture == "gpt2")
     assert adapter.family == case.partition("-")[0].upper()
     assert {name for name, tensor in wanted.items() if not torch.equal(tensor, base[name])} >= {
         f"{module}.weight" for module in adapter.modules
     }
     for name, tensor in wanted.items():
-        torch.testing.assert_close(merged[name], tensor, atol=TOLERANCE, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(state[name], tensor, atol=TOLERANCE, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def merged_state(
     base: dict[str, torch.Tensor], adapter: Adapter, stores_in_out: bool = False
 ) -> dict[str, torch.Tensor]:
-    merged = dict(base)
+    state = dict(base)
     for module, terms in adapter.modules.items():
         weight, bias = base[f"{module}.weight"], base.get(f"{module}.bias")
-        new_weight, new_bias = merged_weight(weight.T if stores_in_out else weight, bias, terms)
-        merged[f"{module}.weight"] = new_weight.T if stores_in_out else new_weight
+        new_weight, new_bias = merged(weight.T if stores_in_out else weight, bias, terms.terms)
+        state[f"{module}.weight"] = new_weight.T if stores_in_out else new_weight
         if new_bias is not None:
-            merged[f"{module}.bias"] = new_bias
-    return merged
+            state[f"{module}.bias"] = new_bias
+    return state
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -122,11 +122,12 @@ def test_flora_round_trip(reduction: str, dtype: torch.dtype, tmp_path: Path) ->
     weight = torch.randn(5, 6)
     for module, (a_RI, b_OR) in pairs.items():
         terms = adapter.modules[module]
-        assert terms.hadamard is not None
-        assert torch.equal(terms.hadamard.input_factor, a_RI)
+        (product,) = terms.of(Product)
+        assert product.input is not None
+        assert torch.equal(product.input, a_RI)
         scale = 1 / len(a_RI) if reduction == "mean" else 1
         wanted = scale * weight.double() * (b_OR.double() @ a_RI.double())
-        torch.testing.assert_close(merged_weight(weight, None, terms)[0].double(), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged(weight, None, terms.terms)[0].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_digest_is_that_of_the_bytes_alone(tmp_path: Path) -> None:
@@ -191,10 +192,9 @@ def test_scale_and_gain_of_each_family(tmp_path: Path) -> None:
     model = tiny_model("llama")
     save_peft_adapter(model, LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=ATTENTION), tmp_path)
     terms = read_adapter(tmp_path).modules["model.layers.0.self_attn.q_proj"]
-    assert terms.low_rank is not None
-    assert terms.low_rank.scale == 3.0
+    assert [low.scale for low in terms.of(Added)] == [3.0]
     assert (terms.in_features, terms.out_features) == (64, 64)
-    identity = merged_weight(torch.eye(3), torch.ones(3), ModuleTerms())
+    identity = merged(torch.eye(3), torch.ones(3), ())
     assert torch.equal(identity[0], torch.eye(3))
 
 

@@ -23,10 +23,7 @@ def write_version(path: Path, value: float, rank: int = 1, width: int = 4) -> Pa
 
 def value_of(path: Path) -> float:
     """The value of `write_version`; every number in the adapter must be it."""
-    hadamard = read_adapter(path).modules[MODULE].hadamard
-    assert hadamard is not None
-    assert hadamard.output_factor is not None
-    values = {*hadamard.input_factor.unique().tolist(), *hadamard.output_factor.unique().tolist()}
+    values = {value for factor in read_adapter(path).modules[MODULE].tensors() for value in factor.unique().tolist()}
     assert len(values) == 1, values
     return values.pop()
 

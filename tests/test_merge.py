@@ -12,11 +12,10 @@ from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flora_vllm.adapter import Gain, Hadamard, LowRank, ModuleTerms
 from flora_vllm.commands import merge as merge_command
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import write_flora
-from flora_vllm.formats.merge import merged_weight
+from flora_vllm.terms import Added, Gain, Product, merged
 
 torch.set_num_threads(1)
 
@@ -186,15 +185,13 @@ def test_all_terms_together() -> None:
     torch.manual_seed(0)
     weight, bias, gain = torch.randn(5, 3).double(), torch.randn(5).double(), torch.randn(5).double()
     a_RI, b_OR, down, up = (torch.randn(*shape).double() for shape in ((2, 3), (5, 2), (4, 3), (5, 4)))
-    terms = ModuleTerms(
-        Hadamard(a_RI, b_OR, scale=0.5, identity=True), LowRank(down, up, scale=3.0), Gain(gain, scales_bias=True)
-    )
-    merged, merged_bias = merged_weight(weight, bias, terms)
+    terms = (Product(), Product(a_RI, b_OR, 0.5), Added(down, up, 3.0), Gain(gain, scales_bias=True))
+    merged_weight, merged_bias = merged(weight, bias, terms)
     wanted = torch.diag(gain) @ (weight * (0.5 * b_OR @ a_RI + 1) + 3.0 * up @ down)
-    torch.testing.assert_close(merged, wanted)
+    torch.testing.assert_close(merged_weight, wanted)
     torch.testing.assert_close(merged_bias, gain * bias)
-    unscaled = merged_weight(weight, bias, ModuleTerms(gain=Gain(gain, scales_bias=False)))[1]
+    unscaled = merged(weight, bias, (Gain(gain, scales_bias=False),))[1]
     assert unscaled is not None
     assert torch.equal(unscaled, bias)
     with pytest.raises(AdapterError, match="do not fit"):
-        merged_weight(weight.T, None, terms)
+        merged(weight.T, None, terms)

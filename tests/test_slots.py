@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flora_vllm.adapter import Gain, Hadamard, LowRank, ModuleTerms
+from flora_vllm.adapter import ModuleTerms
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import group_by_slot
 from flora_vllm.slots import LinearLayout, SliceLayout, layer_terms, overflowed
+from flora_vllm.terms import Added, Gain, Product
 
 IN = 12
 HEAD = 4
@@ -24,11 +25,12 @@ TOLERANCE = 1e-5
 
 def _terms(out_features: int, rank: int, seed: int, *, bias_gain: bool = False, identity: bool = False) -> ModuleTerms:
     g = torch.Generator().manual_seed(seed)
-    return ModuleTerms(
-        Hadamard(torch.randn(rank, IN, generator=g), torch.randn(out_features, rank, generator=g), 1 / rank, identity),
-        LowRank(torch.randn(2, IN, generator=g), torch.randn(out_features, 2, generator=g), 0.5),
+    terms = (
+        Product(torch.randn(rank, IN, generator=g), torch.randn(out_features, rank, generator=g), 1 / rank),
+        Added(torch.randn(2, IN, generator=g), torch.randn(out_features, 2, generator=g), 0.5),
         Gain(torch.randn(out_features, generator=g), bias_gain),
     )
+    return ModuleTerms((Product(), *terms) if identity else terms)
 
 
 def _column_layout(name: str, children: dict[str, int], tp: int, rank: int, kv_replicas: int = 1) -> LinearLayout:
@@ -48,7 +50,7 @@ def _local_rows(layout: LinearLayout) -> torch.Tensor:
 
 
 def _run(layout, modules, x_TI, weight_OI, bias_O):
-    terms = layer_terms(layout, modules, torch.float32)
+    terms = layer_terms(layout, modules, torch.float32, bias_O)
     return reference_linear(x_TI, weight_OI, bias_O, layout.sizes, [None, terms], group_by_slot([1] * x_TI.shape[0]))
 
 
@@ -85,16 +87,15 @@ def test_a_fused_checkpoint_module_is_cut_like_its_parts(tp):
     """Phi-3's `qkv_proj` and `gate_up_proj`: one module in the checkpoint, several slices in the engine."""
     children = {"gate": 8, "up": 8}
     fused = _terms(16, 3, 0)
-    assert fused.hadamard is not None
-    assert fused.hadamard.output_factor is not None
-    assert fused.low_rank is not None
-    assert fused.gain is not None
+    product, low, gain = fused.terms
     halves = {}
     for name, rows in (("gate", slice(0, 8)), ("up", slice(8, 16))):
         halves[name] = ModuleTerms(
-            replace(fused.hadamard, output_factor=fused.hadamard.output_factor[rows]),
-            replace(fused.low_rank, up=fused.low_rank.up[rows]),
-            replace(fused.gain, gain=fused.gain.gain[rows]),
+            (
+                replace(product, output=product.output[rows]),
+                replace(low, up=low.up[rows]),
+                replace(gain, gain=gain.gain[rows]),
+            )
         )
     x_TI, weight_OI, bias_O = _data(16)
     for tp_rank in range(tp):
@@ -143,25 +144,24 @@ def test_a_part_left_alone_stays_none_and_a_layer_left_alone_is_none():
 def test_what_a_slot_gets_is_contiguous_typed_and_has_its_scale_folded():
     layout = _column_layout("qkv", {"q": 8, "k": 4, "v": 4}, 2, 1)
     whole = _terms(8, 4, 0, identity=True, bias_gain=True)
-    terms = layer_terms(layout, {"q": whole}, torch.bfloat16)
+    terms = layer_terms(layout, {"q": whole}, torch.bfloat16, torch.full((8,), 2.0))
     assert terms is not None
     part = terms[0]
     assert part is not None
-    assert all(t.is_contiguous() and t.dtype == torch.bfloat16 for t in part.tensors())
-    assert part.identity
-    assert part.gain_bias
-    assert part.rank == 5
-    assert whole.hadamard is not None
-    assert whole.hadamard.output_factor is not None
-    folded = (whole.hadamard.output_factor[4:8].float() / 4).bfloat16().T
-    assert part.b_RO is not None
-    assert torch.equal(part.b_RO, folded)
+    assert all(t.is_contiguous() for t in part.tensors())
+    assert all(t.dtype == torch.bfloat16 for t in (part.a_RI, part.b_RO, part.down_RI, part.up_RO))
+    assert part.plain_O.dtype == part.offset_O.dtype == torch.float32
+    assert part.products == 5
+    _, product, _, gain = whole.terms
+    assert torch.equal(part.plain_O, gain.gain[4:8])
+    assert torch.equal(part.b_RO, (gain.gain[4:8, None] * (product.output[4:8] / 4)).bfloat16().T)
+    assert torch.equal(part.offset_O, (gain.gain[4:8] - 1) * 2)
 
 
 def test_a_missing_output_factor_becomes_the_scale():
     """IA3 on the input: its checkpoint has no output side."""
     layout = _column_layout("down", {"down": 8}, 2, 1)
-    terms = layer_terms(layout, {"down": ModuleTerms(Hadamard(torch.ones(1, IN), None, 3.0))}, torch.float32)
+    terms = layer_terms(layout, {"down": ModuleTerms((Product(torch.ones(1, IN), None, 3.0),))}, torch.float32)
     assert terms is not None
     part = terms[0]
     assert part is not None
@@ -171,7 +171,7 @@ def test_a_missing_output_factor_becomes_the_scale():
 
 def test_values_beyond_the_dtype_are_seen():
     layout = _column_layout("down", {"down": 8}, 1, 0)
-    large = ModuleTerms(Hadamard(torch.full((1, IN), 1e5), torch.ones(8, 1)))
+    large = ModuleTerms((Product(torch.full((1, IN), 1e5), torch.ones(8, 1)),))
     for dtype, expected in ((torch.float16, True), (torch.float32, False), (torch.bfloat16, False)):
         terms = layer_terms(layout, {"down": large}, dtype)
         assert terms is not None

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flora_vllm.commands.server_process import ServerProcess
 from flora_vllm.demo.run import ADAPTERS
 from flora_vllm.formats import read_adapter
-from flora_vllm.formats.merge import merged_weight
+from flora_vllm.terms import merged
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -34,7 +34,7 @@ def merged_state(original: dict[str, torch.Tensor], name: str) -> dict[str, torc
     merged = dict(original)
     if name != BASE:
         for module, terms in read_adapter(ADAPTERS / name).modules.items():
-            merged[f"{module}.weight"], _ = merged_weight(original[f"{module}.weight"], None, terms)
+            merged[f"{module}.weight"], _ = merged(original[f"{module}.weight"], None, terms.terms)
     return merged
 
 

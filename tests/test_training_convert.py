@@ -5,10 +5,11 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from training_support import sentences, tiny_llama, tiny_tokenizer
 
-from flora_vllm.adapter import Adapter, LowRank, ModuleTerms
+from flora_vllm.adapter import Adapter, ModuleTerms
 from flora_vllm.commands import convert as convert_command
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
+from flora_vllm.terms import Added
 from flora_vllm.training.convert import input_energy
 from flora_vllm.training.fit import fit_lora, fit_product
 
@@ -64,7 +65,7 @@ def test_fit_finds_a_product_that_exists_even_where_the_weight_is_zero():
 def test_fit_improves_with_rank_and_is_never_worse_than_no_adapter():
     generator = torch.Generator().manual_seed(0)
     weight, down, up = (torch.randn(*s, generator=generator) for s in ((24, 20), (2, 20), (24, 2)))
-    adapter = Adapter("LORA", 2, {"m": ModuleTerms(low_rank=LowRank(down, up, scale=0.1))}, "digest")
+    adapter = Adapter("LORA", 2, {"m": ModuleTerms((Added(down, up, scale=0.1),))}, "digest")
     lost = [fit_lora(adapter, {"m": weight}, rank).total_lost for rank in (1, 2, 4, 8, 16, 20)]
     assert lost == sorted(lost, reverse=True)
     assert lost[0] <= 1
@@ -82,7 +83,7 @@ def test_fit_spends_itself_where_inputs_are_large():
 
 
 def test_fit_refuses_other_families_and_too_large_ranks():
-    terms = ModuleTerms(low_rank=LowRank(torch.ones(1, 4), torch.ones(3, 1)))
+    terms = ModuleTerms((Added(torch.ones(1, 4), torch.ones(3, 1)),))
     adapter = Adapter("LORA", 1, {"a": terms, "b": ModuleTerms()}, "digest")
     with pytest.raises(AdapterError, match=r"(?s)2 faults.*b: has other terms.*a: \(3, 4\) is too small for rank 4"):
         fit_lora(adapter, {"a": torch.ones(3, 4), "b": torch.ones(9, 9)}, 4)

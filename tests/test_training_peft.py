@@ -14,6 +14,7 @@ from training_support import tiny_gpt2, tiny_llama, two_linears
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
+from flora_vllm.terms import merged
 from flora_vllm.training import FloraConfig, FloraLinear, FloraModel, layer
 from flora_vllm.training.peft_type import register
 
@@ -129,9 +130,9 @@ def test_the_server_reads_what_peft_wrote(name, tmp_path):
     assert adapter.family == "FLORA"
     x = torch.randn(3, 10)
     first = model.base_model.model.first
-    terms = adapter.modules["first"].hadamard
-    product = terms.scale * terms.output_factor @ terms.input_factor
-    expected = nn.functional.linear(x, first.base_layer.weight * product, first.base_layer.bias)
+    expected = nn.functional.linear(
+        x, *merged(first.base_layer.weight, first.base_layer.bias, adapter.modules["first"].terms)
+    )
     torch.testing.assert_close(first(x), expected, rtol=1e-5, atol=1e-5)
     assert set(adapter.modules) == ({"first"} if name == "excluded" else {"first", "second"})
 

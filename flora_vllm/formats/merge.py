@@ -13,10 +13,12 @@ from typing import BinaryIO, Protocol
 
 import torch
 
-from flora_vllm.adapter import Adapter, ModuleTerms
+from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel
+from flora_vllm.formats.base_probe import FileProbe
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
+from flora_vllm.terms import Gain, Offset, Swap, Term, merged, resolve
 
 _CHUNK_BYTES = 16 << 20
 
@@ -25,41 +27,6 @@ class Progress(Protocol):
     """tqdm, as far as it is used here."""
 
     def update(self, n: float | None = 1, /) -> bool | None: ...
-
-
-def merged_weight(
-    weight_OI: torch.Tensor, bias_O: torch.Tensor | None, terms: ModuleTerms
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`g ∘ [s_h (B A) ∘ W (+ W if identity) + s_l U V]` by rows, and `h ∘ bias`; new tensors, dtypes kept.
-
-    Computed in float32 (float64 for float64 weights) and rounded once. With no Hadamard term the first part is W.
-    Source of the FLoRA term: arXiv 2312.05677, eq. 4. Raises AdapterError if the terms don't fit the weight.
-    """
-    _check_fit(weight_OI, terms)
-    dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    base = weight_OI.to(dtype)
-    merged = base
-    if (hadamard := terms.hadamard) is not None:
-        factor = hadamard.input_factor.to(dtype)
-        if hadamard.output_factor is not None:
-            factor = hadamard.output_factor.to(dtype) @ factor
-        merged = base * (hadamard.scale * factor + float(hadamard.identity))
-    if (low_rank := terms.low_rank) is not None:
-        merged = merged + low_rank.scale * (low_rank.up.to(dtype) @ low_rank.down.to(dtype))
-    bias = bias_O
-    if terms.gain is not None:
-        gain = terms.gain.gain.to(dtype)
-        merged = gain[:, None] * merged
-        if bias_O is not None and terms.gain.scales_bias:
-            bias = (gain * bias_O.to(dtype)).to(bias_O.dtype)
-    return merged.to(weight_OI.dtype).clone(), None if bias is None else bias.clone()
-
-
-def _check_fit(weight_OI: torch.Tensor, terms: ModuleTerms) -> None:
-    shape = tuple(weight_OI.shape)
-    fits = len(shape) == 2 and terms.out_features in (None, shape[0]) and terms.in_features in (None, shape[1])
-    if not fits:
-        raise AdapterError(f"terms of ({terms.out_features}, {terms.in_features}) do not fit a weight of shape {shape}")
 
 
 def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress) -> None:
@@ -84,7 +51,7 @@ def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _plan(base: BaseModel, adapter: Adapter) -> dict[str, ModuleTerms]:
+def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
     """Tensor name -> the terms that change it."""
     plan, faults = {}, []
     for module, terms in adapter.modules.items():
@@ -92,19 +59,35 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, ModuleTerms]:
         dtype = base.records[weight].dtype
         if dtype not in TORCH_DTYPES:
             faults.append(f"tensor {weight!r} of the base model has dtype {dtype}; it cannot be merged into")
-        plan[weight] = terms
-        if bias in base.records and terms.gain is not None and terms.gain.scales_bias:
-            plan[bias] = terms
+            continue
+        probe = FileProbe(base, module)
+        plan[weight] = resolve(terms.terms, probe)
+        # Only the bias is asked for: a column stands for the weight.
+        changes = merged(torch.zeros(_rows(base, weight), 1), probe.bias(), _of_bias(plan[weight]))[1]
+        if bias in base.records:
+            plan[bias] = plan[weight]
+        elif changes is not None and changes.any():
+            faults.append(f"module {module!r} gets a bias, which the base model has none of; it cannot be merged")
     if faults:
         raise adapter_error(f"{adapter.family} for {base.directory}", faults)
     return plan
+
+
+def _rows(base: BaseModel, weight: str) -> int:
+    shape = base.records[weight].shape
+    return shape[1] if base.stores_in_out else shape[0]
+
+
+def _of_bias(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The terms that a bias feels."""
+    return tuple(term for term in terms if isinstance(term, Gain | Offset | Swap))
 
 
 def _merge_file(
     source: BinaryIO,
     target: BinaryIO,
     records: tuple[TensorRecord, ...],
-    plan: Mapping[str, ModuleTerms],
+    plan: Mapping[str, tuple[Term, ...]],
     stores_in_out: bool,
     progress: Progress,
 ) -> None:
@@ -120,16 +103,17 @@ def _merge_file(
             _copy(source, target, size, progress)
 
 
-def _merged_bytes(tensor: torch.Tensor, name: str, terms: ModuleTerms, stores_in_out: bool) -> bytes:
+def _merged_bytes(tensor: torch.Tensor, name: str, terms: tuple[Term, ...], stores_in_out: bool) -> bytes:
+    result: torch.Tensor | None
     if tensor.ndim == 1:
-        # The gain alone touches a bias, which is a column to it.
-        merged = merged_weight(tensor[:, None], None, ModuleTerms(gain=terms.gain))[0][:, 0]
+        result = merged(torch.zeros(tensor.shape[0], 1), tensor, _of_bias(terms))[1]
+        assert result is not None, "a bias stays a bias"
     else:
-        merged = merged_weight(tensor.T if stores_in_out else tensor, None, terms)[0]
-        merged = merged.T if stores_in_out else merged
-    if not torch.isfinite(merged).all():
+        result = merged(tensor.T if stores_in_out else tensor, None, terms)[0]
+        result = result.T if stores_in_out else result
+    if not torch.isfinite(result).all():
         raise AdapterError(f"merging tensor {name!r} gives NaN or Inf in {tensor.dtype}; use a base model in float32")
-    return merged.contiguous().view(torch.uint8).numpy().tobytes()
+    return result.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int, progress: Progress) -> None:

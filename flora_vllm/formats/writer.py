@@ -15,7 +15,9 @@ from safetensors.torch import save
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.families.flora import FLORA_A, FLORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
-from flora_vllm.formats.reader import PREFIX, examine_files
+from flora_vllm.formats.limits import Limits
+from flora_vllm.formats.names import PREFIX
+from flora_vllm.formats.reader import examine_files
 
 
 def write_flora(
@@ -55,7 +57,7 @@ def write_flora(
         CONFIG_NAME: bytearray(json.dumps(config, indent=2, sort_keys=True).encode()),
         WEIGHTS_NAME: bytearray(save(tensors, metadata={"format": "pt"})),
     }
-    faults = examine_files(files, None, {}).faults
+    faults = examine_files(files, None, Limits()).faults
     if faults:
         raise adapter_error(os.fspath(path), faults)
     publish(Path(path), files)

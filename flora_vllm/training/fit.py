@@ -13,6 +13,7 @@ import torch
 
 from flora_vllm.adapter import Adapter, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.terms import Added, Gain, Product, merged
 
 ROUNDS = 60
 # Share of the mean diagonal added to each least-squares system: keeps a row without information where it was.
@@ -51,9 +52,9 @@ def fit_lora(
         raise adapter_error(adapter.family, faults)
     factors, lost, missed, energy = {}, {}, 0.0, 0.0
     for name, terms in adapter.modules.items():
-        assert terms.low_rank is not None, "checked above"
+        (low,) = terms.of(Added)
         weight_OI = weights[name].double()
-        delta_OI = terms.low_rank.scale * terms.low_rank.up.double() @ terms.low_rank.down.double()
+        delta_OI = merged(torch.zeros_like(weight_OI), None, (low,))[0]
         c_I = torch.ones(weight_OI.shape[1]).double() if input_energy is None else input_energy[name].double()
         a_RI, b_OR = fit_product(weight_OI, weight_OI + delta_OI, rank, c_I)
         module_missed = float((c_I * (weight_OI * (b_OR @ a_RI) - weight_OI - delta_OI).square()).sum())
@@ -65,7 +66,7 @@ def fit_lora(
 
 
 def _is_lora(terms: ModuleTerms) -> bool:
-    return terms.low_rank is not None and terms.hadamard is None and terms.gain is None
+    return len(terms.terms) == 1 == len(terms.of(Added))
 
 
 def fit_product(
@@ -118,18 +119,16 @@ def ia3_factors(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], biased:
     faults = [
         f"{name}: IA3 scales this layer's output with its bias, FLoRA leaves the bias alone; not the same"
         for name, terms in adapter.modules.items()
-        if terms.gain is not None and name in biased
+        if terms.of(Gain) and name in biased
     ]
     if faults:
         raise adapter_error("IA3", faults)
     factors: Factors = {}
     for name, terms in adapter.modules.items():
         rows, columns = shapes[name]
-        if terms.gain is not None:
-            gain_O = terms.gain.gain
-            factors[name] = (torch.ones(1, columns).to(gain_O), gain_O[:, None])
-        else:
-            assert terms.hadamard is not None, "IA3 modules have a gain or an input scale"
-            scale_RI = terms.hadamard.input_factor
-            factors[name] = (scale_RI, torch.ones(rows, 1).to(scale_RI))
+        for gain in terms.of(Gain):
+            factors[name] = (torch.ones(1, columns).to(gain.gain), gain.gain[:, None])
+        for product in terms.of(Product):
+            assert product.input is not None, "IA3 modules have a gain or an input scale"
+            factors[name] = (product.input, torch.ones(rows, 1).to(product.input))
     return factors

@@ -1,6 +1,7 @@
 """What a family tells the reader: its config keys, its tensors' names and axes, and how they become terms.
 
-A family is one `Family` value in its own file and one row in `table.py`; nothing else changes.
+A family is one `Family` value in a file beside this one and one row in `table.py`; nothing else changes.
+flora_vllm/terms/README.md shows the steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,31 +10,102 @@ from typing import Any, Literal
 
 import torch
 
-from flora_vllm.adapter import ModuleTerms
 from flora_vllm.formats.config_keys import Key
+from flora_vllm.formats.matching import match_pattern
+from flora_vllm.terms import Term
 
 # The keys of adapter_config.json whose values are allowed.
 Config = Mapping[str, Any]
 
-# Axis letters of a tensor: R the module's rank, I in features, O out features, "1" exactly one.
-Axes = tuple[Literal["R", "I", "O", "1"], ...]
+# Axis of a tensor: R the module's rank, I in features, O out features, another letter: of one length in the module;
+# a number: exactly that; None: any length.
+Axes = tuple[str | int | None, ...]
+
+FLOATS = ("F32", "F16", "BF16")
+INTEGERS = ("I64", "I32", "I16", "U8")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor. `optional`: it may be absent. `may_be_empty`: an axis may be 0 (a rank pruned away)."""
+
+    axes: Axes
+    optional: bool = False
+    dtypes: tuple[str, ...] = FLOATS
+    may_be_empty: bool = False
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is known of a module before its tensors are looked at; sizes are None without a base model."""
+
+    config: Config
+    module: str
+    out_features: int | None = None
+    in_features: int | None = None
+    present: frozenset[str] = frozenset()  # the parts that the file has
+
+    def by_pattern(self, key: str, default: Any) -> Any:
+        """The value for this module of a config key such as `rank_pattern`."""
+        return match_pattern(self.config.get(key) or {}, self.module, default)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleFile:
+    """One module's tensors, checked; `shared`: the adapter-wide ones."""
+
+    scope: Scope
+    tensors: Mapping[str, torch.Tensor]
+    shared: Mapping[str, torch.Tensor]
+
+    @property
+    def config(self) -> Config:
+        return self.scope.config
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return self.tensors[part]
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.tensors
+
+    def get(self, part: str) -> torch.Tensor | None:
+        return self.tensors.get(part)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One PEFT method.
+    """One row: a PEFT method, or a variant of one that the config's flags turn on.
 
-    `parts`: the tensors every adapted module has, named `base_model.model.<module>.<part>`.
-    `axes(config, module)`: part -> its axes; empty if the config cannot tell.
-    `ranks(config, module)`: the ranks the config allows for the module; empty if the method has none.
-    `terms(config, module, parts)`: the canonical form; called only if the whole checkpoint has no fault.
-    `limit`: which of the reader's rank limits counts this family's ranks.
+    `names`: every tensor a module may have, as `base_model.model.<module>.<name>`; `*` stands for a number.
+    `parts(scope)`: those it must or may have here, with their axes; empty if the config cannot tell.
+    `alone`: names that need no partner (biases, which every module may have).
+    `shared_names`, `shared_parts(config)`: the same of tensors the whole adapter has once, `base_model.<name>`.
+    `ranks(scope)`: what R may be; empty if the method has none. `terms(module)`: the canonical form, called only if the
+    whole checkpoint has no fault; raises AdapterError for what only it can see.
+    `limit`: which rank limit counts the rank that the config states. `when`: whether the flags make it this row.
     """
 
     name: str
+    title: str  # as README names it
     keys: Mapping[str, Key]
-    parts: tuple[str, ...]
-    axes: Callable[[Config, str], Mapping[str, Axes]]
-    ranks: Callable[[Config, str], tuple[int, ...]]
-    terms: Callable[[Config, str, Mapping[str, torch.Tensor]], ModuleTerms]
-    limit: Literal["flora", "lora"] | None
+    names: tuple[str, ...]
+    parts: Callable[[Scope], Mapping[str, Part]]
+    terms: Callable[[ModuleFile], tuple[Term, ...]]
+    ranks: Callable[[Scope], tuple[int, ...]] = lambda _scope: ()
+    limit: Literal["flora", "lora"] | None = None
+    peft_type: str | None = None  # if not the name
+    when: Callable[[Mapping[str, Any]], bool] = lambda _config: True
+    alone: frozenset[str] = frozenset()
+    shared_names: tuple[str, ...] = ()
+    shared_parts: Callable[[Config], Mapping[str, Part]] = lambda _config: {}
+    note: str = ""  # for README: what is special, in a few words
+
+    @property
+    def type_name(self) -> str:
+        """The `peft_type` in the config."""
+        return self.peft_type or self.name
+
+
+def pattern_rank(scope: Scope) -> tuple[int, ...]:
+    """The one rank a module may have: its `rank_pattern` entry, else `r`."""
+    return (scope.by_pattern("rank_pattern", scope.config["r"]),)

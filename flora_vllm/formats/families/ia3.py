@@ -6,35 +6,34 @@ On the output PEFT scales the bias too, in the forward (the biased result is sca
 
 from collections.abc import Mapping
 
-import torch
-
-from flora_vllm.adapter import Gain, Hadamard, ModuleTerms
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, MODULES, TARGETS
-from flora_vllm.formats.families.family import Axes, Config, Family
+from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.matching import is_feedforward
+from flora_vllm.terms import Gain, Product, Term
 
 IA3_L = "ia3_l"
 
 
-def _axes(config: Config, module: str) -> Mapping[str, Axes]:
-    if "feedforward_modules" not in config:
+def _scales_input(scope: Scope) -> bool:
+    return is_feedforward(scope.config["feedforward_modules"], scope.module)
+
+
+def _parts(scope: Scope) -> Mapping[str, Part]:
+    if "feedforward_modules" not in scope.config:
         return {}
-    return {IA3_L: ("1", "I") if is_feedforward(config["feedforward_modules"], module) else ("O", "1")}
+    return {IA3_L: Part((1, "I") if _scales_input(scope) else ("O", 1))}
 
 
-def _terms(config: Config, module: str, parts: Mapping[str, torch.Tensor]) -> ModuleTerms:
-    scaling = parts[IA3_L]
-    if is_feedforward(config["feedforward_modules"], module):
-        return ModuleTerms(hadamard=Hadamard(scaling, None))
-    return ModuleTerms(gain=Gain(scaling.flatten(), scales_bias=True))
+def _terms(module: ModuleFile) -> tuple[Term, ...]:
+    scaling = module[IA3_L]
+    return (Product(input=scaling) if _scales_input(module.scope) else Gain(scaling.flatten(), scales_bias=True),)
 
 
 IA3 = Family(
     name="IA3",
+    title="IA3, attention and feed-forward",
     keys={**BOOKKEEPING, **TARGETS, "feedforward_modules": MODULES, "init_ia3_weights": ANYTHING},
-    parts=(IA3_L,),
-    axes=_axes,
-    ranks=lambda _config, _module: (),
+    names=(IA3_L,),
+    parts=_parts,
     terms=_terms,
-    limit=None,
 )

@@ -1,7 +1,8 @@
 """LoRA as PEFT 0.21 saves it: `W + scale · lora_B @ lora_A`, scale = alpha/r, or alpha/√r with `use_rslora`.
 
 Rank and alpha may differ by module (`rank_pattern`, `alpha_pattern`; `peft/tuners/lora/model.py`). Variants that
-compute something else share the file format, so every field of LoraConfig is listed with the values that keep it LoRA.
+compute something else share the file format, so every field of LoraConfig is listed with the values that keep it LoRA;
+rows of variants change that list where they read a field themselves.
 """
 
 import math
@@ -9,7 +10,6 @@ from collections.abc import Mapping
 
 import torch
 
-from flora_vllm.adapter import LowRank, ModuleTerms
 from flora_vllm.formats.config_keys import (
     ANYTHING,
     BOOKKEEPING,
@@ -21,67 +21,103 @@ from flora_vllm.formats.config_keys import (
     RANK,
     RANK_PATTERN,
     TARGETS,
+    Key,
     only,
 )
-from flora_vllm.formats.families.family import Axes, Config, Family
-from flora_vllm.formats.families.flora import pattern_rank
-from flora_vllm.formats.matching import match_pattern
+from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, pattern_rank
+from flora_vllm.terms import Added, Offset, Term
 
-LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+LORA_A, LORA_B, LORA_B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+BIAS, BASE_BIAS = "bias", "base_layer.bias"
+
+# Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# change it, and the file then belongs to a base that nobody serves. PEFT can save those as plain LoRA.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+LORA_KEYS: Mapping[str, Key] = {
+    **BOOKKEEPING,
+    **TARGETS,
+    **LAYER_SUBSET,
+    "r": RANK,
+    "rank_pattern": RANK_PATTERN,
+    "lora_alpha": NUMBER,
+    "alpha_pattern": NUMBER_PATTERN,
+    "use_rslora": BOOLEAN,
+    "init_lora_weights": only(*_INITS),
+    "bias": only("none", "all", "lora_only"),
+    "lora_bias": BOOLEAN,
+    # Used only while training, or only by a feature that is off.
+    "lora_dropout": ANYTHING,
+    "eva_config": ANYTHING,
+    "megatron_core": ANYTHING,
+    "qalora_group_size": ANYTHING,
+    # Each of these changes what the layer computes, or adapts something that is not a linear layer.
+    "use_dora": only(False),
+    "use_qalora": only(False),
+    "ensure_weight_tying": only(False),
+    "use_bdlora": only(None, False),
+    "alora_invocation_tokens": NOTHING,
+    "arrow_config": NOTHING,
+    "corda_config": NOTHING,
+    "kasa_config": NOTHING,
+    "layer_replication": NOTHING,
+    "loftq_config": NOTHING,
+    "lora_ga_config": NOTHING,
+    "megatron_config": NOTHING,
+    "monteclora_config": NOTHING,
+    "target_parameters": NOTHING,
+    "trainable_token_indices": NOTHING,
+    "velora_config": NOTHING,
+}
 
 
-def _axes(_config: Config, _module: str) -> Mapping[str, Axes]:
-    return {LORA_A: ("R", "I"), LORA_B: ("O", "R")}
+def lora_parts(scope: Scope) -> Mapping[str, Part]:
+    parts = {LORA_A: Part(("R", "I")), LORA_B: Part(("O", "R")), **bias_parts(scope)}
+    if scope.config.get("lora_bias"):
+        parts[LORA_B_BIAS] = Part(("O",))
+    return parts
 
 
-def _terms(config: Config, module: str, parts: Mapping[str, torch.Tensor]) -> ModuleTerms:
-    rank = parts[LORA_A].shape[0]
-    alpha = match_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora", False) else rank)
-    return ModuleTerms(low_rank=LowRank(parts[LORA_A], parts[LORA_B], scale=float(scale)))
+def bias_parts(scope: Scope) -> Mapping[str, Part]:
+    """The base's biases that `bias="all"` and `"lora_only"` saved: they replace the base's, adapted module or not."""
+    if scope.config.get("bias", "none") == "none":
+        return {}
+    return {name: Part(("O",), optional=True) for name in (BIAS, BASE_BIAS)}
+
+
+def lora_scale(scope: Scope, rank: int) -> float:
+    """What multiplies lora_B @ lora_A (`peft/tuners/lora/layer.py::update_layer`)."""
+    alpha = scope.by_pattern("alpha_pattern", scope.config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if scope.config.get("use_rslora", False) else rank))
+
+
+def bias_terms(module: ModuleFile, scale: float) -> tuple[Term, ...]:
+    """What replaces the base's bias, and what `lora_bias` adds to it."""
+    replaced = tuple(Offset(module[name], replaces=True) for name in (BIAS, BASE_BIAS) if name in module)
+    added = (Offset(module[LORA_B_BIAS], scale),) if LORA_B_BIAS in module else ()
+    return (*replaced, *added)
+
+
+def low_rank(module: ModuleFile) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(down (R, I), up (O, R), scale)."""
+    down, up = module[LORA_A], module[LORA_B]
+    return down, up, lora_scale(module.scope, down.shape[0])
+
+
+def _terms(module: ModuleFile) -> tuple[Term, ...]:
+    if LORA_A not in module:
+        return bias_terms(module, 1.0)
+    down, up, scale = low_rank(module)
+    return (Added(down, up, scale), *bias_terms(module, scale))
 
 
 LORA = Family(
     name="LORA",
-    keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
-        "r": RANK,
-        "rank_pattern": RANK_PATTERN,
-        "lora_alpha": NUMBER,
-        "alpha_pattern": NUMBER_PATTERN,
-        "use_rslora": BOOLEAN,
-        # Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-        # change it, and the file then belongs to a base that nobody serves. PEFT can save those as plain LoRA.
-        "init_lora_weights": only(True, False, None, "gaussian", "eva", "orthogonal"),
-        # Used only while training, or only by a feature that is off.
-        "lora_dropout": ANYTHING,
-        "eva_config": ANYTHING,
-        "megatron_core": ANYTHING,
-        "qalora_group_size": ANYTHING,
-        # Each of these changes what the layer computes, or adapts something that is not a linear layer.
-        "bias": only("none"),
-        "lora_bias": only(False),
-        "use_dora": only(False),
-        "use_qalora": only(False),
-        "ensure_weight_tying": only(False),
-        "use_bdlora": only(None, False),
-        "alora_invocation_tokens": NOTHING,
-        "arrow_config": NOTHING,
-        "corda_config": NOTHING,
-        "kasa_config": NOTHING,
-        "layer_replication": NOTHING,
-        "loftq_config": NOTHING,
-        "lora_ga_config": NOTHING,
-        "megatron_config": NOTHING,
-        "monteclora_config": NOTHING,
-        "target_parameters": NOTHING,
-        "trainable_token_indices": NOTHING,
-        "velora_config": NOTHING,
-    },
-    parts=(LORA_A, LORA_B),
-    axes=_axes,
+    title="LoRA, rsLoRA, rank and alpha patterns, biases",
+    keys=LORA_KEYS,
+    names=(LORA_A, LORA_B, LORA_B_BIAS, BASE_BIAS, BIAS),
+    alone=frozenset((BASE_BIAS, BIAS)),
+    parts=lora_parts,
     ranks=pattern_rank,
     terms=_terms,
     limit="lora",

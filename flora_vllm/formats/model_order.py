@@ -1,0 +1,51 @@
+"""The linear layers and embeddings of a model in the order of its Hugging Face class.
+
+Some families number their modules (TinyLoRA, UniLoRA): what a file means then depends on that order, which neither the
+checkpoint's files nor an engine's packed layers keep. The class is built without memory for its weights.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flora_vllm.errors import AdapterError
+
+
+@lru_cache(maxsize=4)
+def modules_in_order(directory: Path) -> Mapping[str, tuple[int, int]]:
+    """Module path -> (O, I), embeddings (rows, width). Raises AdapterError if transformers cannot build the model."""
+    from transformers import AutoConfig
+
+    return modules_of(AutoConfig.from_pretrained(directory))
+
+
+def modules_of(config: Any) -> Mapping[str, tuple[int, int]]:
+    """The same for a Hugging Face config in memory."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    if model_class is None:
+        raise AdapterError(
+            f"this family numbers its modules in the order of the Hugging Face model, and transformers has no class "
+            f"{' or '.join(names) or 'for this model'}"
+        )
+    with torch.device("meta"):
+        return in_order(model_class(config))
+
+
+def in_order(model: torch.nn.Module) -> Mapping[str, tuple[int, int]]:
+    """The same for a model in memory."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = (module.num_embeddings, module.embedding_dim)
+        elif type(module).__name__ == "Conv1D":
+            rows, columns = module.weight.shape  # pyright: ignore[reportCallIssue]
+            shapes[name] = (int(columns), int(rows))
+    return shapes

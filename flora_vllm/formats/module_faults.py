@@ -1,0 +1,224 @@
+"""Faults of a checkpoint's modules: partners, shapes and dtypes, what the config selects, what the base model has."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from flora_vllm.adapter import ModelLayout
+from flora_vllm.formats.config_keys import CheckedConfig, shown
+from flora_vllm.formats.families.family import FLOATS, Family, Part, Scope
+from flora_vllm.formats.matching import Targets
+from flora_vllm.formats.names import PREFIX, ROOT, part_of
+from flora_vllm.formats.tensor_file import TensorRecord, tensor_view
+
+# Last part of a module path -> why it cannot be adapted, whatever the base model.
+UNSUPPORTED_MODULES: Mapping[str, str] = {
+    **dict.fromkeys(("lm_head", "embed_out"), "the output layer cannot be adapted yet"),
+    **dict.fromkeys(("embed_tokens", "embed_in", "wte", "wpe"), "embeddings cannot be adapted yet"),
+    "kv_b_proj": "MLA's kv_b_proj is absorbed into the attention and cannot be adapted yet",
+    "experts": "mixture-of-experts weights cannot be adapted yet",
+}
+_MEANINGS = {"R": "rank", "I": "in features", "O": "out features"}
+_UNSELECTING_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
+
+Records = Mapping[str, TensorRecord]
+
+
+def value_faults(data: bytearray, records: Sequence[TensorRecord]) -> Iterator[str]:
+    """NaN and Inf, wherever they are."""
+    for run in _runs(records):
+        if _is_finite(tensor_view(data, _span(run))):
+            continue
+        for record in run:
+            tensor = tensor_view(data, record)
+            if tensor.numel() and not _is_finite(tensor):
+                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+                yield f"tensor {record.name!r} has {bad} NaN or Inf of {tensor.numel()} values; retrain or repair it"
+
+
+def _runs(records: Sequence[TensorRecord]) -> Iterator[list[TensorRecord]]:
+    """Runs of floating-point tensors of one dtype; a file's tensors follow each other without gaps."""
+    run: list[TensorRecord] = []
+    for record in records:
+        if run and record.dtype != run[0].dtype:
+            yield run
+            run = []
+        if record.dtype in FLOATS and 0 not in record.shape:
+            run.append(record)
+    if run:
+        yield run
+
+
+def _span(run: Sequence[TensorRecord]) -> TensorRecord:
+    start, end = run[0].start, run[-1].end
+    item = (run[0].end - run[0].start) // max(torch.Size(run[0].shape).numel(), 1)
+    return TensorRecord("", run[0].dtype, ((end - start) // item,), start, end)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # Minimum and maximum carry NaN and Inf along, and cost a twentieth of isfinite on bfloat16.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def module_faults(
+    family: Family, config: CheckedConfig, modules: Mapping[str, Records], layout: ModelLayout | None
+) -> Iterator[str]:
+    """Faults of every module, and of the modules as a whole."""
+    selects = "target_modules" in family.keys and not config.bad & _UNSELECTING_KEYS
+    targets = Targets.from_config(config.values) if selects and config.values.get("target_modules") else None
+    for module, parts in sorted(modules.items()):
+        yield from _one_module_faults(family, config, module, parts, layout)
+        if targets is not None and not set(parts) <= family.alone and not targets.select(module):
+            yield (
+                f"module {module!r} has tensors but the config does not select it "
+                f"(target_modules {shown(config.values['target_modules'])}); PEFT would not apply them: "
+                "correct target_modules, exclude_modules or layers_to_transform, or remove the tensors"
+            )
+    if layout is not None:
+        adapted = sorted(module for module, parts in modules.items() if not set(parts) <= family.alone)
+        yield from _layout_faults(adapted, targets, layout)
+
+
+def shared_faults(family: Family, config: CheckedConfig, records: Records) -> Iterator[str]:
+    """Faults of the tensors that the whole adapter has once."""
+    if config.bad:
+        return
+    parts = family.shared_parts(config.values)
+    for name, part in parts.items():
+        if not part.optional and not any(part_of({name: part}, present) for present in records):
+            yield f"tensor '{ROOT}{name}' is missing; the file is incomplete"
+    for name, record in records.items():
+        known = part_of(parts, name)
+        if known is None:
+            yield f"tensor {record.name!r} has no place in an adapter with this config; correct the config or remove it"
+        else:
+            yield from _tensor_faults(record, parts[known], (), {})
+
+
+def _one_module_faults(
+    family: Family, config: CheckedConfig, module: str, records: Records, layout: ModelLayout | None
+) -> Iterator[str]:
+    reason = refusal(module, layout)
+    if reason is not None:
+        yield f"module {module!r} cannot be adapted: {reason}; train without it"
+        return
+    shape = None if layout is None else layout.shapes.get(layout.rename(module))
+    if layout is not None and shape is None:
+        yield f"module {module!r} is not in the base model; was the adapter trained on another model?"
+    if config.bad & set(_needed_keys(family)):
+        return
+    scope = scope_of(config.values, module, shape, records)
+    parts = family.parts(scope)
+    if not set(records) <= family.alone:
+        for name, part in parts.items():
+            if not part.optional and not any(part_of({name: part}, present) for present in records):
+                yield f"tensor '{PREFIX}{module}.{name}' is missing, its partner {', '.join(records)} is there"
+    ranks = () if config.bad & {"r", "rank_pattern"} else family.ranks(scope)
+    sizes = {} if shape is None else dict(zip("OI", shape, strict=True))
+    placed: list[tuple[TensorRecord, Part]] = []
+    for name, record in records.items():
+        known = part_of(parts, name)
+        if known is None:
+            yield f"tensor {record.name!r} has no place in a module with this config; correct the config or remove it"
+            continue
+        placed.append((record, parts[known]))
+        yield from _tensor_faults(record, parts[known], ranks, sizes)
+    yield from _disagreements(placed, sizes)
+
+
+def _disagreements(placed: Sequence[tuple[TensorRecord, Part]], sizes: Mapping[str, int]) -> Iterator[str]:
+    """Two tensors of a module that disagree about a length which nothing else settles."""
+    found: dict[str, list[tuple[TensorRecord, int]]] = {}
+    for record, part in placed:
+        if len(record.shape) == len(part.axes):
+            for axis, size in zip(part.axes, record.shape, strict=True):
+                if isinstance(axis, str) and axis not in sizes:
+                    found.setdefault(axis, []).append((record, size))
+    for axis, lengths in found.items():
+        if len({size for _, size in lengths}) > 1:
+            meaning = _MEANINGS.get(axis, axis)
+            names = ", ".join(f"{record.name!r} has {meaning} {size}" for record, size in lengths)
+            yield f"the tensors of one module disagree: {names}"
+
+
+def _needed_keys(family: Family) -> Iterator[str]:
+    """Keys whose values the row's functions look at; they are not called without them."""
+    return (name for name, key in family.keys.items() if key.required and name != "target_modules")
+
+
+def scope_of(config: Mapping[str, object], module: str, shape: tuple[int, int] | None, records: Records) -> Scope:
+    out_features, in_features = shape or (None, None)
+    return Scope(config, module, out_features, in_features, frozenset(records))
+
+
+def _tensor_faults(record: TensorRecord, part: Part, ranks: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
+    """The tensor's dtype and shape against its part: `sizes` are O and I of the base layer if known."""
+    if record.dtype not in part.dtypes:
+        yield (
+            f"tensor {record.name!r} has dtype {record.dtype}; allowed: {', '.join(part.dtypes)}; "
+            "convert it, for example to float32"
+        )
+    if 0 in record.shape and not part.may_be_empty:
+        yield f"tensor {record.name!r} has shape {record.shape}, which is empty; it was not saved completely"
+        return
+    allowed = [_allowed(axis, ranks, sizes) for axis in part.axes]
+    fits = len(record.shape) == len(part.axes) and all(
+        known is None or size in known for size, known in zip(record.shape, allowed, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(_axis_text(axis, known) for axis, known in zip(part.axes, allowed, strict=True))
+        yield (
+            f"tensor {record.name!r} has shape {record.shape}; the config and the base model allow ({wanted}); "
+            "correct the config, or the adapter was trained on another model"
+        )
+
+
+def _allowed(axis: str | int | None, ranks: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    if isinstance(axis, int):
+        return (axis,)
+    if axis == "R":
+        return ranks or None
+    return (sizes[axis],) if axis in sizes else None
+
+
+def _axis_text(axis: str | int | None, known: tuple[int, ...] | None) -> str:
+    meaning = str(axis) if isinstance(axis, int) else "any" if axis is None else _MEANINGS.get(axis, axis)
+    return meaning if known is None else f"{' or '.join(map(str, sorted(set(known))))} ({meaning})"
+
+
+def refusal(module: str, layout: ModelLayout | None) -> str | None:
+    """Why `module` cannot be adapted, None if it can as far as its name tells."""
+    names = module.split(".")
+    if layout is not None:
+        for key in (layout.rename(module), names[-1]):
+            if key in layout.refused:
+                return layout.refused[key]
+    return next((UNSUPPORTED_MODULES[name] for name in reversed(names) if name in UNSUPPORTED_MODULES), None)
+
+
+def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: ModelLayout) -> Iterator[str]:
+    """Faults of the modules as a whole against the model's: named twice, or selected and absent."""
+    present: dict[str, str] = {}
+    for module in modules:
+        other = present.setdefault(layout.rename(module), module)
+        if other != module:
+            yield f"modules {other!r} and {module!r} are one module of the base model; keep the tensors of one"
+    if targets is None:
+        return
+    prefixes = sorted({_renamed_prefix(module, layout) for module in modules}, key=lambda pair: (*map(len, pair),))
+    for path in layout.shapes:
+        # What this checkpoint would call the layout's path: with the prefix that its own modules have.
+        name = next(
+            (theirs + path.removeprefix(ours) for ours, theirs in reversed(prefixes) if path.startswith(ours)), path
+        )
+        if path not in present and refusal(name, layout) is None and targets.select(name):
+            yield f"module {name!r} is selected by target_modules but has no tensors; the file is incomplete"
+
+
+def _renamed_prefix(module: str, layout: ModelLayout) -> tuple[str, str]:
+    """The layout's and the checkpoint's prefix of `module`, up to where their names agree; both empty if equal."""
+    theirs, ours = module.split("."), layout.rename(module).split(".")
+    while theirs and ours and theirs[-1] == ours[-1]:
+        theirs.pop()
+        ours.pop()
+    return "".join(f"{name}." for name in ours), "".join(f"{name}." for name in theirs)

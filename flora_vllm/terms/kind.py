@@ -1,0 +1,153 @@
+"""What every kind of term answers for, and what the answers are written into.
+
+A kind is one dataclass in a file of its own and one `Kind` value beside it; `terms.KINDS` is the table. Shape letters:
+R rank, I in features, O out features; a term speaks of the whole module, a `Cut` of this rank's part of one slice.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from flora_vllm.ops.rare import RareTerm
+from flora_vllm.ops.terms import SliceTerms
+
+
+class Term(Protocol):
+    """A frozen dataclass of one of the kinds in `terms.KINDS`: tensors as the file has them, on the host."""
+
+
+class Probe(Protocol):
+    """The base, as far as terms may ask for it: one module's, whole, whatever the tensor-parallel size."""
+
+    module: str
+    # Every linear layer and embedding, in the order of the Hugging Face model, with its (O, I) or (rows, width).
+    modules: Mapping[str, tuple[int, int]]
+    dtype: torch.dtype  # of the base model's weights
+
+    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
+        """W x by rows, without bias: (N, O) float32."""
+        ...
+
+    def squared_row_norms(self) -> torch.Tensor:
+        """‖W_o‖² of each output: (O,) float32."""
+        ...
+
+    def weight(self) -> torch.Tensor:
+        """W (O, I) float32: as many products as there are inputs, so for what cannot do with fewer."""
+        ...
+
+    def bias(self) -> torch.Tensor | None:
+        """(O,) float32."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """This rank's part of one slice of a layer, within the module that a term speaks of.
+
+    `bias_O`: the base's bias of these outputs; None if it has none. `adds_bias`: whether this rank is the one that
+    adds biases and offsets (of the ranks that share a sum, one is). `sums`: whether its outputs are a part of a sum.
+    """
+
+    rows: slice
+    columns: slice
+    dtype: torch.dtype
+    device: torch.device
+    bias_O: torch.Tensor | None = None
+    adds_bias: bool = True
+    sums: bool = False
+    # Slices of one fused checkpoint module share their input side: one copy of it.
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def input_side(self, factor_RI: torch.Tensor) -> torch.Tensor:
+        """Rows of factors on the input side, in the layer's dtype."""
+        known = self.inputs.get(id(factor_RI))
+        if known is None:
+            known = self.inputs[id(factor_RI)] = factor_RI[:, self.columns].to(self.dtype).contiguous()
+        return known
+
+
+@dataclass
+class Draft:
+    """A slice's slot contents while terms are folded into them; float32 until `finished`."""
+
+    cut: Cut
+    plain: torch.Tensor | None = None  # (1,) or (O,)
+    products: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # a (R, I), b (O, R) float32
+    added: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # down (R, I), up (O, R) float32
+    offset_O: torch.Tensor | None = None
+    gain_O: torch.Tensor | None = None
+    rare: list[RareTerm] = field(default_factory=list)
+
+    def add_plain(self, weight: torch.Tensor) -> None:
+        self.plain = weight if self.plain is None else self.plain + weight
+
+    def add_offset(self, offset_O: torch.Tensor) -> None:
+        """Ranks that do not add the bias have no offset either."""
+        if self.cut.adds_bias:
+            self.offset_O = offset_O if self.offset_O is None else self.offset_O + offset_O
+
+    def finished(self) -> SliceTerms:
+        dtype = self.cut.dtype
+        a_RI, b_RO = _joined(self.products, self.gain_O, dtype)
+        down_RI, up_RO = _joined(self.added, self.gain_O, dtype)
+        plain = self.plain
+        if plain is not None and self.gain_O is not None:
+            plain = plain * self.gain_O
+        return SliceTerms(plain, a_RI, b_RO, down_RI, up_RO, self.offset_O, tuple(self.rare))
+
+
+def _joined(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], gain_O: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not pairs:
+        return None, None
+    inputs, outputs = zip(*pairs, strict=True)
+    out_OR = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    if gain_O is not None:
+        out_OR = gain_O[:, None] * out_OR
+    return inputs[0] if len(inputs) == 1 else torch.cat(inputs), out_OR.to(dtype).T.contiguous()
+
+
+@dataclass
+class Merging:
+    """A module's weight and bias while terms are merged into them; the dtype says how precisely.
+
+    `sum_OI` grows from nothing: it is the weight of everything that is added up; `base_OI` stays the base's.
+    """
+
+    base_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+    sum_OI: torch.Tensor
+    # Of a bias that the terms make where the base has none.
+    offset_O: torch.Tensor | None = None
+
+    def add_offset(self, offset_O: torch.Tensor) -> None:
+        self.offset_O = offset_O if self.offset_O is None else self.offset_O + offset_O
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All sides of a kind of term. `order`: kinds of lower order are folded and merged first.
+
+    shape(term): (O, I) as the tensors tell it, None where they don't. tensors(term): all of them.
+    fold(term, draft): cut to `draft.cut` and written into the slot's contents; raises AdapterError where this rank
+    cannot hold it. merge(term, merging): into weights. ranks(term): (scaled products, low-rank terms) it adds.
+    resolve(term, probe): the terms it becomes once the base may be asked; None: it needs no base.
+    dense_bytes(term): bytes that count as the adapter's dense ones; 0 for factors.
+    """
+
+    order: int
+    shape: Callable[[Any], tuple[int | None, int | None]]
+    tensors: Callable[[Any], Iterator[torch.Tensor]]
+    fold: Callable[[Any, Draft], None]
+    merge: Callable[[Any, Merging], None]
+    ranks: Callable[[Any], tuple[int, int]] = lambda _term: (0, 0)
+    resolve: Callable[[Any, Probe], tuple[Any, ...]] | None = None
+    dense_bytes: Callable[[Any], int] = lambda _term: 0

@@ -1,0 +1,100 @@
+"""A family's adapter as PEFT makes, fills, saves and merges it, against what our reader makes of the saved folder."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from formats_support import linear_layout, tiny_model
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from flora_vllm.adapter import Adapter
+from flora_vllm.formats import read_adapter
+from flora_vllm.formats.model_order import in_order
+from flora_vllm.terms import merged, resolve
+
+# Random factors of this size move every output by about its own size, and no more: an error cannot hide.
+STD = 0.3
+
+Fill = Callable[[str, torch.Tensor], None]
+
+
+def fill_normal(_name: str, parameter: torch.Tensor, std: float = STD) -> None:
+    torch.nn.init.normal_(parameter, std=std)
+
+
+class ModelProbe:
+    """`terms.Probe` of a model in memory."""
+
+    def __init__(self, model: PreTrainedModel, state: Mapping[str, torch.Tensor], module: str) -> None:
+        self.module = module
+        self.modules = in_order(model)
+        weight = state[f"{module}.weight"].float()
+        conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
+        self._weight_OI = weight.T if conv1d else weight
+        self._bias_O = state.get(f"{module}.bias")
+        self.dtype = state[f"{module}.weight"].dtype
+
+    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return x_NI.float() @ self._weight_OI.T
+
+    def squared_row_norms(self) -> torch.Tensor:
+        return self._weight_OI.square().sum(1)
+
+    def weight(self) -> torch.Tensor:
+        return self._weight_OI
+
+    def bias(self) -> torch.Tensor | None:
+        return self._bias_O
+
+
+def save_filled(model: PreTrainedModel, config: PeftConfig, path: Path, fill: Fill = fill_normal) -> torch.nn.Module:
+    """Wrap `model` in PEFT, fill what is trained, save it at `path`; the wrapped model in eval mode."""
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            fill(name, parameter.data)
+    wrapped.save_pretrained(str(path))
+    return wrapped.eval()
+
+
+def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.Tensor]:
+    """`base` with the adapter's terms multiplied in."""
+    state = dict(base)
+    for module, terms in adapter.modules.items():
+        resolved = resolve(terms.terms, ModelProbe(model, base, module))
+        weight, bias = base[f"{module}.weight"], base.get(f"{module}.bias")
+        conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
+        new_weight, new_bias = merged(weight.T if conv1d else weight, bias, resolved)
+        state[f"{module}.weight"] = new_weight.T.contiguous() if conv1d else new_weight
+        if new_bias is not None:
+            state[f"{module}.bias"] = new_bias
+    return state
+
+
+def worst_errors(config: PeftConfig, path: Path, architecture: str = "llama", fill: Fill = fill_normal, **changes):
+    """(error of the logits against PEFT's own forward of the folder it saved, the adapter's effect on them).
+
+    PEFT loads the folder into a fresh model, as a user's server would have to.
+    """
+    from peft import PeftModel
+
+    model = tiny_model(architecture, **changes)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_filled(model, config, path, fill)
+    tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(3))
+    plain = tiny_model(architecture, **changes)
+    plain.load_state_dict(base)
+    adapter = read_adapter(path, layout=linear_layout(plain))
+    with torch.no_grad():
+        before = plain(tokens).logits
+    ours = tiny_model(architecture, **changes)
+    state = ours_merged(plain, base, adapter)
+    extra = {name for name in state if name not in base}
+    assert not extra, f"the base has no {extra}"
+    ours.load_state_dict(state)
+    theirs = PeftModel.from_pretrained(plain, str(path)).eval()
+    with torch.no_grad():
+        wanted, found = theirs(tokens).logits, ours(tokens).logits
+    return float((found - wanted).abs().max()), float((wanted - before).abs().max())
