@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import flora_vllm
 from flora_vllm.adapter import ModuleTerms
 from flora_vllm.ops.terms import group_by_slot
+from flora_vllm.terms import Added, Gain, Product
 
 pytestmark = support.ENGINE_MARKS
 
@@ -90,14 +91,21 @@ def adapted(
     y_TO = base(x_TI)[:, rows].float()
     if terms is None:
         return y_TO
-    if terms.hadamard is not None:
-        h = terms.hadamard
-        b_OR = torch.ones(y_TO.shape[1], 1) if h.output_factor is None else h.output_factor
-        products = [b_OR[:, j] * base(h.input_factor[j].to(x_TI.dtype) * x_TI)[:, rows] for j in range(h.rank)]
-        y_TO = torch.stack(products).sum(0) * h.scale + (y_TO if h.identity else 0)
-    if terms.low_rank is not None:
-        y_TO = y_TO + terms.low_rank.scale * (x_TI.float() @ terms.low_rank.down.T) @ terms.low_rank.up.T
-    return y_TO if terms.gain is None else y_TO * terms.gain.gain
+    plain_TO = y_TO
+    if terms.of(Product):
+        y_TO = torch.zeros_like(plain_TO)
+    for product in terms.of(Product):
+        if product.input is None:
+            y_TO = y_TO + plain_TO
+            continue
+        b_OR = torch.ones(y_TO.shape[1], 1) if product.output is None else product.output
+        for a_I, b_O in zip(product.input, b_OR.T, strict=True):
+            y_TO = y_TO + product.scale * b_O * base(a_I.to(x_TI.dtype) * x_TI)[:, rows]
+    for low in terms.of(Added):
+        y_TO = y_TO + low.scale * (x_TI.float() @ low.down.T) @ low.up.T
+    for gain in terms.of(Gain):
+        y_TO = y_TO * gain.gain
+    return y_TO
 
 
 def _parts(layer: str, sizes: Sequence[int]) -> list[tuple[str, slice]]:

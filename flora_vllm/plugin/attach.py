@@ -44,6 +44,7 @@ class Attached:
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
 
 
 def attach(
@@ -85,6 +86,7 @@ def attach(
         if isinstance(layout, LinearLayout) and kind not in bypassing:
             attached.layouts[name] = layout
             attached.dtypes[name] = module.params_dtype
+            attached.biases[name] = getattr(module, "bias", None)
             attached.layers[name] = _take_over(module, layout, steps[name], path, device, limits)
         else:
             attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
@@ -158,7 +160,9 @@ def _layout(name: str, module: Any, packed_modules: Mapping[str, Sequence[str]])
             SliceLayout(child, size, start, fused_start + start, full if len(children) > 1 else sum(full_sizes))
         )
         fused_start += full
-    return LinearLayout(name, local_in, in_start, module.input_size, tuple(slices), sum(full_sizes))
+    sums = row and module.tp_size > 1
+    first = not sums or module.tp_rank == 0
+    return LinearLayout(name, local_in, in_start, module.input_size, tuple(slices), sum(full_sizes), sums, first)
 
 
 def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:

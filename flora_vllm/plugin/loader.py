@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 
-from flora_vllm.adapter import Adapter, ModelLayout
+from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
+from flora_vllm.formats.limits import Limits
 from flora_vllm.formats.reader import examine_files
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.options import FloraOptions
+from flora_vllm.plugin.probe import EngineBase, all_agree
 from flora_vllm.slots import layer_terms, overflowed
+from flora_vllm.terms import FromBase, resolve
 
+_ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
@@ -33,9 +36,11 @@ RETIRED_COPIES = 64
 class AdapterLoader:
     """Reads, checks and cuts adapters for one worker. Owns the copies."""
 
-    def __init__(self, attached: Attached, options: FloraOptions, max_lora_rank: int, model: Any) -> None:
+    def __init__(self, attached: Attached, limits: Limits, model: Any, base: EngineBase) -> None:
         self._attached = attached
-        self._limits = {"flora": options.max_rank, "lora": max_lora_rank}
+        self._limits = limits
+        self._base = base
+        self._device = base.device
         self._layout = model_layout(attached, _renamer(model))
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
@@ -70,16 +75,29 @@ class AdapterLoader:
         if digest is not None and not faults and not digest_of(dict(files)).startswith(digest):
             faults.append("the directory changed after the server read it; load it again")
         where = f"{name!r} ({shown})"
-        if faults or found.adapter is None:
-            raise adapter_error(where, faults)
-        return files, (found.adapter.rank, self._cut(where, found.adapter))
+        # Ranks ask the base together, and keep an adapter together or not at all.
+        if not all_agree(not faults, self._device) or found.adapter is None:
+            raise adapter_error(where, faults or [_ANOTHER_RANK])
+        try:
+            layers, error = self._cut(where, found.adapter), None
+        except AdapterError as failure:
+            layers, error = {}, failure
+        if not all_agree(error is None, self._device):
+            raise error or adapter_error(where, [_ANOTHER_RANK])
+        return files, (found.adapter.rank, layers)
 
     def _cut(self, where: str, adapter: Adapter) -> dict[str, LayerTerms]:
-        modules = {self._layout.rename(module): terms for module, terms in adapter.modules.items()}
+        modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
         for name, layout in self._attached.layouts.items():
-            terms = layer_terms(layout, modules, self._attached.dtypes[name])
+            try:
+                terms = layer_terms(
+                    layout, modules, self._attached.dtypes[name], self._attached.biases[name], self._device
+                )
+            except AdapterError as error:
+                faults.append(f"layer {name!r}: {error}")
+                continue
             if terms is None:
                 continue
             if overflowed(terms):
@@ -91,6 +109,23 @@ class AdapterLoader:
         if faults:
             raise adapter_error(where, faults)
         return layers
+
+    def _resolved(self, where: str, adapter: Adapter) -> dict[str, ModuleTerms]:
+        """The adapter's modules under the engine's names, without terms that had to wait for the base."""
+        modules: dict[str, ModuleTerms] = {}
+        faults = []
+        for module, terms in adapter.modules.items():
+            place = self._layout.rename(module)
+            if not terms.of(FromBase):
+                modules[place] = terms
+                continue
+            try:
+                modules[place] = ModuleTerms(resolve(terms.terms, self._base.probe(module, place)))
+            except AdapterError as error:
+                faults.append(f"module {module!r}: {error}")
+        if faults:
+            raise adapter_error(where, faults)
+        return modules
 
     def _keep(self, copy: Path, files: Mapping[str, bytearray], name: str) -> None:
         unfinished = Path(tempfile.mkdtemp(dir=self._root))

@@ -18,6 +18,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import ConfigError
+from flora_vllm.formats.limits import Limits
+from flora_vllm.formats.model_order import modules_of
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
 from flora_vllm.plugin.attach import Attached, attach
@@ -25,6 +27,7 @@ from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.step import GraphSteps
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,7 @@ class LoadedAdapter:
     def rows(self) -> int:
         """The most base products that one of its tokens needs in a layer."""
         parts = (part for terms in self.layers.values() for part in terms if part is not None)
-        return max((part.rank for part in parts), default=1)
+        return max((part.products for part in parts), default=1)
 
 
 class FloraModelManager(LRUCacheLoRAModelManager):
@@ -213,7 +216,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
         model = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
-        self._loader = AdapterLoader(manager.attached, manager.options, self.lora_config.max_lora_rank, model)
+        limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
+        config = vllm_config.model_config.hf_config
+        base = EngineBase(manager.attached, manager.device, functools.partial(modules_of, config))
+        self._loader = AdapterLoader(manager.attached, limits, model, base)
         return model
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
@@ -229,7 +235,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         # In a step an adapter is only ever brought back, never replaced: `load_inplace` acts where it is asked for.
         if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
-        for request in lora_requests:
+        # Every rank in the same order: those that load may have to ask the base together.
+        for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             if self._adapter_manager.get_adapter(request.lora_int_id) is None:
                 self._admit(self._load_adapter(request, fresh=False))
             self._adapter_manager.activate_adapter(request.lora_int_id)

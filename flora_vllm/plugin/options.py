@@ -21,13 +21,14 @@ class FloraOptions:
 
     `adapter_root`: directory that adapter paths arriving by request must lie in; None leaves them free.
     `graph_rows`: steps whose adapter tokens need at most so many base products may replay CUDA graphs that hold the op;
-    0 runs every step with adapter tokens without graphs.
+    0 runs every step with adapter tokens without graphs. `max_dense_bytes`: of an adapter's whole matrices.
     """
 
     max_rank: int = 16
     path: PathChoice = "auto"
     adapter_root: str | None = None
     graph_rows: int = 0
+    max_dense_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if isinstance(self.max_rank, bool) or not isinstance(self.max_rank, int) or self.max_rank < 1:
@@ -41,6 +42,15 @@ class FloraOptions:
         if isinstance(self.graph_rows, bool) or not isinstance(self.graph_rows, int) or self.graph_rows < 0:
             raise ConfigError(
                 f"graph_rows (--flora-graph-rows) must be a whole number of at least 0, got {self.graph_rows!r}"
+            )
+        if (
+            isinstance(self.max_dense_bytes, bool)
+            or not isinstance(self.max_dense_bytes, int)
+            or self.max_dense_bytes < 0
+        ):
+            raise ConfigError(
+                f"max_dense_bytes (--max-flora-dense-bytes) must be a whole number of at least 0, "
+                f"got {self.max_dense_bytes!r}"
             )
         if self.adapter_root is not None and not isinstance(self.adapter_root, str):
             raise ConfigError(f"adapter_root (--flora-adapter-root) must be a directory, got {self.adapter_root!r}")

@@ -1,0 +1,140 @@
+"""What terms may ask of the base while it runs in an engine (`terms.Probe`): the layers' own base calls.
+
+A layer is asked through the call that serves it, so any quantisation will do and no weight is kept for this. With tensor
+parallelism every rank asks at the same time and gets the whole module's answer.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+from flora_vllm.plugin.attach import Attached
+from flora_vllm.slots import SliceLayout
+
+# Rows of one base call: enough for a product, little beside a step's.
+CHUNK = 256
+
+
+def all_agree(is_fine: bool, device: torch.device) -> bool:
+    """Whether every rank says so; they must all ask."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return is_fine
+    bad = torch.tensor([0.0 if is_fine else 1.0], device=device)
+    return not bool(tensor_model_parallel_all_reduce(bad).item())
+
+
+class EngineBase:
+    """The base under all adapted layers of this rank; keeps each module's row norms once they were asked for."""
+
+    def __init__(
+        self, attached: Attached, device: torch.device, modules: Callable[[], Mapping[str, tuple[int, int]]]
+    ) -> None:
+        self._attached = attached
+        self._device = device
+        self._make_modules = modules
+        self._norms: dict[str, torch.Tensor] = {}
+        self._places = {name: (layer, parts) for layer, name, parts in _places(attached)}
+
+    def probe(self, module: str, place: str) -> "LayerProbe":
+        """The probe of the checkpoint's `module`, which the engine calls `place`."""
+        layer, parts = self._places[place]
+        return LayerProbe(self, module, place, self._attached, layer, parts)
+
+    @cached_property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        return self._make_modules()
+
+    def norms(self, place: str, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if place not in self._norms:
+            self._norms[place] = measure()
+        return self._norms[place]
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
+class LayerProbe:
+    """One checkpoint module: some slices of one layer, whole, whatever this rank holds of them."""
+
+    def __init__(
+        self,
+        base: EngineBase,
+        module: str,
+        place: str,
+        attached: Attached,
+        layer: str,
+        parts: tuple[tuple[SliceLayout, int, int], ...],  # slice, its first local row, its first row in the module
+    ) -> None:
+        self.module = module
+        self.dtype = attached.dtypes[layer]
+        self._base, self._place, self._parts = base, place, parts
+        self._layout, self._bias_O = attached.layouts[layer], attached.biases[layer]
+        self._kernel = attached.layers[layer].kernel
+        fused = place == self._layout.module
+        self._size = self._layout.full_out_features if fused else parts[0][0].full_size
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        return self._base.modules
+
+    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
+        columns = slice(self._layout.in_start, self._layout.in_start + self._layout.in_features)
+        x_NI = x_NI[:, columns].to(self._base.device, self.dtype)
+        y_NO = torch.cat([self._kernel.forward(rows, None, None) for rows in x_NI.split(CHUNK)]).float()
+        return self._whole(y_NO)
+
+    def squared_row_norms(self) -> torch.Tensor:
+        def measure() -> torch.Tensor:
+            norms_O = torch.zeros(self._size)
+            for start in range(0, self._layout.full_in_features, CHUNK):
+                norms_O += self.product(self._unit_rows(start)).square().sum(0)
+            return norms_O
+
+        return self._base.norms(self._place, measure)
+
+    def weight(self) -> torch.Tensor:
+        starts = range(0, self._layout.full_in_features, CHUNK)
+        return torch.cat([self.product(self._unit_rows(start)) for start in starts]).T.contiguous()
+
+    def bias(self) -> torch.Tensor | None:
+        return None if self._bias_O is None else self._whole(self._bias_O.float()[None], sums=False)[0]
+
+    def _unit_rows(self, start: int) -> torch.Tensor:
+        """Rows `start` and on of the identity: their products are W's columns."""
+        size = self._layout.full_in_features
+        rows = torch.zeros(min(CHUNK, size - start), size)
+        rows[torch.arange(len(rows)), start + torch.arange(len(rows))] = 1
+        return rows
+
+    def _whole(self, local_NO: torch.Tensor, *, sums: bool | None = None) -> torch.Tensor:
+        """The module's outputs from this rank's: other ranks' rows, or other ranks' parts of a sum."""
+        sums = self._layout.sums if sums is None else sums
+        whole_NO = local_NO.new_zeros(local_NO.shape[0], self._size)
+        held_O = local_NO.new_zeros(1, self._size)
+        for part, begin, start in self._parts:
+            whole_NO[:, start : start + part.size] = local_NO[:, begin : begin + part.size]
+            held_O[:, start : start + part.size] = 1
+        if get_tensor_model_parallel_world_size() > 1 and (sums or not self._layout.sums):
+            whole_NO = tensor_model_parallel_all_reduce(whole_NO)
+            if not sums:
+                # Key-value heads may be held by several ranks.
+                whole_NO = whole_NO / tensor_model_parallel_all_reduce(held_O)
+        return whole_NO.cpu()
+
+
+def _places(attached: Attached) -> Any:
+    """(layer, checkpoint module in the engine's words, its slices with their first rows) for all modules."""
+    for layer, layout in attached.layouts.items():
+        begins = [sum(layout.sizes[:i]) for i in range(len(layout.slices))]
+        by_module: dict[str, list] = {}
+        for part, begin in zip(layout.slices, begins, strict=True):
+            by_module.setdefault(part.module, []).append((part, begin))
+        for module, parts in by_module.items():
+            alone = len(parts) == 1 and module != layout.module
+            yield layer, module, tuple((p, b, p.start if alone else p.fused_start) for p, b in parts)
+        if layout.module not in by_module:
+            yield layer, layout.module, tuple((p, b, p.fused_start) for p, b in zip(layout.slices, begins, strict=True))
