@@ -5,32 +5,43 @@ cyclic garbage collector take a second (2,000 adapters of SmolLM2), in which no 
 does not follow tuples of numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
+from flora_vllm.slots import is_finite
 
 
 class CompactLayers(Mapping[str, LayerTerms]):
     """Layer name -> slot contents, equal to those of `layers`, which it copies. What it returns are views.
 
-    Tensors that adapters share (those of a rare term that are not its own) are kept as they are, not copied.
+    Tensors that adapters share (those of a rare term that are not its own) are kept as they are, not copied, and so are
+    views of `chunks`, the memory in which the contents were made.
     """
 
-    def __init__(self, layers: Mapping[str, LayerTerms]) -> None:
-        sizes: dict[torch.dtype, int] = {}
+    def __init__(self, layers: Mapping[str, LayerTerms], chunks: Sequence[torch.Tensor] = ()) -> None:
+        self._memory = list(chunks)
+        made_in = {chunk.untyped_storage().data_ptr(): number for number, chunk in enumerate(chunks)}
+        further: dict[torch.dtype, tuple[int, int]] = {}  # number of the chunk for other tensors, its size so far
         places: dict[torch.Tensor, tuple] = {}  # slices may share a factor: it is kept once
+        moved: list[torch.Tensor] = []
         for tensor in (t for terms in layers.values() for part in terms if part is not None for t in part.tensors()):
-            if tensor not in places:
-                start = sizes.get(tensor.dtype, 0)
-                places[tensor] = (tensor.dtype, start, tuple(tensor.shape))
-                sizes[tensor.dtype] = start + tensor.numel()
-        self._memory = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-        for tensor, place in places.items():
-            self._view(place).copy_(tensor)
+            if tensor in places:
+                continue
+            number = made_in.get(tensor.untyped_storage().data_ptr())
+            if number is not None:
+                places[tensor] = (number, tensor.storage_offset(), tuple(tensor.shape))
+                continue
+            number, start = further.get(tensor.dtype, (len(chunks) + len(further), 0))
+            places[tensor] = (number, start, tuple(tensor.shape))
+            further[tensor.dtype] = (number, start + tensor.numel())
+            moved.append(tensor)
+        self._memory += [torch.empty(size, dtype=dtype) for dtype, (_, size) in further.items()]
+        for tensor in moved:
+            self._view(places[tensor]).copy_(tensor)
 
         def placed(value: Any) -> Any:
             return places.get(value, value) if isinstance(value, torch.Tensor) else value
@@ -56,7 +67,11 @@ class CompactLayers(Mapping[str, LayerTerms]):
     @property
     def nbytes(self) -> int:
         """Bytes of host memory that the adapter's own tensors take."""
-        return sum(memory.numel() * memory.element_size() for memory in self._memory.values())
+        return sum(memory.numel() * memory.element_size() for memory in self._memory)
+
+    def is_finite(self) -> bool:
+        """Whether every number is; one look at each chunk."""
+        return all(is_finite(memory) for memory in self._memory if len(memory))
 
     def _slice(self, part: tuple, views: dict[tuple, torch.Tensor]) -> SliceTerms:
         def value_of(value: Any) -> Any:
@@ -71,8 +86,8 @@ class CompactLayers(Mapping[str, LayerTerms]):
         return SliceTerms(*map(value_of, hot), terms)
 
     def _view(self, place: tuple) -> torch.Tensor:
-        dtype, start, shape = place
-        return self._memory[dtype].as_strided(shape, _strides(shape), start)
+        number, start, shape = place
+        return self._memory[number].as_strided(shape, _strides(shape), start)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

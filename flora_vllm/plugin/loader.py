@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
+from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.limits import Limits
@@ -26,7 +27,7 @@ from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.probe import EngineBase, all_agree
 from flora_vllm.slots import layer_terms, overflowed
-from flora_vllm.terms import FromBase, resolve
+from flora_vllm.terms import Arena, FromBase, resolve
 
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
@@ -46,7 +47,7 @@ class AdapterLoader:
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
 
-    def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, Mapping[str, LayerTerms]]:
+    def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, CompactLayers]:
         """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
@@ -81,34 +82,38 @@ class AdapterLoader:
         try:
             layers, error = self._cut(where, found.adapter), None
         except AdapterError as failure:
-            layers, error = {}, failure
+            layers, error = CompactLayers({}), failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
         return files, (found.adapter.rank, layers)
 
-    def _cut(self, where: str, adapter: Adapter) -> dict[str, LayerTerms]:
+    def _cut(self, where: str, adapter: Adapter) -> CompactLayers:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
+        numbers = sum(tensor.numel() for terms in modules.values() for tensor in terms.tensors())
+        arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
         for name, layout in self._attached.layouts.items():
             try:
-                terms = layer_terms(
-                    layout, modules, self._attached.dtypes[name], self._attached.biases[name], self._device
-                )
+                dtype = self._attached.dtypes[name]
+                terms = layer_terms(layout, modules, dtype, self._attached.biases[name], self._device, arenas[dtype])
             except AdapterError as error:
                 faults.append(f"layer {name!r}: {error}")
                 continue
-            if terms is None:
-                continue
-            if overflowed(terms):
-                faults.append(
-                    f"layer {name!r}: values leave the range of {self._attached.dtypes[name]}, the model's dtype; "
-                    "serve the model in bfloat16 or float32, or retrain with smaller factors"
-                )
-            layers[name] = terms
+            if terms is not None:
+                layers[name] = terms
+        chunks = [chunk for arena in arenas.values() for chunk in arena.finished()]
+        kept = CompactLayers(layers, chunks)
+        if not kept.is_finite():
+            faults += [
+                f"layer {name!r}: values leave the range of {self._attached.dtypes[name]}, the model's dtype; "
+                "serve the model in bfloat16 or float32, or retrain with smaller factors"
+                for name, terms in layers.items()
+                if overflowed(terms)
+            ]
         if faults:
             raise adapter_error(where, faults)
-        return layers
+        return kept
 
     def _resolved(self, where: str, adapter: Adapter) -> dict[str, ModuleTerms]:
         """The adapter's modules under the engine's names, without terms that had to wait for the base."""

@@ -225,7 +225,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
         request = lora_request
         rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
-        return LoadedAdapter(request.lora_int_id, rank, CompactLayers(layers))
+        return LoadedAdapter(request.lora_int_id, rank, layers)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)

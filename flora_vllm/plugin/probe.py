@@ -1,7 +1,7 @@
 """What terms may ask of the base while it runs in an engine (`terms.Probe`): the layers' own base calls.
 
-A layer is asked through the call that serves it, so any quantisation will do and no weight is kept for this. With tensor
-parallelism every rank asks at the same time and gets the whole module's answer.
+A layer is asked through the call that serves it, so any quantisation will do and no weight is kept for this. With
+tensor parallelism every rank asks at the same time and gets the whole module's answer.
 """
 
 from collections.abc import Callable, Mapping

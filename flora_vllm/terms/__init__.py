@@ -14,6 +14,7 @@ import torch
 from flora_vllm.errors import AdapterError
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.terms.added import ADDED, Added
+from flora_vllm.terms.arena import Arena
 from flora_vllm.terms.dense import DENSE, Dense
 from flora_vllm.terms.from_base import FROM_BASE, FromBase
 from flora_vllm.terms.gain import GAIN, Gain
@@ -27,6 +28,7 @@ from flora_vllm.terms.turn import TURN, Turn
 __all__ = [
     "KINDS",
     "Added",
+    "Arena",
     "Cut",
     "Dense",
     "FromBase",

@@ -7,7 +7,7 @@ import torch
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.ops.rare import SharedLow
-from flora_vllm.terms.kind import Draft, Kind, Merging
+from flora_vllm.terms.kind import Draft, Kind, Merging, Pair
 from flora_vllm.terms.shared import Factor, Shared, held, tensor_of
 
 
@@ -69,12 +69,12 @@ def _fold(term: Added, draft: Draft) -> None:
         return
     assert isinstance(term.down, torch.Tensor)
     assert isinstance(term.up, torch.Tensor)
-    up_OR = term.up[cut.rows].float() * term.scale
+    up_OR = term.up[cut.rows]
     if term.mid is not None:
-        up_OR = up_OR * term.mid.float() if term.mid.ndim == 1 else up_OR @ term.mid.float()
+        up_OR = up_OR.float() * term.mid.float() if term.mid.ndim == 1 else up_OR.float() @ term.mid.float()
     if out_O is not None:
-        up_OR = out_O[:, None] * up_OR
-    draft.added.append((cut.input_side(term.down), up_OR))
+        up_OR = out_O[:, None] * up_OR.float()
+    draft.added.append(Pair(cut.input_side(term.down), up_OR, term.scale))
 
 
 def _merge(term: Added, merging: Merging) -> None:

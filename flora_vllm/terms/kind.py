@@ -12,6 +12,7 @@ import torch
 
 from flora_vllm.ops.rare import RareTerm
 from flora_vllm.ops.terms import SliceTerms
+from flora_vllm.terms.arena import Arena
 
 
 class Term(Protocol):
@@ -60,6 +61,7 @@ class Cut:
     sums: bool = False
     # Slices of one fused checkpoint module share their input side: one copy of it.
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    arena: Arena | None = None  # where factors are written; None: each in memory of its own
 
     @property
     def size(self) -> int:
@@ -69,8 +71,22 @@ class Cut:
         """Rows of factors on the input side, in the layer's dtype."""
         known = self.inputs.get(id(factor_RI))
         if known is None:
-            known = self.inputs[id(factor_RI)] = factor_RI[:, self.columns].to(self.dtype).contiguous()
+            part_RI = factor_RI[:, self.columns]
+            known = self.inputs[id(factor_RI)] = self.empty(*part_RI.shape)
+            known.copy_(part_RI)
         return known
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype) if self.arena is None else self.arena.take(*shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Factors that belong together, the input side in the layer's dtype, the output side as the term has it."""
+
+    input_RI: torch.Tensor
+    output_OR: torch.Tensor
+    scale: float = 1.0
 
 
 @dataclass
@@ -79,8 +95,8 @@ class Draft:
 
     cut: Cut
     plain: torch.Tensor | None = None  # (1,) or (O,)
-    products: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # a (R, I), b (O, R) float32
-    added: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # down (R, I), up (O, R) float32
+    products: list[Pair] = field(default_factory=list)
+    added: list[Pair] = field(default_factory=list)
     offset_O: torch.Tensor | None = None
     gain_O: torch.Tensor | None = None
     rare: list[RareTerm] = field(default_factory=list)
@@ -94,9 +110,8 @@ class Draft:
             self.offset_O = offset_O if self.offset_O is None else self.offset_O + offset_O
 
     def finished(self) -> SliceTerms:
-        dtype = self.cut.dtype
-        a_RI, b_RO = _joined(self.products, self.gain_O, dtype)
-        down_RI, up_RO = _joined(self.added, self.gain_O, dtype)
+        a_RI, b_RO = _joined(self.products, self.gain_O, self.cut)
+        down_RI, up_RO = _joined(self.added, self.gain_O, self.cut)
         plain = self.plain
         if plain is not None and self.gain_O is not None:
             plain = plain * self.gain_O
@@ -104,15 +119,24 @@ class Draft:
 
 
 def _joined(
-    pairs: list[tuple[torch.Tensor, torch.Tensor]], gain_O: torch.Tensor | None, dtype: torch.dtype
+    pairs: list[Pair], gain_O: torch.Tensor | None, cut: Cut
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """All pairs as one: (R, I) and (R, O), scales and gain folded in float32 and rounded once."""
     if not pairs:
         return None, None
-    inputs, outputs = zip(*pairs, strict=True)
-    out_OR = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    if gain_O is not None:
-        out_OR = gain_O[:, None] * out_OR
-    return inputs[0] if len(inputs) == 1 else torch.cat(inputs), out_OR.to(dtype).T.contiguous()
+    inputs = [pair.input_RI for pair in pairs]
+    input_RI = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+    output_RO = cut.empty(input_RI.shape[0], cut.size)
+    start = 0
+    for pair in pairs:
+        rank = pair.input_RI.shape[0]
+        # Mixed half types would be multiplied, and rounded, in the file's.
+        outer_OR = pair.output_OR if pair.output_OR.dtype in (torch.float32, cut.dtype) else pair.output_OR.float()
+        if gain_O is not None:
+            outer_OR = gain_O[:, None] * outer_OR
+        torch.mul(outer_OR.T, pair.scale, out=output_RO[start : start + rank])
+        start += rank
+    return input_RI, output_RO
 
 
 @dataclass

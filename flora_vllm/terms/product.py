@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.terms.kind import Draft, Kind, Merging
+from flora_vllm.terms.kind import Draft, Kind, Merging, Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +48,13 @@ def _tensors(term: Product) -> Iterator[torch.Tensor]:
 
 def _fold(term: Product, draft: Draft) -> None:
     cut = draft.cut
-    output = None if term.output is None else term.output[cut.rows].float() * term.scale
+    output = None if term.output is None else term.output[cut.rows]
     if term.input is None:
-        draft.add_plain(torch.full((1,), term.scale) if output is None else output[:, 0])
+        draft.add_plain(torch.full((1,), term.scale) if output is None else output[:, 0].float() * term.scale)
         return
     if output is None:
-        output = torch.full((cut.size, 1), term.scale)
-    draft.products.append((cut.input_side(term.input), output))
+        output = torch.ones(cut.size, 1)
+    draft.products.append(Pair(cut.input_side(term.input), output, term.scale))
 
 
 def _merge(term: Product, merging: Merging) -> None:
