@@ -24,7 +24,7 @@ def _layers(count: int = 40) -> dict:
             shared,
             random(3, 9),
             offset_O=random(9, dtype=torch.float32),
-            rare=(SharedLow(basis, basis.T, random(4), None), Turned(random(1, 7, 7))),
+            rare=(SharedLow(basis, basis.T.contiguous(), random(4), None), Turned(random(1, 7, 7))),
         ),
     )
     single = (
