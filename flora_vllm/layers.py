@@ -2,18 +2,19 @@
 
 `flora::linear` takes the layer's identity as a tensor handle, never as a Python number: tracers freeze numbers, so a
 number would tie a compiled graph to one layer and to the moment it was traced. What a step needs is read inside the op.
-Calls of layers on the native op are taken in C++ (ops/cpu/csrc/torch_op.cpp); what is not plain comes back here.
+Calls of layers whose kernel has a direct form are taken in C++ (`direct_calls`); what is not plain comes back here.
 """
 
+import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 
-from flora_vllm.ops.cpu.linear import NativeLinear
-from flora_vllm.ops.gpu.linear import TritonLinear
-from flora_vllm.ops.table import LinearKernel
+from flora_vllm import direct_calls
+from flora_vllm.ops.shell import Shell
+from flora_vllm.ops.table import LinearKernel, direct_form_of, graph_form_of
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.step import GraphSteps, Step
 
@@ -21,21 +22,28 @@ from flora_vllm.step import GraphSteps, Step
 class AdaptedLinear:
     """One linear layer of the model with its slots.
 
-    `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add) on this rank. The kernel never sees
-    that bias, so where a gain scales it too, the difference is added here.
+    `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add) on this rank; terms that act on the
+    whole sum must know it. `device`: where x is; None where that is the host.
     """
 
     def __init__(
-        self, kernel: LinearKernel, step: Step, sizes: Sequence[int], hidden_bias: torch.Tensor | None = None
+        self,
+        kernel: LinearKernel,
+        step: Step,
+        sizes: Sequence[int],
+        hidden_bias: torch.Tensor | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._kernel = kernel
+        self._graph_form = graph_form_of(kernel)
         self._step = step
-        self._sizes = tuple(sizes)
-        self._hidden_bias = hidden_bias
-        self._bias_gain: dict[int, torch.Tensor] = {}  # slot -> (O,) gain - 1 where it scales the hidden bias
+        self._shell = Shell(kernel, sizes, hidden_bias, device)
+        self._has_rare = ctypes.c_int64(0)  # read by compiled code
+        self._out_features = sum(sizes)
         self.handle = _register(self)
-        if isinstance(kernel, NativeLinear):
-            kernel.take_calls(self, int(self.handle), step.words, only_base=hidden_bias is not None)
+        form = direct_form_of(kernel)
+        if form is not None:
+            direct_calls.connect(self, int(self.handle), form, step.words, self._has_rare)
 
     @property
     def kernel(self) -> LinearKernel:
@@ -43,26 +51,15 @@ class AdaptedLinear:
 
     def why_not_captured(self) -> str | None:
         """Why this layer cannot be part of a CUDA graph that serves adapters, or None."""
-        if not isinstance(self._kernel, TritonLinear):
-            return f"it runs on the {self._kernel.implementation} op"
-        return None if self._hidden_bias is None else "its bias is added by its caller"
+        return None if self._graph_form is not None else f"it runs on the {self._kernel.implementation} op"
 
     @property
     def out_features(self) -> int:
-        return sum(self._sizes)
+        return self._out_features
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
-        self._kernel.write_slot(slot, terms)
-        self._bias_gain.pop(slot, None)
-        if self._hidden_bias is None or terms is None:
-            return
-        gains = [part.gain_O if part is not None and part.gain_bias else None for part in terms]
-        if any(gain is not None for gain in gains):
-            parts = [
-                torch.zeros(size) if gain is None else gain.float() - 1.0
-                for size, gain in zip(self._sizes, gains, strict=True)
-            ]
-            self._bias_gain[slot] = torch.cat(parts).to(self._hidden_bias.device)
+        self._shell.write_slot(slot, terms)
+        self._has_rare.value = bool(self._shell.rare_slots)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., I) -> (..., O)."""
@@ -74,17 +71,13 @@ class AdaptedLinear:
         if graphs is not None:
             return self._captured_form(x_TI, bias, graphs).view(*x.shape[:-1], self.out_features)
         segments = self._step.segments_for(tokens)
-        y_TO = self._kernel.forward(x_TI, bias, segments)
-        if segments is not None and self._hidden_bias is not None:
-            for slot, rows in segments:
-                if slot in self._bias_gain:
-                    y_TO[rows] += (self._bias_gain[slot] * self._hidden_bias).to(y_TO.dtype)
+        y_TO = self._shell.forward(x_TI, bias, segments)
         return y_TO if is_flat else y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _captured_form(self, x_TI: torch.Tensor, bias: torch.Tensor | None, graphs: GraphSteps) -> torch.Tensor:
-        assert isinstance(self._kernel, TritonLinear), "why_not_captured is asked before graphs are captured"
+        assert self._graph_form is not None, "why_not_captured is asked before graphs are captured"
         tokens = x_TI.shape[0]
-        y_TO = self._kernel.graph_form(x_TI, bias, graphs.buffers, graphs.rows(tokens))
+        y_TO = self._graph_form(x_TI, bias, graphs.buffers, graphs.rows(tokens))
         graphs.note_launches(tokens)
         return y_TO
 

@@ -12,14 +12,16 @@ from torch.nn.functional import linear
 
 from flora_vllm.ops.cpu.linear import NativeLinear
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
+from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.reference import reference_linear
+from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
 from flora_vllm.ops.torch_linear import TorchLinear
 
 DTYPES = (torch.float32, torch.bfloat16)
 IMPLEMENTATIONS = ("torch", "opaque", "native", "x86-64-v3", "x86-64")
 # native: x scaled (or W modulated, or down x), then y. torch: also the base product, then the up product;
-# its plain rows round W x and then the sum with the bias.
+# its rows without terms round W x and then the sum with the bias.
 ROUNDINGS = {"torch": 4, "opaque": 4}
 SIZES = (24, 10, 67)
 LOADS = ("identical", "distinct", "uniform", "zipf", "skewed")
@@ -38,28 +40,34 @@ class Case:
     def tensor(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.random).to(self.dtype)
 
-    def terms(self, size: int, rank=0, low=0, identity=False, gain=False, gain_bias=False) -> SliceTerms:
+    def terms(self, size: int, rank=0, low=0, plain: str | None = None, offset=False) -> SliceTerms:
+        """`plain`: "one", "even" (one weight for all outputs) or "each"; None: no W x."""
         return SliceTerms(
+            plain_O=None if plain is None else self.plain(plain, size),
             a_RI=self.tensor(rank, self.in_features) if rank else None,
             b_RO=self.tensor(rank, size) if rank else None,
-            identity=identity,
             down_RI=self.tensor(low, self.in_features) if low else None,
             up_RO=self.tensor(low, size) if low else None,
-            gain_O=self.tensor(size) if gain else None,
-            gain_bias=gain_bias,
+            offset_O=self.vector(size) if offset else None,
         )
+
+    def plain(self, kind: str, size: int) -> torch.Tensor:
+        return {"one": torch.ones(1), "even": self.vector(1), "each": self.vector(size)}[kind]
+
+    def vector(self, size: int) -> torch.Tensor:
+        return torch.randn(size, generator=self.random)
 
     def add_slots(self, rank: int, count: int) -> "Case":
         """Slots of every kind around one rank: pure, mixed with all other terms, slices shared and missing."""
         for s in range(count):
             kinds: list[SliceTerms | None] = [
                 self.terms(self.sizes[0], rank),
-                self.terms(
-                    self.sizes[1 % len(self.sizes)], rank, low=1 + s % 5, identity=True, gain=True, gain_bias=True
-                ),
+                self.terms(self.sizes[1 % len(self.sizes)], rank, low=1 + s % 5, plain="each", offset=True),
                 None,
-                self.terms(self.sizes[0], 0, low=rank, gain=s % 2 == 1),
-                self.terms(self.sizes[0], max(1, rank // 2), identity=True),
+                self.terms(self.sizes[0], low=rank, plain=("one", "each")[s % 2]),
+                self.terms(self.sizes[0], max(1, rank // 2), plain=("one", "even")[s % 2]),
+                self.terms(self.sizes[0], low=s % 3, offset=True),
+                self.terms(self.sizes[0], plain=("each", "even")[s % 2], offset=s % 3 == 1),
             ]
             parts = []
             for i, size in enumerate(self.sizes):
@@ -70,22 +78,23 @@ class Case:
 
     def resized(self, terms: SliceTerms, size: int) -> SliceTerms:
         """The terms with fresh output sides for a slice of `size`; the input side is shared."""
+        plain_O = terms.plain_O
         return SliceTerms(
+            plain_O if plain_O is None or len(plain_O) == 1 else self.vector(size),
             terms.a_RI,
             None if terms.b_RO is None else self.tensor(terms.b_RO.shape[0], size),
-            terms.identity,
             terms.down_RI,
             None if terms.up_RO is None else self.tensor(terms.up_RO.shape[0], size),
-            None if terms.gain_O is None else self.tensor(size),
-            terms.gain_bias,
+            None if terms.offset_O is None else self.vector(size),
         )
 
-    def make(self, implementation: str, path: PathChoice = "auto") -> TorchLinear | NativeLinear:
+    def make(self, implementation: str, path: PathChoice = "auto") -> LinearKernel:
         """The kernel object with all slots written; cheap constants, so that "auto" takes both ways in small cases."""
         rule = DispatchRule(path, constant=2.0, slope=0.25)
-        if implementation in ("torch", "opaque"):
-            shown = self.weight_OI if implementation == "torch" else None
-            kernel = TorchLinear(shown, self.base, self.sizes, rule, self.in_features)
+        if implementation == "torch":
+            kernel = TorchLinear(self.weight_OI, self.base, self.sizes, rule, self.in_features)
+        elif implementation == "opaque":
+            kernel = OpaqueLinear(self.base, self.sizes, rule, self.in_features)
         else:
             kernel = NativeLinear(self.weight_OI, self.sizes, rule, implementation)
         for slot, terms in enumerate(self.slots[1:], 1):
@@ -106,7 +115,7 @@ class Case:
 
     def bound(self, implementation: str, x_TI: torch.Tensor, segments: Segments) -> torch.Tensor:
         terms = [part for layer in self.slots if layer for part in layer if part]
-        ranks = [part.rank + (0 if part.down_RI is None else part.down_RI.shape[0]) for part in terms]
+        ranks = [part.products + (0 if part.down_RI is None else part.down_RI.shape[0]) for part in terms]
         products = self.in_features + max(ranks, default=0) + 8
         relative = products * 2.0**-24
         if self.dtype == torch.bfloat16:
@@ -118,11 +127,8 @@ class Case:
 def _absolute(terms: SliceTerms | None) -> SliceTerms | None:
     if terms is None:
         return None
-    a, b, down, up, gain = (
-        None if tensor is None else tensor.abs()
-        for tensor in (terms.a_RI, terms.b_RO, terms.down_RI, terms.up_RO, terms.gain_O)
-    )
-    return SliceTerms(a, b, terms.identity, down, up, gain, terms.gain_bias)
+    fields = (terms.plain_O, terms.a_RI, terms.b_RO, terms.down_RI, terms.up_RO, terms.offset_O)
+    return SliceTerms(*(None if tensor is None else tensor.abs() for tensor in fields))
 
 
 def load(name: str, tokens: int, slots: int, random: torch.Generator) -> torch.Tensor:

@@ -6,17 +6,19 @@ import sys
 import pytest
 import torch
 
+from flora_vllm import direct_calls
 from flora_vllm.errors import StepError
 from flora_vllm.layers import AdaptedLinear
 from flora_vllm.ops.cpu import build as native_build
 from flora_vllm.ops.cpu.linear import NativeLinear
 from flora_vllm.ops.dispatch import DispatchRule
+from flora_vllm.ops.rare import Swapped
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import SliceTerms, group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear
 from flora_vllm.step import Step
 
-SIZES = (6, 3)
+SIZES = (6, 4)
 IN = 7
 # float32 sums of at most 7 x 3 products of order 1 against a float64 loop: 21 * 6e-8 * |terms|, with room for 10.
 TOLERANCE = 2e-5
@@ -46,14 +48,15 @@ def _layer(seed: int = 0, *, hidden_bias: bool = False, step: Step | None = None
     return AdaptedLinear(kernel, step, SIZES, bias_O if hidden_bias else None), weight_OI, bias_O, step
 
 
-def _terms(seed: int, *, gain_bias: bool = False):
+def _terms(seed: int, *, swapped: bool = False):
     g = torch.Generator().manual_seed(seed)
     return tuple(
         SliceTerms(
+            plain_O=torch.randn(size, generator=g),
             a_RI=torch.randn(2, IN, generator=g),
             b_RO=torch.randn(2, size, generator=g),
-            gain_O=torch.randn(size, generator=g),
-            gain_bias=gain_bias,
+            offset_O=torch.randn(size, generator=g),
+            rare=(Swapped(torch.randn(size, generator=g), torch.randn(size, generator=g), 2),) if swapped else (),
         )
         for size in SIZES
     )
@@ -79,36 +82,17 @@ def test_op_serves_each_token_its_slot_through_any_leading_shape():
     torch.testing.assert_close(y.view(6, -1).double(), wanted, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("gain_bias", [False, True])
-def test_a_bias_added_by_the_caller_is_scaled_as_one_the_kernel_sees(gain_bias):
-    """skip_bias_add: the caller adds the plain bias to our output; the sum must be h ∘ bias."""
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_bias_added_by_the_caller_is_as_one_the_kernel_sees(swapped):
+    """skip_bias_add: the caller adds the plain bias to our output; what acts on the whole sum acts on the bias too."""
     layer, weight_OI, bias_O, step = _layer(hidden_bias=True)
-    terms = _terms(1, gain_bias=gain_bias)
-    layer.write_slot(1, terms)
     step.set_mapping([4, 0, 4], {4: 1})
     x = _x(3, IN)
-    y = _call(layer, x) + bias_O
-    wanted = reference_linear(x, weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1, 0, 1]))
-    torch.testing.assert_close(y.double(), wanted, atol=TOLERANCE, rtol=0)
-
-
-def test_a_partly_adapted_layer_scales_only_its_part_of_a_hidden_bias():
-    layer, weight_OI, bias_O, step = _layer(hidden_bias=True)
-    terms = (None, _terms(1, gain_bias=True)[1])
-    layer.write_slot(1, terms)
-    step.set_mapping([4], {4: 1})
-    x = _x(1, IN)
-    wanted = reference_linear(x, weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1]))
-    torch.testing.assert_close((_call(layer, x) + bias_O).double(), wanted, atol=TOLERANCE, rtol=0)
-
-
-def test_a_rewritten_slot_forgets_its_hidden_bias():
-    layer, weight_OI, _, step = _layer(hidden_bias=True)
-    layer.write_slot(1, _terms(1, gain_bias=True))
-    layer.write_slot(1, None)
-    step.set_mapping([4], {4: 1})
-    x = _x(1, IN)
-    torch.testing.assert_close(_call(layer, x), x @ weight_OI.T, atol=TOLERANCE, rtol=0)
+    for terms in (_terms(1, swapped=swapped), (None, _terms(1, swapped=swapped)[1]), None):
+        layer.write_slot(1, terms)
+        y = _call(layer, x) + bias_O
+        wanted = reference_linear(x, weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1, 0, 1]))
+        torch.testing.assert_close(y.double(), wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_two_layers_are_told_apart_by_their_handle_in_one_compiled_graph():
@@ -184,12 +168,30 @@ def test_only_plain_calls_of_a_native_layer_are_taken_in_cpp(op, monkeypatch):
     assert len(asked) == 3
 
 
+def test_a_layer_with_rare_terms_is_pythons_until_they_are_gone(op, monkeypatch):
+    layer, weight_OI, bias_O, step = _layer()
+    asked: list[torch.Size] = []
+    python = AdaptedLinear.forward
+    monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x, bias: asked.append(x.shape) or python(self, x, bias))
+    layer.write_slot(1, _terms(1, swapped=True))
+    _call(layer, _x(3, IN), bias_O)
+    assert len(asked) == (op == "torch")
+    asked.clear()
+    step.set_mapping([4, 0, 4], {4: 1})
+    for terms in (_terms(1, swapped=True), _terms(1)):
+        layer.write_slot(1, terms)
+        wanted = reference_linear(_x(3, IN), weight_OI, bias_O, SIZES, [None, terms], group_by_slot([1, 0, 1]))
+        y = _call(layer, _x(3, IN), bias_O)
+        torch.testing.assert_close(y.double(), wanted, atol=TOLERANCE, rtol=0)
+    assert len(asked) == (1 if op == "native" else 2)
+
+
 def test_without_torchs_headers_calls_go_through_python_and_it_is_said(op, tmp_path, monkeypatch, caplog):
     broken = tmp_path / "torch_op.cpp"
     broken.write_text("#include <no/such/header.h>")
-    monkeypatch.setattr(native_build, "_TORCH_OP", broken)
+    monkeypatch.setattr(native_build, "TORCH_OP", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_build.load_torch_op.cache_clear()
+    direct_calls._library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             layer, weight_OI, _, _ = _layer()
@@ -198,4 +200,4 @@ def test_without_torchs_headers_calls_go_through_python_and_it_is_said(op, tmp_p
         assert "no/such/header.h" in caplog.text or op == "torch"
         assert caplog.text.count("go through Python") == (op == "native")
     finally:
-        native_build.load_torch_op.cache_clear()
+        direct_calls._library.cache_clear()

@@ -15,8 +15,8 @@ from flora_vllm.errors import ConfigError
 from flora_vllm.ops import table
 from flora_vllm.ops.cpu import build as native_build
 from flora_vllm.ops.cpu.linear import NativeLinear
-from flora_vllm.ops.dispatch import DispatchRule, calibrate
-from flora_vllm.ops.terms import group_by_slot
+from flora_vllm.ops.dispatch import NEVER, PATHS, DispatchRule, calibrate
+from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.torch_linear import TorchLinear
 
 CPU = torch.device("cpu")
@@ -36,26 +36,19 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_the_rule_takes_the_cheaper_path():
     rule = DispatchRule("auto", constant=15.0, slope=1.0)
-    assert not any(rule.modulates(tokens, 1) for tokens in (1, 10, 10_000))
-    # Rank 8: stacked costs 8 rows a token, modulated one row and 23 for the segment.
-    assert [rule.modulates(tokens, 8) for tokens in (1, 3, 4, 512)] == [False, False, True, True]
-    assert not rule.modulates(0, 8)
+    assert rule.modulate_from(products=1, scaled=1) == NEVER
+    # Eight products: stacked costs 8 rows a token, modulated one row and 23 for the segment.
+    assert rule.modulate_from(products=8, scaled=8) == rule.modulate_from(products=8, scaled=7) == 4
+    # Equal costs stay stacked: 2 * 12 rows either way.
+    assert DispatchRule("auto", constant=8.0, slope=2.0).modulate_from(products=2, scaled=1) == 13
 
 
-@pytest.mark.parametrize(("path", "expected"), [("stacked", False), ("modulated", True)])
-def test_a_forced_path_holds_for_every_size_and_rank(path, expected):
+@pytest.mark.parametrize("path", PATHS)
+def test_a_forced_path_holds_for_every_size_and_only_scaled_products_are_modulated(path):
     rule = DispatchRule(path)
-    assert {rule.modulates(tokens, rank) for tokens in (1, 512) for rank in (1, 2, 64)} == {expected}
-
-
-def test_rows_of_a_step():
-    """kernels.md's 32 distinct decodes and a 512-token prefill at rank 8: (512 + c + 32 * 8) rows."""
-    segments = group_by_slot(list(range(1, 33)) + [33] * 512)
-    assert DispatchRule("auto", 15.0, 1.25).rows(segments, [1] + [8] * 33) == 512 + 25 + 256
-    assert DispatchRule("stacked").rows(segments, [1] + [8] * 33) == 544 * 8
-    mixed = group_by_slot([0] * 5 + [1] * 3)
-    assert DispatchRule("auto").rows(mixed, [1, 1]) == 8
-    assert DispatchRule("modulated", 10.0, 1.0).rows(mixed, [1, 1]) == 5 + 3 + 11
+    assert rule.modulate_from(products=1, scaled=0) == NEVER
+    forced = {rule.modulate_from(products, products) for products in (1, 2, 64)}
+    assert forced == {"stacked": {NEVER}, "modulated": {0}}.get(path, forced)
 
 
 @pytest.mark.parametrize("fault", [{"path": "fast"}, {"constant": -1.0}, {"slope": -0.1}])
@@ -88,6 +81,19 @@ def test_calibration_measures_once_and_then_reads(own_cache):
     assert len(makes) == 3
 
 
+def test_nothing_is_measured_for_a_layer_that_cannot_modulate(own_cache, monkeypatch):
+    def never(*_args):
+        raise AssertionError("a measurement")
+
+    monkeypatch.setenv("FLORA_NATIVE", "0")
+    monkeypatch.setattr(table, "calibrate", never)
+    with pytest.raises(AssertionError, match="a measurement"):
+        table.calibrated_rule("auto", 64, 96, torch.float32, CPU)
+    for path in PATHS:
+        assert table.calibrated_rule(path, 64, 96, torch.float32, CPU, readable=False).path == path
+    assert not (own_cache / "dispatch").exists()
+
+
 def test_the_table_serves_each_layer_by_its_first_fit(monkeypatch, caplog):
     case = Case(torch.float32, 8)
     monkeypatch.setattr(table, "_said", set())
@@ -100,7 +106,7 @@ def test_the_table_serves_each_layer_by_its_first_fit(monkeypatch, caplog):
     for _ in range(2):
         assert isinstance(made(case.weight_OI), NativeLinear)
     assert [record.message for record in caplog.records] == ["adapted linears run on the native op"]
-    assert isinstance(made(None), TorchLinear)
+    assert isinstance(made(None), OpaqueLinear)
     assert isinstance(made(case.weight_OI.half()), TorchLinear)
     assert "does not show its weight" in caplog.text
     assert "float16" in caplog.text
@@ -187,11 +193,10 @@ def _threads() -> set[str]:
     return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
-def test_packing_keeps_w_and_counts_its_bytes():
+def test_a_packed_layer_counts_its_bytes():
     for dtype in (torch.float32, torch.bfloat16):
         case = Case(dtype, 33, (70, 5))
         kernel = NativeLinear(case.weight_OI, case.sizes, DispatchRule())
-        assert torch.equal(kernel.unpacked_weight(), case.weight_OI)
         lanes = 33 if dtype == torch.float32 else 17
         assert kernel.nbytes == 3 * 64 * lanes * 4
         kernel.write_slot(3, (case.terms(70, rank=2), None))

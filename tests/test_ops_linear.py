@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_support import DTYPES, IMPLEMENTATIONS, LOADS, Case, assert_close, load
+from ops_support import DTYPES, IMPLEMENTATIONS, LOADS, SIZES, Case, assert_close, load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -199,7 +199,7 @@ def test_terms_from_the_host_serve_a_layer_on_a_device():
 
 def test_torch_path_has_gradients():
     case = Case(torch.float32, 13, (9,))
-    terms = case.terms(9, rank=2, low=2, identity=True, gain=True)
+    terms = case.terms(9, rank=2, low=2, plain="each", offset=True)
     for tensor in terms.tensors():
         tensor.requires_grad_()
     case.slots.append((terms,))
@@ -209,8 +209,10 @@ def test_torch_path_has_gradients():
         gradients = torch.autograd.grad(y_TO.square().sum(), list(terms.tensors()))
         assert terms.b_RO is not None
         assert terms.down_RI is not None
-        W = case.weight_OI * (1 + terms.b_RO.T @ terms.a_RI)
-        adapted = terms.gain_O * (x_TI[2:] @ W.T + x_TI[2:] @ terms.down_RI.T @ terms.up_RO) + case.bias_O
+        assert terms.plain_O is not None
+        assert terms.offset_O is not None
+        W = case.weight_OI * (terms.plain_O[:, None] + terms.b_RO.T @ terms.a_RI)
+        adapted = x_TI[2:] @ W.T + x_TI[2:] @ terms.down_RI.T @ terms.up_RO + case.bias_O + terms.offset_O
         expected = torch.autograd.grad(adapted.square().sum(), list(terms.tensors()))
         for gradient, truth in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-3)
@@ -287,3 +289,49 @@ def test_native_scratch_is_bounded():
     other = case.make("native", "modulated").forward(x_TI, case.bias_O, segments)
     # Two paths, two sets of roundings: each within 2 x 2^-8 of the scale, which is about sqrt(2304) of a usual output.
     assert (y_TO.float() - other.float()).abs().mean() < 0.02 * y_TO.float().abs().mean()
+
+
+class CountedBase:
+    """An opaque base that keeps the number of rows of each call."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.calls = case, []
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x_TI))
+        return self.case.base(x_TI)
+
+
+@pytest.mark.parametrize(
+    ("slot_T", "rows"),
+    [
+        pytest.param([1] * 10, 10, id="low rank: W x, shared by the slices"),
+        pytest.param([2] * 10, 120, id="scaled: four rows a slice, and no W x"),
+        pytest.param([3] * 10, 40, id="scaled by one tensor: its rows are shared"),
+        pytest.param([4] * 10, 90, id="two scaled slices and one left alone: W x as well"),
+        pytest.param([5] * 10, 0, id="no product at all"),
+        pytest.param([0, 1, 2, 3, 4, 5, 0, 4, 2, 1], 4 + 24 + 4 + 18, id="a mix of all"),
+    ],
+)
+def test_an_opaque_base_is_called_once_a_step(slot_T, rows, monkeypatch):
+    """Three slices as of q, k and v. The rows: what the products need, each shared where it is the same."""
+    case = Case(torch.float32, 37)
+    shared_RI = case.tensor(4, 37)
+    case.slots += [
+        tuple(case.terms(size, low=3, plain="one") for size in SIZES),
+        tuple(case.terms(size, rank=4) for size in SIZES),
+        tuple(SliceTerms(a_RI=shared_RI, b_RO=case.tensor(4, size)) for size in SIZES),
+        (case.terms(SIZES[0], rank=4), None, case.terms(SIZES[2], rank=4)),
+        tuple(case.terms(size, low=2, offset=True) for size in SIZES),
+    ]
+    kernel = case.make("opaque")
+    kernel.base = base = CountedBase(case)
+    x_TI, segments = case.tensor(10, 37), group_by_slot(slot_T)
+    truth, bound = case.reference(x_TI, segments), case.bound("opaque", x_TI, segments)
+    assert_close(kernel.forward(x_TI, case.bias_O, segments), truth, bound)
+    assert base.calls == ([rows] if rows else [])
+    monkeypatch.setattr(torch_linear, "SCRATCH_BYTES", 2**14)
+    base.calls.clear()
+    assert_close(kernel.forward(x_TI, case.bias_O, segments), truth, bound)
+    assert sum(base.calls) == rows
+    assert len(base.calls) > 1 or rows <= 10

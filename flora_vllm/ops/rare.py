@@ -1,6 +1,6 @@
 """Slot contents that no kernel knows: plain tensors and their torch form, done around the kernels by `ops.shell`.
 
-Each is cut to this rank's part of one slice and in the dtype it is computed in. T tokens, I in features, O out features.
+Each is cut to this rank's part of one slice and in the dtype it is computed in. T tokens, I in, O out features.
 """
 
 from collections.abc import Iterator

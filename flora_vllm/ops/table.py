@@ -19,22 +19,41 @@ from flora_vllm.ops.cpu import linear as native
 from flora_vllm.ops.dispatch import RANKS_MEASURED, SLOTS_MEASURED, DispatchRule, PathChoice, calibrate
 from flora_vllm.ops.gpu import check as triton_check
 from flora_vllm.ops.gpu import linear as triton_linear
+from flora_vllm.ops.gpu.step import StepBuffers
+from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.terms import LayerTerms, Segments, SlotLimits
 from flora_vllm.ops.torch_linear import TorchLinear
 
 logger = logging.getLogger(__name__)
 
 Base = Callable[[torch.Tensor], torch.Tensor]
+GraphForm = Callable[[torch.Tensor, torch.Tensor | None, StepBuffers, int], torch.Tensor]
 
 
 class LinearKernel(Protocol):
-    """One layer's adapted linear: owns its form of W and its slots' terms."""
+    """One layer's adapted linear: owns its form of W and its slots' terms, but for the rare ones (`shell`).
+
+    A kernel may have two further members. `direct_form() -> DirectForm`: what compiled code calls without Python
+    (`direct_calls`). `graph_form(x_TI, bias_O, buffers, rows) -> y_TO`: `forward` as launches that depend on no step,
+    which a CUDA graph may capture; they read the step from `buffers` and are sized for `rows` stacked rows.
+    """
 
     implementation: str
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None: ...
 
     def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor: ...
+
+
+def direct_form_of(kernel: LinearKernel) -> native.DirectForm | None:
+    """The kernel as compiled code calls it; None if only Python can."""
+    form = getattr(kernel, "direct_form", None)
+    return None if form is None else form()
+
+
+def graph_form_of(kernel: LinearKernel) -> GraphForm | None:
+    """The kernel's `forward` as a CUDA graph may hold it; None if it has no such form."""
+    return getattr(kernel, "graph_form", None)
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,8 @@ def _make_triton(layer: _Layer, rule: DispatchRule) -> LinearKernel:
 
 
 def _make_torch(layer: _Layer, rule: DispatchRule) -> LinearKernel:
+    if layer.weight_OI is None:
+        return OpaqueLinear(layer.base, layer.sizes, rule, layer.in_features, layer.device)
     return TorchLinear(layer.weight_OI, layer.base, layer.sizes, rule, layer.in_features, layer.device)
 
 
@@ -123,8 +144,15 @@ def calibrated_rule(
     dtype: torch.dtype,
     device: torch.device,
     limits: SlotLimits | None = None,
+    *,
+    readable: bool = True,
 ) -> DispatchRule:
-    """The dispatch rule of this machine for a layer shape, measured on the implementation that will serve it."""
+    """The dispatch rule of this machine for a layer shape, measured on the implementation that will serve it.
+
+    `readable` False: the base is opaque, so nothing can be modulated and nothing is measured.
+    """
+    if not readable:
+        return DispatchRule(path)
     probe_OI = torch.empty(1, in_features, dtype=dtype, device=device)
     row = _choose(probe_OI, device, SlotLimits() if limits is None else limits)
     measured = SlotLimits(SLOTS_MEASURED, RANKS_MEASURED)

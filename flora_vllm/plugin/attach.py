@@ -192,14 +192,15 @@ def _take_over(
     def base(x_TI: torch.Tensor) -> torch.Tensor:
         return stock_apply(module, x_TI, None)
 
-    rule = calibrated_rule(path, layout.in_features, sum(layout.sizes), module.params_dtype, device, limits)
+    shape = (layout.in_features, sum(layout.sizes))
+    rule = calibrated_rule(path, *shape, module.params_dtype, device, limits, readable=readable)
     kernel = make_linear(weight_OI, base, layout.sizes, rule, layout.in_features, device, limits)
     if kernel.implementation == "native":
         # The kernel has its own packed copy, as vLLM's CPU kernels do.
         module.weight = torch.nn.Parameter(torch.empty(0, dtype=module.params_dtype), requires_grad=False)
     first_rank = not isinstance(module, RowParallelLinear) or module.tp_rank == 0
     hidden_bias = module.bias if module.skip_bias_add and first_rank else None
-    layer = AdaptedLinear(kernel, step, layout.sizes, hidden_bias)
+    layer = AdaptedLinear(kernel, step, layout.sizes, hidden_bias, device)
     module._flora_handle = layer.handle
     module._flora_out_features = layer.out_features  # pyright: ignore[reportArgumentType]
     module.quant_method = copy.copy(method)

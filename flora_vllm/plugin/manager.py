@@ -20,6 +20,7 @@ from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats.limits import Limits
 from flora_vllm.formats.model_order import modules_of
+from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
 from flora_vllm.plugin.attach import Attached, attach
@@ -66,9 +67,9 @@ class LoadedAdapter:
 
     @functools.cached_property
     def rows(self) -> int:
-        """The most base products that one of its tokens needs in a layer."""
-        parts = (part for terms in self.layers.values() for part in terms if part is not None)
-        return max((part.products for part in parts), default=1)
+        """The most base products that one of its tokens needs in a layer; NEVER if a graph cannot serve its terms."""
+        parts = [part for terms in self.layers.values() for part in terms if part is not None]
+        return NEVER if any(part.rare for part in parts) else max((part.products for part in parts), default=1)
 
 
 class FloraModelManager(LRUCacheLoRAModelManager):

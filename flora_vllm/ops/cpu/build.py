@@ -3,8 +3,8 @@
 The library has a plain C interface, so no torch release is baked in. It is compiled for this CPU and kept in the
 user's cache under a name that covers sources, compiler and CPU. It is linked without an OpenMP runtime: its calls
 bind to the one torch has already loaded, so it shares torch's (and vLLM's) threads, their count and their cores.
-A second, small library takes torch's calls to the op without going through Python. It does need torch's headers, so
-its name covers the torch release too; where it cannot be built, Python takes the calls.
+`load_torch_op` builds the second, small library that `direct_calls` connects layers to. It does need torch's headers,
+so its name covers the torch release too.
 
 Environment, all of this op's:
     FLORA_NATIVE  auto (default): use the op if it can be built, else torch, said once
@@ -32,7 +32,7 @@ from flora_vllm.ops.dispatch import cache_dir, cpu_name
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-_TORCH_OP = SOURCES / "torch_op.cpp"
+TORCH_OP = SOURCES / "torch_op.cpp"
 _COMPILE = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-Wno-psabi")
 _TORCH = Path(torch.__path__[0])
 _COMPILE_TORCH = (
@@ -66,18 +66,13 @@ def load_library(arch: str = "native") -> ctypes.CDLL:
     return library
 
 
-@cache
-def load_torch_op() -> ctypes.CDLL | None:
-    """The library that takes torch's calls (csrc/torch_op.cpp), or None if it cannot be built; says so once."""
-    try:
-        compiler = _compiler()
-        parts = (_run(compiler, "--version"), torch.__version__, *_COMPILE_TORCH, _TORCH_OP.read_text())
-        folder = cache_dir() / "native" / _hash(parts)
-        libraries = (f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu")
-        return ctypes.CDLL(str(_built(compiler, (*_COMPILE_TORCH, str(_TORCH_OP)), folder, "torch_op.so", libraries)))
-    except (OSError, ConfigError) as error:
-        logger.warning("torch's calls to the native op go through Python, which is slower: %s", error)
-        return None
+def load_torch_op() -> ctypes.CDLL:
+    """The library that takes torch's calls (csrc/torch_op.cpp). Raises ConfigError or OSError if it cannot be built."""
+    compiler = _compiler()
+    parts = (_run(compiler, "--version"), torch.__version__, *_COMPILE_TORCH, TORCH_OP.read_text())
+    folder = cache_dir() / "native" / _hash(parts)
+    libraries = (f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu")
+    return ctypes.CDLL(str(_built(compiler, (*_COMPILE_TORCH, str(TORCH_OP)), folder, "torch_op.so", libraries)))
 
 
 def build_name() -> str:
@@ -144,7 +139,7 @@ def _compiler() -> str:
 @cache
 def _digest(compiler: str, arch: str) -> str:
     parts = [_run(compiler, "--version"), cpu_name() if arch == "native" else arch, *_COMPILE]
-    files = [file for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp") and file != _TORCH_OP]
+    files = [file for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp") and file != TORCH_OP]
     return _hash([*parts, *(file.name + file.read_text() for file in files)])
 
 

@@ -1,7 +1,7 @@
 """The adapted linear on a CPU in one pass over W (csrc/linear.cpp): W and every slot's terms in the op's own layout.
 
-A tile of W, while in cache, serves the base rows, the stacked rows and every modulated segment; low-rank terms, gains
-and bias are applied as a row's sum leaves the registers. bfloat16 products are summed in float32; x scaled by a, the
+A tile of W, while in cache, serves the base rows, the stacked rows and every modulated segment; low-rank terms, bias
+and offset are applied as a row's sum leaves the registers. bfloat16 products are summed in float32; x scaled by a, the
 low-rank middle and a modulated W are each rounded once to bfloat16. A row's arithmetic depends only on its own token,
 terms and path, so with a forced path a token gets the same bits in any step.
 """
@@ -9,14 +9,15 @@ terms and path, so with a forced path a token gets the same bits in any step.
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from flora_vllm.ops.cpu.build import build_name, load_library, load_torch_op, why_unavailable
-from flora_vllm.ops.dispatch import PATHS, DispatchRule
+from flora_vllm.ops.cpu.build import build_name, load_library, why_unavailable
+from flora_vllm.ops.dispatch import DispatchRule
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
 
-__all__ = ["DTYPES", "NativeLinear", "build_name", "scratch_bound", "scratch_bytes", "why_unavailable"]
+__all__ = ["DTYPES", "DirectForm", "NativeLinear", "build_name", "scratch_bound", "scratch_bytes", "why_unavailable"]
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -25,9 +26,21 @@ class _RawTerms(ctypes.Structure):
     """RawTerms of csrc/layer.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "down", "up", "gain")),
-        *((name, ctypes.c_int) for name in ("rank", "low", "identity", "gain_bias")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "down", "up", "plain", "offset")),
+        ("modulate_from", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("rank", "low", "plain_size")),
     )
+
+
+@dataclass(frozen=True)
+class DirectForm:
+    """A layer as compiled code calls it: address of a C function like flora_forward, of the layer it takes."""
+
+    forward: int
+    layer: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype  # bfloat16 or float32
 
 
 class NativeLinear:
@@ -53,9 +66,6 @@ class NativeLinear:
             self.in_features,
             len(self.sizes),
             (ctypes.c_int64 * len(self.sizes))(*self.sizes),
-            PATHS.index(rule.path),
-            rule.constant,
-            rule.slope,
         )
         if not self._handle:
             raise MemoryError(f"no memory for a packed W of {self.out_features} x {self.in_features}")
@@ -70,12 +80,6 @@ class NativeLinear:
         """Memory of the packed W and all slots' terms."""
         return self._library.flora_layer_bytes(self._handle)
 
-    def unpacked_weight(self) -> torch.Tensor:
-        """W (O, I) as it was given, bit for bit."""
-        weight_OI = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
-        self._library.flora_layer_unpack(self._handle, weight_OI.data_ptr())
-        return weight_OI
-
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on; None clears it. The tensors are copied."""
         assert slot >= 1, "slot 0 is the permanent 'no adapter'"
@@ -87,6 +91,7 @@ class NativeLinear:
             for i, part in enumerate(terms):
                 if part is not None:
                     present[i] = 1
+                    assert not part.rare, "rare terms are done around the op, see ops/shell.py"
                     raw[i] = self._raw(part, self.sizes[i], kept)
         if not self._library.flora_layer_write(self._handle, slot, raw, present):
             raise MemoryError(f"no memory for slot {slot}'s terms")
@@ -113,35 +118,26 @@ class NativeLinear:
             raise MemoryError("no memory for the op's scratch")
         return y_TO
 
-    def take_calls(self, owner: object, number: int, step: ctypes.Structure, *, only_base: bool) -> None:
-        """torch's calls of `flora::linear` with handle `number` run this layer without Python while `owner` lives.
-
-        Where that cannot be built they go on through Python. step: the StepWords that `owner` keeps alive, as it does
-        this layer. only_base: calls in steps with adapters are Python's all the same.
-        """
-        library = load_torch_op()
-        if library is None:
-            return
-        connect, size, pointer = library.flora_connect, ctypes.c_int64, ctypes.c_void_p
-        connect.restype = None
-        connect.argtypes = (size, pointer, pointer, pointer, size, size, ctypes.c_int, ctypes.c_int)
-        forward, words = ctypes.cast(self._forward, pointer), ctypes.addressof(step)
-        is_bfloat16 = self.dtype == torch.bfloat16
-        connect(number, forward, self._handle, words, self.in_features, self.out_features, is_bfloat16, only_base)
-        weakref.finalize(owner, library.flora_disconnect, ctypes.c_int64(number))
+    def direct_form(self) -> DirectForm:
+        """How compiled code runs `forward` on whole, plain rows. Good while this layer lives."""
+        address = ctypes.cast(self._forward, ctypes.c_void_p).value
+        assert address is not None
+        return DirectForm(address, self._handle, self.in_features, self.out_features, self.dtype)
 
     def _raw(self, terms: SliceTerms, size: int, kept: list[torch.Tensor]) -> _RawTerms:
         """Pointers to one slice's terms, checked; `kept` holds what they point to."""
         rank = 0 if terms.a_RI is None else terms.a_RI.shape[0]
         low = 0 if terms.down_RI is None else terms.down_RI.shape[0]
+        plain_size = 0 if terms.plain_O is None else len(terms.plain_O)
         shapes = {
             "a_RI": (rank, self.in_features),
             "b_RO": (rank, size),
             "down_RI": (low, self.in_features),
             "up_RO": (low, size),
-            "gain_O": (size,),
+            "plain_O": (size,) if plain_size != 1 else (1,),
+            "offset_O": (size,),
         }
-        assert (terms.a_RI is None) == (terms.b_RO is None), "a Hadamard term has both sides"
+        assert (terms.a_RI is None) == (terms.b_RO is None), "scaled products have both sides"
         assert (terms.down_RI is None) == (terms.up_RO is None), "a low-rank term has both sides"
         pointers = []
         for name, shape in shapes.items():
@@ -150,10 +146,11 @@ class NativeLinear:
                 pointers.append(None)
                 continue
             assert tensor.shape == shape, f"{name} is {tuple(tensor.shape)}, not {shape}"
-            assert tensor.dtype == self.dtype, f"{name} is {tensor.dtype}, W {self.dtype}"
+            dtype = torch.float32 if name in ("plain_O", "offset_O") else self.dtype
+            assert tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}"
             kept.append(tensor.cpu().contiguous())
             pointers.append(kept[-1].data_ptr())
-        return _RawTerms(*pointers, rank, low, terms.identity, terms.gain_bias)
+        return _RawTerms(*pointers, self.rule.modulate_from(terms.products, rank), rank, low, plain_size)
 
 
 def scratch_bound() -> int:
@@ -180,10 +177,9 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         return library
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     signatures = {
-        "flora_layer_new": (pointer, number, size, size, pointer, number, ctypes.c_double, ctypes.c_double),
+        "flora_layer_new": (pointer, number, size, size, pointer),
         "flora_layer_free": (None, pointer),
         "flora_layer_pack": (None, pointer, pointer, size),
-        "flora_layer_unpack": (None, pointer, pointer),
         "flora_layer_bytes": (size, pointer),
         "flora_layer_write": (number, pointer, size, pointer, pointer),
         "flora_forward": (number, pointer, pointer, size, size, pointer, pointer, pointer),

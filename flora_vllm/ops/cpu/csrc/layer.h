@@ -4,8 +4,9 @@
 //       missing in the last panel or lane is zero.
 // b:    per panel [rank lanes][kPanel], a pair of components per bfloat16 lane. a: twice, as rows [rank][lanes] to
 //       scale tokens by and as [in features][rank lanes] to modulate by.
-// down: rows [low][row lanes], zero behind the last lane; up: like b.
+// down: rows [low][row lanes], zero behind the last lane; up: like b. plain, offset: float32 per panel [kPanel].
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -74,27 +75,32 @@ class Buffer {
 
 // One slot's terms for one slice; see SliceTerms in terms.py for their meaning.
 struct Terms {
-  bool present = false, identity = false, gain_bias = false;
+  bool present = false, has_plain = false;
   int rank = 0, rank_lanes = 0, low = 0, low_lanes = 0;
+  int64_t modulate_from = 0;  // tokens from which a segment takes the modulated path
   Buffer<Lane> rows, a, b, down, up;
-  Buffer<float> gain;
+  float even_plain = 0;         // the weight of W x where all outputs have the same: nearly always 1, or 0 for none
+  Buffer<float> plain, offset;  // plain: where they differ
 
-  // Base products per token on the stacked path.
-  int products() const { return rank ? rank + identity : 1; }
-  int64_t bytes() const { return rows.bytes() + a.bytes() + b.bytes() + down.bytes() + up.bytes() + gain.bytes(); }
+  // Base products per token on the stacked path: at least 1, for a row must be started by something.
+  int products() const { return std::max(rank + has_plain, 1); }
+  bool modulates(int64_t tokens) const { return rank && tokens >= modulate_from; }
+  int64_t bytes() const {
+    return rows.bytes() + a.bytes() + b.bytes() + down.bytes() + up.bytes() + plain.bytes() + offset.bytes();
+  }
 };
 
 // What a caller hands over for one slice, contiguous, in the layer's dtype; null pointers for absent terms.
 struct RawTerms {
-  const void *a, *b, *down, *up, *gain;
-  int rank, low, identity, gain_bias;
+  const void *a, *b, *down, *up;
+  const float *plain, *offset;
+  int64_t modulate_from;
+  int rank, low, plain_size;  // plain_size: 1 or the slice's size
 };
 
 struct Slice {
   int64_t start, size, panels, first_panel;
 };
-
-enum class Path { automatic = 0, stacked = 1, modulated = 2 };
 
 struct Layer {
   bool bfloat16;
@@ -103,13 +109,7 @@ struct Layer {
   std::vector<Slice> slices;
   Buffer<Lane> weight;
   std::vector<std::vector<Terms>> slots;  // [slot][slice]; an empty slot leaves the layer alone
-  Path path;
-  double constant, slope;
 
-  bool modulates(int64_t tokens, int64_t rank) const {
-    if (path != Path::automatic) return path == Path::modulated;
-    return rank > 1 && double(tokens * rank) > double(tokens) + constant + slope * double(rank);
-  }
   const Terms* terms(int64_t slot, size_t slice) const {
     if (slot <= 0 || slot >= int64_t(slots.size()) || slots[slot].empty()) return nullptr;
     return slots[slot][slice].present ? &slots[slot][slice] : nullptr;
@@ -133,17 +133,11 @@ void pack_weight(Layer& layer, const typename T::Storage* w, int64_t row_stride)
   }
 }
 
-template <class T>
-void unpack_weight(const Layer& layer, typename T::Storage* w) {
-  using Storage = typename T::Storage;
-  for (const Slice& slice : layer.slices)
-    for (int64_t o = 0; o < slice.size; o++) {
-      const int64_t p = slice.first_panel + o / kPanel, c = o % kPanel;
-      auto* panel = reinterpret_cast<const Storage*>(layer.weight.data() + p * layer.lanes * kPanel);
-      Storage* row = w + (slice.start + o) * layer.in_features;
-      for (int64_t k = 0; k < layer.in_features; k++)
-        row[k] = panel[((k / T::kPerLane) * kPanel + c) * T::kPerLane + k % T::kPerLane];
-    }
+// (size,) -> per panel, zero behind the last.
+inline Buffer<float> pack_vector(const float* from, const Slice& slice) {
+  Buffer<float> packed(slice.panels * kPanel);
+  std::memcpy(packed.data(), from, slice.size * sizeof(float));
+  return packed;
 }
 
 // (components, size) -> per panel of `width` columns [lanes of components][width]: b and up, and down the other way.
@@ -166,8 +160,7 @@ Terms pack_terms(const Layer& layer, const Slice& slice, const RawTerms& raw) {
   const int64_t in = layer.in_features, lanes = layer.lanes;
   Terms terms;
   terms.present = true;
-  terms.identity = raw.identity;
-  terms.gain_bias = raw.gain_bias;
+  terms.modulate_from = raw.modulate_from;
   terms.rank = raw.a ? raw.rank : 0;
   terms.rank_lanes = int(ceil_div(terms.rank, T::kPerLane));
   terms.low = raw.down ? raw.low : 0;
@@ -193,10 +186,13 @@ Terms pack_terms(const Layer& layer, const Slice& slice, const RawTerms& raw) {
       std::memcpy(down + l * layer.row_lanes * T::kPerLane, from + l * in, in * sizeof(Storage));
     terms.up = pack_panels<T>(static_cast<const Storage*>(raw.up), terms.low, slice.size);
   }
-  if (raw.gain) {
-    terms.gain = Buffer<float>(slice.panels * kPanel);
-    for (int64_t o = 0; o < slice.size; o++) terms.gain.data()[o] = to_float(static_cast<const Storage*>(raw.gain)[o]);
+  terms.has_plain = raw.plain;
+  if (raw.plain) {
+    terms.even_plain = raw.plain[0];
+    const bool is_even = std::all_of(raw.plain, raw.plain + raw.plain_size, [&](float w) { return w == raw.plain[0]; });
+    if (!is_even) terms.plain = pack_vector(raw.plain, slice);
   }
+  if (raw.offset) terms.offset = pack_vector(raw.offset, slice);
   return terms;
 }
 

@@ -115,16 +115,12 @@ using flora::Layer;
 
 extern "C" {
 
-void* flora_layer_new(int bfloat16, int64_t in_features, int64_t slices, const int64_t* sizes, int path,
-                      double constant, double slope) try {
+void* flora_layer_new(int bfloat16, int64_t in_features, int64_t slices, const int64_t* sizes) try {
   auto layer = std::make_unique<Layer>();
   layer->bfloat16 = bfloat16;
   layer->in_features = in_features;
   layer->lanes = flora::ceil_div(in_features, bfloat16 ? 2 : 1);
   layer->row_lanes = flora::ceil_div(layer->lanes, 16) * 16 + 16;
-  layer->path = static_cast<flora::Path>(path);
-  layer->constant = constant;
-  layer->slope = slope;
   for (int64_t i = 0; i < slices; i++) {
     const int64_t panels = flora::ceil_div(sizes[i], flora::kPanel);
     layer->slices.push_back({layer->out_features, sizes[i], panels, layer->panels});
@@ -145,14 +141,6 @@ void flora_layer_pack(void* handle, const void* w, int64_t row_stride) {
     flora::pack_weight<flora::BFloat16>(layer, static_cast<const uint16_t*>(w), row_stride);
   else
     flora::pack_weight<flora::Float32>(layer, static_cast<const float*>(w), row_stride);
-}
-
-void flora_layer_unpack(const void* handle, void* w) {
-  const Layer& layer = *static_cast<const Layer*>(handle);
-  if (layer.bfloat16)
-    flora::unpack_weight<flora::BFloat16>(layer, static_cast<uint16_t*>(w));
-  else
-    flora::unpack_weight<flora::Float32>(layer, static_cast<float*>(w));
 }
 
 // Bytes of W and of all slots' terms.

@@ -9,13 +9,16 @@ namespace flora {
 constexpr int64_t kSharedBytes = 16 << 20;  // scaled rows and low-rank products of one pass
 constexpr int64_t kPassRows = 4096;         // rows of one slice in one pass: 1 MiB of sums a thread where W has K blocks
 
+// What a row's product counts as in its token's sum: itself, itself by plain, nothing; from 0 on: times b's component.
+enum : int { kAsItIs = -1, kByPlain = -2, kAsNothing = -3 };
+
 // A row of the product: x or a scaled copy of it.
 struct Row {
   const Lane* x;
   const Terms* terms;  // null: plain W x
   const Lane* low;     // the token's down x
   int64_t token;
-  int component;  // of b, that scales this row's output; -1: none
+  int component;
   bool first, last;  // of the token's rows
 };
 
@@ -74,11 +77,17 @@ inline TokenCost token_cost(const Step& step, const Segment& segment) {
     const Terms* terms = step.layer.terms(segment.slot, i);
     if (!terms) continue;
     cost.lanes += terms->low_lanes;
-    if (!terms->rank || step.layer.modulates(segment.end - segment.begin, terms->products())) continue;
+    if (!terms->rank || terms->modulates(segment.end - segment.begin)) continue;
     cost.lanes += terms->rank * step.layer.row_lanes;
     cost.rows = std::max<int64_t>(cost.rows, terms->products());
   }
   return cost;
+}
+
+// How W x itself counts on the stacked path.
+inline int plain_component(const Terms& terms) {
+  if (!terms.has_plain) return kAsNothing;
+  return terms.plain || terms.even_plain != 1.0f ? kByPlain : kAsItIs;
 }
 
 // Adds tokens [begin, end) of a segment to the pass; `scratch` points at the free shared lanes and moves on.
@@ -97,7 +106,8 @@ inline void add_run(const Step& step, const Segment& segment, int64_t begin, int
   for (size_t i = 0; i < layer.slices.size(); i++) {
     SlicePlan& plan = pass.slices[i];
     const Terms* terms = layer.terms(segment.slot, i);
-    const bool modulate = terms && terms->rank && layer.modulates(segment.end - segment.begin, terms->products());
+    const bool modulate = terms && terms->modulates(segment.end - segment.begin);
+    const int plain = modulate || !terms ? kAsItIs : plain_component(*terms);
     std::vector<Row>& rows = modulate ? plan.modulated : plan.direct;
     const int64_t before = int64_t(rows.size());
     for (int64_t t = begin; t < end; t++) {
@@ -109,14 +119,14 @@ inline void add_run(const Step& step, const Segment& segment, int64_t begin, int
         scratch += terms->low_lanes;
       }
       if (!terms || !terms->rank || modulate) {
-        rows.push_back({x, terms, low, step.tokens[t], -1, true, true});
+        rows.push_back({x, terms, low, step.tokens[t], plain, true, true});
         continue;
       }
-      if (terms->identity) rows.push_back({x, terms, low, step.tokens[t], -1, true, false});
+      if (terms->has_plain) rows.push_back({x, terms, low, step.tokens[t], plain, true, false});
       for (int j = 0; j < terms->rank; j++) {
         pass.scale.push_back({step.x + step.tokens[t] * step.x_stride_bytes, terms->rows.data() + j * layer.lanes,
                               scratch});
-        const bool first = j == 0 && !terms->identity;
+        const bool first = j == 0 && !terms->has_plain;
         rows.push_back({scratch, terms, low, step.tokens[t], j, first, j + 1 == terms->rank});
         scratch += layer.row_lanes;
       }

@@ -83,17 +83,19 @@ inline Lanes modulated(BFloat16, Lanes w, const Floats* factor) {
   return join_halves(first_half(w) * factor[0], second_half(w) * factor[1]);
 }
 
-// out[k][c] = w[k][c] ∘ (start + Σ_j a[k][j] b[j][c]), rounded once; V registers of columns.
+// out[k][c] = w[k][c] ∘ (start[c] + Σ_j a[k][j] b[j][c]), rounded once; V registers of columns.
 // a: for each input feature its rank lanes; b: (rank lanes, kPanel). J: rank lanes when known at compile time, or 0.
 template <class T, int J, int V>
-void modulate_columns(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, int rank_lanes, float start,
-                      Lane* out) {
+void modulate_columns(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, int rank_lanes,
+                      const float* start, Lane* out) {
   constexpr int kHalves = T::kPerLane;
   const int ranks = J ? J : rank_lanes;
+  Floats first[V];
+  for (int v = 0; v < V; v++) first[v] = load<Floats>(start + v * kVector);
   for (int64_t k = 0; k < lanes; k++, w += kPanel, out += kPanel, a += kHalves * ranks) {
     Floats factor[V][kHalves];
     for (int v = 0; v < V; v++)
-      for (int h = 0; h < kHalves; h++) factor[v][h] = spread(start);
+      for (int h = 0; h < kHalves; h++) factor[v][h] = first[v];
     for (int j = 0; j < ranks; j++)
       for (int v = 0; v < V; v++) {
         Lanes output_side = load<Lanes>(b + j * kPanel + v * kVector);
@@ -106,8 +108,8 @@ void modulate_columns(const Lane* w, int64_t lanes, const Lane* a, const Lane* b
 }
 
 template <class T, int V>
-void modulate_ranks(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, int rank_lanes, float start,
-                    Lane* out) {
+void modulate_ranks(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, int rank_lanes,
+                    const float* start, Lane* out) {
   switch (rank_lanes) {
     case 1: return modulate_columns<T, 1, V>(w, lanes, a, b, 1, start, out);
     case 2: return modulate_columns<T, 2, V>(w, lanes, a, b, 2, start, out);
@@ -119,16 +121,15 @@ void modulate_ranks(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, 
 
 // A modulated tile of `columns` (16, 32 or 64) columns; both tiles have rows of kPanel.
 template <class T>
-void modulate_tile(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, int rank_lanes, bool identity,
+void modulate_tile(const Lane* w, int64_t lanes, const Lane* a, const Lane* b, int rank_lanes, const float* start,
                    int columns, Lane* out) {
-  const float start = identity ? 1.0f : 0.0f;
   constexpr int kWide = kBlockVectors * kVector;
   for (int c = 0; c < columns;) {
     if (columns - c >= kWide) {
-      modulate_ranks<T, kBlockVectors>(w + c, lanes, a, b + c, rank_lanes, start, out + c);
+      modulate_ranks<T, kBlockVectors>(w + c, lanes, a, b + c, rank_lanes, start + c, out + c);
       c += kWide;
     } else {
-      modulate_ranks<T, 1>(w + c, lanes, a, b + c, rank_lanes, start, out + c);
+      modulate_ranks<T, 1>(w + c, lanes, a, b + c, rank_lanes, start + c, out + c);
       c += kVector;
     }
   }

@@ -26,7 +26,7 @@ struct Entry {
   StepWords* step = nullptr;
   int64_t in_features = 0, out_features = 0;
   at::ScalarType dtype = at::ScalarType::Undefined;
-  bool only_base = false;  // steps with adapters need more than the op: Python
+  const int64_t* has_rare = nullptr;  // nonzero: some slot needs more than the op, so steps with adapters are Python's
 };
 
 std::shared_mutex entries_mutex;
@@ -57,7 +57,7 @@ at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& bias, co
   if (!is_plain) return in_python(x, bias, handle, out_features);
   const int64_t tokens = x.size(0);
   const auto* segments = reinterpret_cast<const int64_t*>(entry.step->segments);
-  const bool is_this_step = entry.step->known && (!segments || (entry.step->tokens == tokens && !entry.only_base));
+  const bool is_this_step = entry.step->known && (!segments || (entry.step->tokens == tokens && !*entry.has_rare));
   if (!is_this_step) return in_python(x, bias, handle, out_features);
   entry.step->served = 1;
   at::Tensor y = at::empty({tokens, entry.out_features}, x.options());
@@ -73,13 +73,14 @@ TORCH_LIBRARY_IMPL(flora, CPU, m) { m.impl("linear", TORCH_FN(linear)); }
 
 extern "C" {
 
-// Calls with handle `number` run `forward` on `layer` from now on; `step` must live until flora_disconnect.
-void flora_connect(int64_t number, Forward forward, const void* layer, StepWords* step, int64_t in_features,
-                   int64_t out_features, int bfloat16, int only_base) {
+// Calls with handle `number` run `forward` on `layer` from now on; `step` and `has_rare` must live until
+// flora_disconnect.
+void flora_connect(int64_t number, Forward forward, const void* layer, StepWords* step, const int64_t* has_rare,
+                   int64_t in_features, int64_t out_features, int bfloat16) {
   const std::unique_lock lock(entries_mutex);
   if (number >= int64_t(entries.size())) entries.resize(number + 1);
   const auto dtype = bfloat16 ? at::ScalarType::BFloat16 : at::ScalarType::Float;
-  entries[number] = {forward, layer, step, in_features, out_features, dtype, only_base != 0};
+  entries[number] = {forward, layer, step, in_features, out_features, dtype, has_rare};
 }
 
 void flora_disconnect(int64_t number) {

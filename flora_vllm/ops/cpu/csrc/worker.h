@@ -86,7 +86,7 @@ class Worker {
         const Terms& terms = *segment.terms;
         const Lane* a = terms.a.data() + first * T::kPerLane * terms.rank_lanes;
         const Lane* b = terms.b.data() + item.panel * terms.rank_lanes * kPanel + item.column;
-        modulate_tile<T>(w, lanes, a, b, terms.rank_lanes, terms.identity, item.columns, tile_);
+        modulate_tile<T>(w, lanes, a, b, terms.rank_lanes, plain_of(terms), item.columns, tile_);
         multiply(plan.modulated, segment.begin, segment.end, direct, tile_, &segment == longest ? next : nullptr);
       }
     }
@@ -134,6 +134,13 @@ class Worker {
     }
   }
 
+  // The columns' weights of W x.
+  const float* plain_of(const Terms& terms) {
+    if (terms.plain) return terms.plain.data() + item_.panel * kPanel + item_.column;
+    std::fill_n(even_, kPanel, terms.even_plain);
+    return even_;
+  }
+
   // A row of b, wanted when the product is done.
   void fetch(const Lane* output_side) const {
     for (int c = 0; c < item_.columns; c += kLine) __builtin_prefetch(output_side + c, 0, 3);
@@ -144,16 +151,20 @@ class Worker {
     return row.terms->b.data() + (item_.panel * row.terms->rank_lanes + lane) * kPanel + item_.column;
   }
 
-  // Adds a row's product, scaled by b, to its token's sum; the token's last row finishes it:
-  // y = g ∘ [sum + low up] + h ∘ bias, rounded once.
+  // Adds a row's product, by its weight, to its token's sum; the token's last row finishes it:
+  // y = sum + low up + bias + offset, rounded once.
   void absorb(const Row& row, const float* product) {
     const Lane* b = row.component >= 0 ? output_side(row) : nullptr;
     const int half = row.component % T::kPerLane;
     const Terms* terms = row.terms;
+    const float* plain = row.component == kByPlain ? plain_of(*terms) : nullptr;
+    const float* offset = terms && terms->offset ? terms->offset.data() + item_.panel * kPanel + item_.column : nullptr;
     Storage* y = done_rows_ + done_ * kPanel;
     for (int c = 0; c < item_.columns; c += kVector) {
       Floats value = load<Floats>(product + c);
       if (b) value *= component(T{}, load<Lanes>(b + c), half);
+      if (plain) value *= load<Floats>(plain + c);
+      if (row.component == kAsNothing) value = Floats{};
       if (!row.first) value += load<Floats>(token_ + c);
       if (!row.last) {
         store(token_ + c, value);
@@ -164,13 +175,8 @@ class Worker {
         for (int l = 0; l < terms->low_lanes; l++)
           value = dot(T{}, value, spread(row.low[l]), load<Lanes>(up + l * kPanel));
       }
-      const Floats bias = load<Floats>(bias_ + c);
-      if (terms && terms->gain) {
-        const Floats gain = load<Floats>(terms->gain.data() + item_.panel * kPanel + item_.column + c);
-        value = terms->gain_bias ? gain * (value + bias) : gain * value + bias;
-      } else {
-        value += bias;
-      }
+      value += load<Floats>(bias_ + c);
+      if (offset) value += load<Floats>(offset + c);
       store_row(y + c, value);
     }
     if (row.last) {
@@ -202,6 +208,7 @@ class Worker {
   int valid_ = 0;
   alignas(64) float bias_[kPanel];
   alignas(64) float token_[kPanel];
+  alignas(64) float even_[kPanel];
   int done_ = 0;
   int64_t done_tokens_[kDone];
   alignas(64) Storage done_rows_[kDone * kPanel];

@@ -1,0 +1,245 @@
+"""What kernels do not know, in plain torch around any of them: the rare terms of slots.
+
+The kernel serves the hot terms of all rows in one call. Before it, rows whose slot turns its input are turned: in
+place of the row where all slices agree, as further rows of the same slot where they differ. After it, added terms come
+in float32 from the row as it was, and output terms act on the sum with its bias.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from flora_vllm.ops.rare import RareTerm, SharedLow
+from flora_vllm.ops.table import LinearKernel
+from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
+
+# Rare terms of one slot for one slice.
+RareTerms = tuple[RareTerm, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _SlotRare:
+    """One slot's rare terms, by slice.
+
+    `turns`: the input terms of each different input; `turn_of_slice[i]`: which of them slice i sees. The first is
+    what the token's own row becomes (nothing, if some slice sees x as it is); each other one is a further row.
+    """
+
+    turns: tuple[RareTerms, ...]
+    turn_of_slice: tuple[int, ...]
+    added: tuple[RareTerms, ...]
+    output: tuple[RareTerms, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A segment with rare terms: its rows of x and y, and where its further rows begin."""
+
+    rare: _SlotRare
+    rows_N: torch.Tensor
+    further: int  # first of (turns - 1) runs of N rows
+
+
+class Shell:
+    """y of a kernel with the rare terms of all slots around it.
+
+    sizes: out features of each slice. device: where x is, for terms that come from the host.
+    hidden_bias: the bias of a layer whose caller adds it later; output terms act on the sum with it.
+    """
+
+    def __init__(
+        self,
+        kernel: LinearKernel,
+        sizes: Sequence[int],
+        hidden_bias: torch.Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._kernel = kernel
+        self._parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        self._hidden_bias = hidden_bias
+        self._device = device
+        self._rare: dict[int, _SlotRare] = {}
+
+    @property
+    def rare_slots(self) -> frozenset[int]:
+        """Slots with rare terms; steps without them need only the kernel."""
+        return frozenset(self._rare)
+
+    def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
+        """Slot `slot` (>= 1) has `terms` from now on; None clears it."""
+        self._rare.pop(slot, None)
+        if terms is None or not any(part is not None and part.rare for part in terms):
+            self._kernel.write_slot(slot, terms)
+            return
+        hot, rare = zip(*(_parted(part) for part in terms), strict=True)
+        if all(part is None for part in terms):
+            hot = None
+        self._kernel.write_slot(slot, hot)
+        self._rare[slot] = _slot_rare([_placed(terms, self._device) for terms in rare])
+
+    def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor:
+        """y_TO; `segments` None says that no token has an adapter."""
+        if segments is None or not any(slot in self._rare for slot in segments.slots):
+            return self._kernel.forward(x_TI, bias_O, segments)
+        tokens = x_TI.shape[0]
+        pieces, copies = [], []
+        further = tokens
+        for slot, rows in segments:
+            rare = self._rare.get(slot)
+            copies.append(0 if rare is None else len(rare.turns) - 1)
+            if rare is not None:
+                pieces.append(_Piece(rare, rows.to(x_TI.device), further))
+                further += copies[-1] * len(rows)
+        turned_VI = _turned(x_TI, pieces, further)
+        y_VO = self._kernel.forward(turned_VI, bias_O, _extended(segments, tuple(copies)))
+        y_TO = y_VO[:tokens]
+        for i, part in enumerate(self._parts):
+            for piece in pieces:
+                if piece.rare.turn_of_slice[i]:
+                    first = piece.further + (piece.rare.turn_of_slice[i] - 1) * len(piece.rows_N)
+                    y_TO[piece.rows_N, part] = y_VO[first : first + len(piece.rows_N), part]
+            self._finish(y_TO[:, part], x_TI, i, [p for p in pieces if p.rare.added[i] or p.rare.output[i]])
+        return y_TO
+
+    def _finish(self, y_TP: torch.Tensor, x_TI: torch.Tensor, i: int, pieces: list[_Piece]) -> None:
+        """Added and output terms of slice i come to its outputs, in place."""
+        if not pieces:
+            return
+        rows_N = torch.cat([piece.rows_N for piece in pieces])
+        y_NP = y_TP[rows_N].float()
+        _add(y_NP, x_TI, rows_N, [(piece.rare.added[i], len(piece.rows_N)) for piece in pieces])
+        hidden_P = None if self._hidden_bias is None else self._hidden_bias[self._parts[i]].float()
+        start = 0
+        for piece in pieces:
+            run = slice(start, start + len(piece.rows_N))
+            start = run.stop
+            if not piece.rare.output[i]:
+                continue
+            y_MP = y_NP[run] if hidden_P is None else y_NP[run] + hidden_P
+            for term in piece.rare.output[i]:
+                y_MP = term.apply(y_MP)
+            y_NP[run] = y_MP if hidden_P is None else y_MP - hidden_P
+        y_TP[rows_N] = y_NP.to(y_TP.dtype)
+
+
+def _parted(part: SliceTerms | None) -> tuple[SliceTerms | None, RareTerms]:
+    """What the kernel serves and what stays here. A low-rank term beside a turn reads the row as it was: it stays."""
+    if part is None:
+        return None, ()
+    hot, rare = replace(part, rare=()), part.rare
+    if part.down_RI is not None and any(term.stage == "input" for term in rare):
+        assert part.up_RO is not None, "a low-rank term has both sides"
+        hot = replace(hot, down_RI=None, up_RO=None)
+        rare = (*rare, SharedLow(part.down_RI, part.up_RO.T))
+    return hot, rare
+
+
+def _slot_rare(rare: list[RareTerms]) -> _SlotRare:
+    def at(stage: str) -> tuple[RareTerms, ...]:
+        return tuple(tuple(term for term in terms if term.stage == stage) for terms in rare)
+
+    inputs = at("input")
+    # A slice that sees x itself has no terms, and then comes first.
+    different = {tuple(map(_contents, terms)): terms for terms in sorted(inputs, key=len)}
+    places = {key: place for place, key in enumerate(different)}
+    turn_of_slice = tuple(places[tuple(map(_contents, terms))] for terms in inputs)
+    return _SlotRare(tuple(different.values()), turn_of_slice, at("added"), at("output"))
+
+
+def _contents(term: RareTerm) -> tuple:
+    """Equal for two terms of one kind over the very same tensors."""
+    return type(term), *(_identity(v) if isinstance(v, torch.Tensor) else v for v in vars(term).values())
+
+
+def _placed(terms: RareTerms, device: torch.device | None) -> RareTerms:
+    if device is None:
+        return terms
+    placed = []
+    for term in terms:
+        moved: dict[str, Any] = {}
+        for field in fields(term):  # pyright: ignore[reportArgumentType] - every rare term is a dataclass
+            value = getattr(term, field.name)
+            if isinstance(value, torch.Tensor) and value.device != device:
+                moved[field.name] = value.to(device)
+        placed.append(replace(term, **moved) if moved else term)  # pyright: ignore[reportArgumentType]
+    return tuple(placed)
+
+
+def _turned(x_TI: torch.Tensor, pieces: list[_Piece], rows: int) -> torch.Tensor:
+    """x with turned rows in their places and the further ones behind, `rows` in all; x itself if none is turned."""
+    if not any(any(piece.rare.turns) for piece in pieces):
+        return x_TI
+    turned_VI = x_TI.new_empty(rows, x_TI.shape[1])
+    turned_VI[: x_TI.shape[0]] = x_TI
+    for piece in pieces:
+        x_NI = x_TI[piece.rows_N]
+        for place, terms in enumerate(piece.rare.turns):
+            z_NI = x_NI
+            for term in terms:
+                z_NI = term.apply(z_NI)
+            if place:
+                first = piece.further + (place - 1) * len(x_NI)
+                turned_VI[first : first + len(x_NI)] = z_NI
+            elif terms:
+                turned_VI[piece.rows_N] = z_NI
+    return turned_VI
+
+
+@lru_cache(maxsize=16)
+def _extended(segments: Segments, copies: tuple[int, ...]) -> Segments:
+    """The segments with `copies[i]` further rows for each row of segment i, numbered behind all others."""
+    if not any(copies):
+        return segments
+    further = segments.tokens
+    rows, starts = [], [0]
+    for (_, rows_N), count in zip(segments, copies, strict=True):
+        rows += [rows_N, torch.arange(further, further + count * len(rows_N))]
+        further += count * len(rows_N)
+        starts.append(starts[-1] + (1 + count) * len(rows_N))
+    return Segments(segments.slots, tuple(starts), torch.cat(rows))
+
+
+def _add(y_NP: torch.Tensor, x_TI: torch.Tensor, rows_N: torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
+    """The added terms of runs of rows come to y, in place. Those over the same shared factors are two products."""
+    shared: dict[tuple, list[tuple[SharedLow, int, int]]] = {}
+    start = 0
+    for terms, count in runs:
+        for term in terms:
+            if isinstance(term, SharedLow):
+                key = (_identity(term.down_LI), _identity(term.up_OL))
+                shared.setdefault(key, []).append((term, start, count))
+            else:
+                y_NP[start : start + count] += term.apply(x_TI[rows_N[start : start + count]])
+        start += count
+    for group in shared.values():
+        _add_shared(y_NP, x_TI, rows_N, group)
+
+
+def _identity(tensor: torch.Tensor) -> tuple:
+    """Equal for two views of the same numbers; both are alive, so that the address is no other's."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _add_shared(
+    y_NP: torch.Tensor, x_TI: torch.Tensor, rows_N: torch.Tensor, group: list[tuple[SharedLow, int, int]]
+) -> None:
+    """out ∘ up(mid · down x) of the group's rows come to y: one product with down, one with up, vectors by token."""
+    place_M = torch.cat([torch.arange(start, start + count, device=rows_N.device) for _, start, count in group])
+    first = group[0][0]
+    middle_ML = (x_TI[rows_N[place_M]].to(first.down_LI.dtype) @ first.down_LI.T).float()
+    done = 0
+    for term, _, count in group:
+        run = slice(done, done + count)
+        done = run.stop
+        if term.mid is not None:
+            middle_ML[run] = middle_ML[run] * term.mid if term.mid.ndim == 1 else middle_ML[run] @ term.mid.T
+    added_MP = (middle_ML.to(first.up_OL.dtype) @ first.up_OL.T).float()
+    done = 0
+    for term, _, count in group:
+        if term.out_O is not None:
+            added_MP[done : done + count] *= term.out_O
+        done += count
+    y_NP.index_add_(0, place_M, added_MP)
