@@ -20,10 +20,10 @@ class Limits:
 
 
 def stated_rank(config: CheckedConfig) -> int:
-    """The largest rank the config names; 1 for a family without ranks (IA3)."""
+    """The largest rank the config names; 1 for a family without ranks (IA3, SuperTuning alone)."""
     rank = config.values.get("r", 1)
     ranks = rank if isinstance(rank, list) else [rank]
-    return max(*ranks, *(config.values.get("rank_pattern") or {}).values(), 1, 1)
+    return max(*(rank or 1 for rank in ranks), *(config.values.get("rank_pattern") or {}).values(), 1, 1)
 
 
 def stated_faults(config: CheckedConfig, family: Family, limits: Limits) -> list[str]:

@@ -21,6 +21,7 @@ from flora_vllm.formats.limits import Limits, built_faults, stated_faults, state
 from flora_vllm.formats.module_faults import Records, module_faults, scope_of, shared_faults, value_faults
 from flora_vllm.formats.names import not_understood, split_name
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
+from flora_vllm.terms import check_fit
 
 # A message with more lines helps nobody and would be sent over HTTP.
 MAX_FAULTS = 100
@@ -164,7 +165,10 @@ def _built(
         shape = None if layout is None else layout.shapes.get(layout.rename(module))
         scope = scope_of(config.values, module, shape, records)
         try:
-            modules[module] = ModuleTerms(family.terms(ModuleFile(scope, _views(data, records), shared)))
+            terms = family.terms(ModuleFile(scope, _views(data, records), shared))
+            if shape is not None:  # for what the axes of its tensors do not tell
+                check_fit(shape, terms)
+            modules[module] = ModuleTerms(terms)
         except AdapterError as error:
             faults.append(f"module {module!r}: {error}")
     return modules, faults

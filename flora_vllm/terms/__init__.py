@@ -41,6 +41,7 @@ __all__ = [
     "Swap",
     "Term",
     "Turn",
+    "check_fit",
     "fold",
     "kind_of",
     "merged",
@@ -92,7 +93,7 @@ def merged(
     dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     base_OI = weight_OI.to(dtype)
     merging = Merging(base_OI, None if bias_O is None else bias_O.to(dtype), torch.zeros_like(base_OI))
-    _check_fit(weight_OI, terms)
+    check_fit(tuple(weight_OI.shape), terms)
     if not any(isinstance(term, Product) for term in terms):
         PRODUCT.merge(Product(), merging)
     # Of several turns the last one is next to W.
@@ -107,9 +108,10 @@ def merged(
     return merging.sum_OI.to(weight_OI.dtype), None if bias is None else bias.to(bias_dtype).clone()
 
 
-def _check_fit(weight_OI: torch.Tensor, terms: Sequence[Term]) -> None:
-    shape = tuple(weight_OI.shape)
+def check_fit(shape: tuple[int, ...], terms: Sequence[Term]) -> None:
+    """Raises AdapterError if the terms' tensors don't fit a weight of this shape, (O, I)."""
     for term in terms:
         wanted = kind_of(term).shape(term)
         if len(shape) != 2 or any(want not in (None, size) for want, size in zip(wanted, shape, strict=False)):
-            raise AdapterError(f"terms of ({wanted[0]}, {wanted[1]}) do not fit a weight of shape {shape}")
+            out_features, in_features = ("any" if want is None else want for want in wanted)
+            raise AdapterError(f"terms of ({out_features}, {in_features}) do not fit a weight of shape {shape}")

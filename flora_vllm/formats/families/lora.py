@@ -24,11 +24,11 @@ from flora_vllm.formats.config_keys import (
     Key,
     only,
 )
+from flora_vllm.formats.families.biases import BASE_BIAS, BIAS, bias_key, bias_parts, replaced_bias
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, pattern_rank
 from flora_vllm.terms import Added, Offset, Term
 
 LORA_A, LORA_B, LORA_B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
-BIAS, BASE_BIAS = "bias", "base_layer.bias"
 
 # Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # change it, and the file then belongs to a base that nobody serves. PEFT can save those as plain LoRA.
@@ -44,7 +44,7 @@ LORA_KEYS: Mapping[str, Key] = {
     "alpha_pattern": NUMBER_PATTERN,
     "use_rslora": BOOLEAN,
     "init_lora_weights": only(*_INITS),
-    "bias": only("none", "all", "lora_only"),
+    "bias": bias_key("lora"),
     "lora_bias": BOOLEAN,
     # Used only while training, or only by a feature that is off.
     "lora_dropout": ANYTHING,
@@ -78,13 +78,6 @@ def lora_parts(scope: Scope) -> Mapping[str, Part]:
     return parts
 
 
-def bias_parts(scope: Scope) -> Mapping[str, Part]:
-    """The base's biases that `bias="all"` and `"lora_only"` saved: they replace the base's, adapted module or not."""
-    if scope.config.get("bias", "none") == "none":
-        return {}
-    return {name: Part(("O",), optional=True) for name in (BIAS, BASE_BIAS)}
-
-
 def lora_scale(scope: Scope, rank: int) -> float:
     """What multiplies lora_B @ lora_A (`peft/tuners/lora/layer.py::update_layer`)."""
     alpha = scope.by_pattern("alpha_pattern", scope.config["lora_alpha"])
@@ -93,9 +86,8 @@ def lora_scale(scope: Scope, rank: int) -> float:
 
 def bias_terms(module: ModuleFile, scale: float) -> tuple[Term, ...]:
     """What replaces the base's bias, and what `lora_bias` adds to it."""
-    replaced = tuple(Offset(module[name], replaces=True) for name in (BIAS, BASE_BIAS) if name in module)
     added = (Offset(module[LORA_B_BIAS], scale),) if LORA_B_BIAS in module else ()
-    return (*replaced, *added)
+    return (*replaced_bias(module), *added)
 
 
 def low_rank(module: ModuleFile) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -6,14 +6,28 @@ Rows of one `peft_type` are tried in order: the first whose flags are on is the 
 from collections.abc import Mapping
 from typing import Any
 
+from flora_vllm.formats.families.beft import BEFT
+from flora_vllm.formats.families.boft import BOFT
 from flora_vllm.formats.families.dora import DORA
 from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.families.flora import FLORA
+from flora_vllm.formats.families.glora import GLORA
 from flora_vllm.formats.families.hira import HIRA
 from flora_vllm.formats.families.ia3 import IA3
 from flora_vllm.formats.families.lora import LORA
+from flora_vllm.formats.families.oft import OFT, OFT_NEUMANN
+from flora_vllm.formats.families.road import ROAD
 
-ROWS = (FLORA, DORA, LORA, IA3, HIRA)
+# fmt: off
+ROWS = (
+    # this project's, and plain LoRA with its variants
+    FLORA, DORA, LORA,
+    # gains and biases
+    IA3, HIRA, GLORA, BEFT,
+    # rotations
+    OFT_NEUMANN, OFT, BOFT, ROAD,
+)
+# fmt: on
 FAMILIES: Mapping[str, Family] = {family.name: family for family in ROWS}
 
 # What no row reads, and why; a family that is in neither list is refused without a reason.
