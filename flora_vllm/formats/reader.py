@@ -4,6 +4,7 @@ Every check that needs no other check's success runs, so a user repairs a checkp
 has passed all of them: nothing later in the line can find a fault.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ import torch
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats.config_keys import CheckedConfig, check_config, shown
+from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.families.family import Axes, Family
 from flora_vllm.formats.families.table import FAMILIES
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, collect_files, digest_of
+from flora_vllm.formats.limits import shown
 from flora_vllm.formats.matching import Targets
 from flora_vllm.formats.tensor_file import TensorRecord, load_json_object, parse_records, tensor_view
 
@@ -23,6 +25,9 @@ PREFIX = "base_model.model."
 DTYPES = ("F32", "F16", "BF16")
 # A message with more lines helps nobody and would be sent over HTTP.
 MAX_FAULTS = 100
+MAX_LOOKED_FOR = 1000
+# Names that a checkpoint's modules may have in place of the layout's, in front of what they share with it.
+MAX_PREFIXES = 64
 
 # Last part of a module path -> why it cannot be adapted, whatever the base model.
 UNSUPPORTED_MODULES: Mapping[str, str] = {
@@ -101,7 +106,8 @@ def examine_files(
             faults += _value_faults(files[WEIGHTS_NAME], records)
             if family is not None:
                 try:
-                    faults += _module_faults(family, config, records, layout)
+                    # No more than it takes to know that there are too many to list.
+                    faults += itertools.islice(_module_faults(family, config, records, layout), MAX_LOOKED_FOR)
                 except AdapterError as error:  # a pattern of the config that takes too long
                     faults.append(str(error))
     if len(faults) > MAX_FAULTS:
@@ -230,6 +236,9 @@ def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: Mode
     if targets is None:
         return
     prefixes = sorted({_renamed_prefix(module, layout) for module in modules}, key=lambda pair: (*map(len, pair),))
+    if len(prefixes) > MAX_PREFIXES:
+        yield f"the modules' names begin in {len(prefixes)} ways; at most {MAX_PREFIXES} are read"
+        return
     for path in layout.shapes:
         # What this checkpoint would call the layout's path: with the prefix that its own modules have.
         name = next(
