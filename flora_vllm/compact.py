@@ -43,14 +43,24 @@ class CompactLayers(Mapping[str, LayerTerms]):
         for tensor in moved:
             self._view(places[tensor]).copy_(tensor)
 
+        self._shared: list[torch.Tensor] = []
+
         def placed(value: Any) -> Any:
-            return places.get(value, value) if isinstance(value, torch.Tensor) else value
+            """A tensor as numbers: where it lies, or which of the shared ones it is."""
+            if not isinstance(value, torch.Tensor):
+                return value
+            if value not in places:
+                self._shared.append(value)
+                places[value] = (len(self._shared) - 1,)
+            return places[value]
 
         def places_of(part: SliceTerms | None) -> tuple | None:
             if part is None:
                 return None
             *hot, rare = (getattr(part, field.name) for field in fields(part))
-            return (*map(placed, hot), tuple((type(r), *(placed(getattr(r, f.name)) for f in fields(r))) for r in rare))
+            return (*map(placed, hot), tuple(
+                (_number_of(type(term)), *(placed(getattr(term, f.name)) for f in fields(term))) for term in rare
+            ))  # fmt: skip
 
         self._layers = {name: tuple(map(places_of, terms)) for name, terms in layers.items()}
 
@@ -82,12 +92,24 @@ class CompactLayers(Mapping[str, LayerTerms]):
             return views[value]
 
         *hot, rare = part
-        terms = tuple(kind(*map(value_of, values)) for kind, *values in rare)
+        terms = tuple(_rare_types[number](*map(value_of, values)) for number, *values in rare)
         return SliceTerms(*map(value_of, hot), terms)
 
     def _view(self, place: tuple) -> torch.Tensor:
+        if len(place) == 1:
+            return self._shared[place[0]]
         number, start, shape = place
         return self._memory[number].as_strided(shape, _strides(shape), start)
+
+
+# The classes of rare terms that were met; a number in place of one keeps the tuples free of objects.
+_rare_types: list[type] = []
+
+
+def _number_of(kind: type) -> int:
+    if kind not in _rare_types:
+        _rare_types.append(kind)
+    return _rare_types.index(kind)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,7 +37,28 @@ class StepError(FloraError, RuntimeError):
     """The model ran, but not through our op."""
 
 
+# A message goes over HTTP and into logs. Bytes of UTF-8.
+MAX_MESSAGE_BYTES = 8 << 10
+_MAX_FAULT_BYTES = 2 << 10
+
+
 def adapter_error(where: str, faults: Sequence[str]) -> AdapterError:
-    """One message for all faults of the adapter at `where`."""
+    """One message for the faults of the adapter at `where`: all of them if they fit into MAX_MESSAGE_BYTES."""
     count = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}"
-    return AdapterError(f"adapter {where} cannot be served ({count}):\n" + "\n".join(f"  - {f}" for f in faults))
+    head = f"adapter {bounded(where, _MAX_FAULT_BYTES)} cannot be served ({count}):"
+    lines = [f"\n  - {bounded(fault, _MAX_FAULT_BYTES)}" for fault in faults]
+    # Room for the line that says how many are left out.
+    left = MAX_MESSAGE_BYTES - len(head.encode()) - 64
+    shown = 0
+    while shown < len(lines) and (left := left - len(lines[shown].encode())) >= 0:
+        shown += 1
+    rest = f"\n  - and {len(lines) - shown} more, left out of this message" if shown < len(lines) else ""
+    return AdapterError(head + "".join(lines[:shown]) + rest)
+
+
+def bounded(text: str, most_bytes: int = MAX_MESSAGE_BYTES) -> str:
+    """`text` as valid UTF-8 of at most `most_bytes` bytes: cut at the end, lone surrogates written as escapes."""
+    data = text.encode(errors="backslashreplace")
+    if len(data) > most_bytes:
+        return data[: most_bytes - 3].decode(errors="ignore") + "…"
+    return data.decode()

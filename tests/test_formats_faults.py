@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flora_vllm.adapter import ModelLayout
 from flora_vllm.formats import FAMILIES, examine, read_adapter, write_flora
+from flora_vllm.terms import Product
 
 torch.set_num_threads(1)
 

@@ -27,20 +27,20 @@ class FileProbe:
         return TORCH_DTYPES[self._base.records[f"{self._name}.weight"].dtype]
 
     def product(self, x_NI: torch.Tensor) -> torch.Tensor:
-        return x_NI.float() @ self._weight_OI.T
+        return x_NI.float() @ self._float_weight.T
 
     def squared_row_norms(self) -> torch.Tensor:
-        return self._weight_OI.square().sum(1)
+        return self._float_weight.square().sum(1)
 
     def weight(self) -> torch.Tensor:
-        return self._weight_OI
+        return self._float_weight
 
     def bias(self) -> torch.Tensor | None:
         name = f"{self._name}.bias"
         return self._read(name).float() if name in self._base.records else None
 
     @cached_property
-    def _weight_OI(self) -> torch.Tensor:
+    def _float_weight(self) -> torch.Tensor:
         weight = self._read(f"{self._name}.weight").float()
         return weight.T.contiguous() if self._base.stores_in_out else weight
 

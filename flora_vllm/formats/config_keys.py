@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flora_vllm.formats.patterns import speaks_re
+from flora_vllm.formats.limits import MAX_NAME_LETTERS, shown
+from flora_vllm.formats.patterns import all_speak_re, speaks_re
 
 # True if the value can be served.
 Check = Callable[[Any], bool]
@@ -41,7 +42,7 @@ def _is_regex(value: object, within: str = "{}") -> bool:
 
 
 def _is_layers_pattern(value: object) -> bool:
-    return _is_regex(value, within=r".*?\.{}\.\d+\.")
+    return isinstance(value, str) and len(value) <= MAX_NAME_LETTERS and _is_regex(value, r".*?\.{}\.\d+\.")
 
 
 def _is_names(value: object) -> bool:
@@ -51,10 +52,7 @@ def _is_names(value: object) -> bool:
 def _is_pattern_of(check: Check) -> Check:
     return lambda value: (
         value is None
-        or (
-            isinstance(value, dict)
-            and all(_is_regex(pattern, within=r"(.*\.)?({})$") and check(entry) for pattern, entry in value.items())
-        )
+        or (isinstance(value, dict) and all_speak_re(value, within=r"(.*\.)?({})$") and all(map(check, value.values())))
     )
 
 
@@ -148,9 +146,3 @@ def check_config(config: Mapping[str, Any], keys: Mapping[str, Key]) -> CheckedC
                     "PEFT allows it only beside a list of names"
                 )
     return CheckedConfig(values, frozenset(bad), tuple(faults))
-
-
-def shown(value: object) -> str:
-    """`repr`, cut to what fits in one line of a message."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"

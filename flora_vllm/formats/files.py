@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.limits import MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# A config is a few KiB; the weights of a rank-256 adapter on every layer of a 70B model are below 4 GiB.
-MAX_BYTES = {CONFIG_NAME: 16 << 20, WEIGHTS_NAME: 8 << 30}
+MAX_BYTES = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # How often to start over when the whole directory was replaced meanwhile.
 _ATTEMPTS = 10

@@ -1,63 +1,78 @@
-"""What an adapter may be: ranks as the config states them and as they are built, and bytes of dense matrices."""
+"""How much of an adapter is looked at, decided before the looking: an adapter is a stranger's file in a shared server.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+Every number is several times what the largest honest checkpoint needs (rank 256 on every linear layer of a 126-layer
+model: 1,764 tensors, a header of 300 KB, a config of 70 KB that lists each module by name).
+"""
 
-from flora_vllm.adapter import ModuleTerms
-from flora_vllm.formats.config_keys import CheckedConfig
-from flora_vllm.formats.families.family import Family
-from flora_vllm.formats.files import CONFIG_NAME
-from flora_vllm.terms import kind_of
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Limits:
-    """None: no limit. `flora`: scaled products a module; `lora`: low-rank terms; `dense_bytes`: of the adapter."""
-
-    flora: int | None = None
-    lora: int | None = None
-    dense_bytes: int | None = None
-
-
-def stated_rank(config: CheckedConfig) -> int:
-    """The largest rank the config names; 1 for a family without ranks (IA3, SuperTuning alone)."""
-    rank = config.values.get("r", 1)
-    ranks = rank if isinstance(rank, list) else [rank]
-    return max(*(rank or 1 for rank in ranks), *(config.values.get("rank_pattern") or {}).values(), 1, 1)
-
-
-def stated_faults(config: CheckedConfig, family: Family, limits: Limits) -> list[str]:
-    limit = getattr(limits, family.limit) if family.limit else None
-    rank = stated_rank(config)
-    if limit is None or rank <= limit:
-        return []
-    return [f"{CONFIG_NAME}: rank {rank} is above the limit {limit}; {_advice(family.limit or '', rank, limit)}"]
+MAX_CONFIG_BYTES = 1 << 20
+MAX_WEIGHTS_BYTES = 8 << 30
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 65_536
+# A tensor's name, a module's, and an entry of a list of modules.
+MAX_NAME_LETTERS = 512
+# Any list or object in adapter_config.json, and how deep they may lie in each other.
+MAX_ENTRIES = 16_384
+MAX_DEPTH = 16
+MAX_PATTERN_LETTERS = 8_192
+# Patterns of one rank_pattern, alpha_pattern, … that are more than a module's name, and their letters together.
+MAX_PATTERNS = 256
+MAX_PATTERNS_LETTERS = 16_384
+# A pattern with its repeats written out (`regex` does write them out): atoms.
+MAX_PATTERN_ATOMS = 20_000
+# What a message says of one value.
+MAX_SHOWN_LETTERS = 120
+_SHOWN_ENTRIES = 8
 
 
-def built_faults(modules: Mapping[str, ModuleTerms], limits: Limits) -> Iterator[str]:
-    """Faults of what the terms come to, which for some families is more than their rank."""
-    products, low = {}, {}
-    for module, terms in modules.items():
-        ranks = [kind_of(term).ranks(term) for term in terms.terms]
-        products[module] = sum(count for count, _ in ranks)
-        low[module] = sum(count for _, count in ranks)
-    for name, limit, built in (("flora", limits.flora, products), ("lora", limits.lora, low)):
-        above = [module for module, rank in built.items() if limit is not None and rank > limit]
-        if above:
-            worst = max(above, key=lambda module: built[module])
-            yield (
-                f"{len(above)} modules are built with more than the limit of {limit}, {worst!r} with rank "
-                f"{built[worst]}; {_advice(name, built[worst], limit or 0)}"
-            )
-    size = sum(kind_of(term).dense_bytes(term) for terms in modules.values() for term in terms.terms)
-    if limits.dense_bytes is not None and size > limits.dense_bytes:
-        yield (
-            f"its dense matrices take {size} bytes, above the limit of {limits.dense_bytes}; start the server with "
-            f"--max-flora-dense-bytes {size} or use a family with factors"
-        )
+def brief(text: str) -> str:
+    """`repr(text)`, cut to what a message may say of one value; what is no text (surrogates) as escapes."""
+    if len(text) <= MAX_SHOWN_LETTERS:
+        return ascii(text) if not text.isprintable() else repr(text)
+    return f"{ascii(text[:MAX_SHOWN_LETTERS])[:MAX_SHOWN_LETTERS]}… ({len(text)} letters)"
 
 
-def _advice(name: str, rank: int, limit: int) -> str:
-    # Clients match vLLM's own words.
-    stock = f" (LoRA rank {rank} is greater than max_lora_rank {limit}.)" if name == "lora" else ""
-    return f"start the server with --max-{name}-rank {rank} or use an adapter of lower rank{stock}"
+def shown(value: Any) -> str:
+    """`repr(value)` cut to what fits in one line of a message; a long list is not written out first."""
+    if isinstance(value, str):
+        return brief(value)
+    if isinstance(value, list) and len(value) > _SHOWN_ENTRIES:
+        head = ", ".join(shown(entry) for entry in value[:_SHOWN_ENTRIES])
+        return f"[{head[:MAX_SHOWN_LETTERS]}, … ({len(value)} entries)]"
+    if isinstance(value, dict) and len(value) > _SHOWN_ENTRIES:
+        head = ", ".join(f"{brief(key)}: …" for key in list(value)[:_SHOWN_ENTRIES])
+        return f"{{{head[:MAX_SHOWN_LETTERS]}, … ({len(value)} entries)}}"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_LETTERS else f"{text[:MAX_SHOWN_LETTERS]}…"
+
+
+def name_fault(name: str) -> str | None:
+    """Why `name` cannot be a tensor's or a module's, None if it can."""
+    if len(name) > MAX_NAME_LETTERS:
+        return f"the name {brief(name)} is too long; at most {MAX_NAME_LETTERS} letters are read"
+    if not name.isprintable():
+        return f"the name {brief(name)} has characters that cannot be printed"
+    return None
+
+
+def value_fault(value: Any, where: str = "it", depth: int = 0) -> str | None:
+    """Why a parsed JSON value is too large to be looked at, None if it is not."""
+    if isinstance(value, str):
+        if len(value) > MAX_PATTERN_LETTERS:
+            return f"{where} is a text of {len(value)} letters; at most {MAX_PATTERN_LETTERS} are read"
+        return None
+    if not isinstance(value, Sequence | Mapping):
+        return None
+    if len(value) > MAX_ENTRIES:
+        return f"{where} has {len(value)} entries; at most {MAX_ENTRIES} are read"
+    if depth == MAX_DEPTH and value:
+        return f"{where} is nested more than {MAX_DEPTH} deep"
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, entry in pairs:
+        key_fault = value_fault(key, f"a key of {where}") if isinstance(key, str) else None
+        inside = brief(key) if depth == 0 and isinstance(key, str) else where
+        if fault := key_fault or value_fault(entry, inside, depth + 1):
+            return fault
+    return None

@@ -5,32 +5,45 @@ Sources: `peft/tuners/tuners_utils.py::check_target_module_exists`, `peft/utils/
 Patterns come with the adapter: every function raises AdapterError for one that takes too long to match.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flora_vllm.formats.patterns import full_match, match_start
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats.patterns import full_match, match_start, name_patterns
 
 ALL_LINEAR = "all-linear"
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "score", "classifier"})
+# Each is tried on each module.
+MAX_LAYERS_PATTERNS = 64
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules an adapter config selects; the fields are the config's keys of the same name."""
+    """The modules an adapter config selects; the fields are the config's keys of the same name.
 
-    target_modules: str | Sequence[str]
-    exclude_modules: str | Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
+    Lists are asked once for each module: give long ones as sets, as `from_config` does.
+    """
+
+    target_modules: str | Collection[str]
+    exclude_modules: str | Collection[str] | None = None
+    layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Targets":
+        """Raises AdapterError for more than MAX_LAYERS_PATTERNS patterns."""
+        layers = config.get("layers_pattern")
+        if isinstance(layers, list) and len(layers) > MAX_LAYERS_PATTERNS:
+            raise AdapterError(
+                f"adapter_config.json: 'layers_pattern' has {len(layers)} entries; "
+                f"at most {MAX_LAYERS_PATTERNS} are read"
+            )
         return cls(
-            config["target_modules"],
-            config.get("exclude_modules"),
-            config.get("layers_to_transform"),
-            config.get("layers_pattern"),
+            _as_set(config["target_modules"]),
+            _as_set(config.get("exclude_modules")),
+            _as_set(config.get("layers_to_transform")),
+            layers,
         )
 
     def select(self, module: str) -> bool:
@@ -70,18 +83,31 @@ class Targets:
 
 def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key of `rank_pattern` or `alpha_pattern` that fits `module`, else `default`."""
-    for pattern, value in patterns.items():
-        if match_start(rf"(.*\.)?({pattern})$", module):
-            return value
-    return patterns.get(module, default)
+    if not patterns:
+        return default
+    keys = tuple(patterns)
+    first = name_patterns(keys).first(module)
+    return patterns.get(module, default) if first is None else patterns[keys[first]]
 
 
 def is_feedforward(feedforward_modules: str | Iterable[str], module: str) -> bool:
     """IA3: whether the vector scales the input of `module`. PEFT compares bare endings, without a dot."""
     if isinstance(feedforward_modules, str):
         return full_match(feedforward_modules, module)
-    return any(module.endswith(ending) for ending in feedforward_modules)
+    return module.endswith(tuple(feedforward_modules))
 
 
-def _ends_with_one_of(module: str, names: Iterable[str]) -> bool:
-    return any(module.endswith(f".{name}") for name in names)
+def _as_set(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, list) else value
+
+
+def _ends_with_one_of(module: str, names: Collection[str]) -> bool:
+    """Whether `module` ends with a dot and one of `names`; with a set, in the time its own parts take."""
+    return any(ending in names for ending in _endings(module))
+
+
+def _endings(module: str) -> Iterator[str]:
+    dot = module.find(".")
+    while dot >= 0:
+        yield module[dot + 1 :]
+        dot = module.find(".", dot + 1)

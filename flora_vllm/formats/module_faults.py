@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from flora_vllm.adapter import ModelLayout
-from flora_vllm.formats.config_keys import CheckedConfig, shown
+from flora_vllm.formats.config_keys import CheckedConfig
 from flora_vllm.formats.families.family import FLOATS, Family, Part, Scope
+from flora_vllm.formats.limits import shown
 from flora_vllm.formats.matching import Targets
 from flora_vllm.formats.names import PREFIX, ROOT, part_of
 from flora_vllm.formats.tensor_file import TensorRecord, tensor_view
@@ -18,6 +19,8 @@ UNSUPPORTED_MODULES: Mapping[str, str] = {
     "kv_b_proj": "MLA's kv_b_proj is absorbed into the attention and cannot be adapted yet",
     "experts": "mixture-of-experts weights cannot be adapted yet",
 }
+# Names that a checkpoint's modules may have in place of the layout's, in front of what they share with it.
+MAX_PREFIXES = 64
 _MEANINGS = {"R": "rank", "I": "in features", "O": "out features"}
 _UNSELECTING_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
 
@@ -206,6 +209,9 @@ def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: Mode
     if targets is None:
         return
     prefixes = sorted({_renamed_prefix(module, layout) for module in modules}, key=lambda pair: (*map(len, pair),))
+    if len(prefixes) > MAX_PREFIXES:
+        yield f"the modules' names begin in {len(prefixes)} ways; at most {MAX_PREFIXES} are read"
+        return
     for path in layout.shapes:
         # What this checkpoint would call the layout's path: with the prefix that its own modules have.
         name = next(

@@ -5,6 +5,7 @@ has passed all of them: later only what the engine alone knows can be at fault. 
 family's row names, or a fault.
 """
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,18 +14,20 @@ import torch
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats.config_keys import CheckedConfig, check_config, shown
+from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, collect_files, digest_of
-from flora_vllm.formats.limits import Limits, built_faults, stated_faults, stated_rank
+from flora_vllm.formats.limits import shown
 from flora_vllm.formats.module_faults import Records, module_faults, scope_of, shared_faults, value_faults
 from flora_vllm.formats.names import not_understood, split_name
+from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
 from flora_vllm.terms import check_fit
 
 # A message with more lines helps nobody and would be sent over HTTP.
 MAX_FAULTS = 100
+MAX_LOOKED_FOR = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,8 @@ def examine_files(files: Mapping[str, bytearray], layout: ModelLayout | None, li
     if not tensors.modules:
         faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}; nothing would be adapted")
     try:
-        faults += module_faults(family, config, tensors.modules, layout)
+        # No more than it takes to know that there are too many to list.
+        faults += itertools.islice(module_faults(family, config, tensors.modules, layout), MAX_LOOKED_FOR)
         faults += shared_faults(family, config, tensors.shared)
     except AdapterError as error:  # a pattern of the config that takes too long
         faults.append(str(error))

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import torch
 
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.limits import MAX_HEADER_BYTES, MAX_TENSORS, brief, name_fault, value_fault
 
 LENGTH_BYTES = 8
-# The safetensors library's own limit.
-MAX_HEADER_BYTES = 100_000_000
+_MAX_AXES = 8
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
@@ -44,11 +44,17 @@ def parse_header(header: bytes | bytearray | memoryview, file_bytes: int) -> lis
 
     Raises AdapterError if the header is not exactly that of a file of `file_bytes` bytes.
     """
+    text = bytes(header)
+    # One of these for each tensor, and it is counted without parsing.
+    if (count := text.count(b"data_offsets")) > MAX_TENSORS:
+        raise AdapterError(f"its header has {count} tensors; at most {MAX_TENSORS} are read")
     try:
-        entries = load_json_object(bytes(header))
+        entries = _parse_object(text)
     except AdapterError as error:
         raise AdapterError(f"its safetensors header is corrupt: {error}") from None
     entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise AdapterError(f"its header has {len(entries)} tensors; at most {MAX_TENSORS} are read")
     data_start = LENGTH_BYTES + len(header)
     records = sorted((_record(*entry, data_start) for entry in entries.items()), key=lambda record: record.start)
     position = data_start
@@ -65,6 +71,8 @@ def parse_header(header: bytes | bytearray | memoryview, file_bytes: int) -> lis
 
 
 def _record(name: str, entry: Any, data_start: int) -> TensorRecord:
+    if fault := name_fault(name):
+        raise AdapterError(f"its header is refused: {fault}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterError(f"header entry of tensor {name!r} is not {{dtype, shape, data_offsets}}: corrupt")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -72,12 +80,17 @@ def _record(name: str, entry: Any, data_start: int) -> TensorRecord:
         raise AdapterError(f"header entry of tensor {name!r} is malformed: corrupt")
     begin, end = offsets
     if end < begin or (dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]):
-        raise AdapterError(f"tensor {name!r}: {end - begin} bytes do not hold {dtype} of shape {shape}: corrupt")
+        raise AdapterError(f"tensor {name!r}: {end - begin} bytes do not hold {brief(dtype)} of shape {shape}: corrupt")
     return TensorRecord(name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    """A few whole numbers: no tensor has more axes, and none is larger than a file can be."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_AXES
+        and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value)
+    )
 
 
 def header_length(prefix: bytes | bytearray | memoryview, file_bytes: int) -> int:
@@ -117,11 +130,18 @@ def tensor_view(data: bytearray, record: TensorRecord) -> torch.Tensor:
 
 
 def load_json_object(text: bytes) -> dict[str, Any]:
-    """Parse one JSON object; a repeated key is an error, not the last value. Raises AdapterError."""
+    """Parse one JSON object of a bounded size; a repeated key is an error, not the last value. Raises AdapterError."""
+    value = _parse_object(text)
+    if fault := value_fault(value):
+        raise AdapterError(fault)
+    return value
+
+
+def _parse_object(text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"not valid JSON ({error})") from None
+        raise AdapterError(f"not valid JSON ({str(error)[:300]})") from None
     if not isinstance(value, Mapping):
         raise AdapterError(f"a JSON {type(value).__name__}, not an object")
     return dict(value)
@@ -130,6 +150,7 @@ def load_json_object(text: bytes) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"key {brief(twice)} appears twice")
     return entries

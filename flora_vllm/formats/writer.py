@@ -15,8 +15,8 @@ from safetensors.torch import save
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.families.flora import FLORA_A, FLORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
-from flora_vllm.formats.limits import Limits
 from flora_vllm.formats.names import PREFIX
+from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
 
 

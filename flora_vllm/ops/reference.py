@@ -42,27 +42,30 @@ def _one_token(
 ) -> torch.Tensor:
     if terms is None:
         return weight_OI @ x_I + bias_O
+    rare = {stage: [term for term in terms.rare if term.stage == stage] for stage in ("input", "added", "output")}
     turned_I = x_I
-    for rare in terms.rare:
-        if rare.stage == "input":
-            turned_I = rare.apply(turned_I[None])[0]
-    y = torch.zeros_like(bias_O)
-    if terms.plain_O is not None:
-        y = y + terms.plain_O.double() * (weight_OI @ turned_I)
-    if terms.a_RI is not None:
-        assert terms.b_RO is not None, "scaled products have both sides"
-        for a_I, b_O in zip(terms.a_RI.double(), terms.b_RO.double(), strict=True):
-            y = y + b_O * (weight_OI @ (a_I * turned_I))
+    for term in rare["input"]:
+        turned_I = term.apply(turned_I[None])[0]
+    y = _products(turned_I, weight_OI, terms)
     if terms.down_RI is not None:
         assert terms.up_RO is not None, "a low-rank term has both sides"
         y = y + (terms.down_RI.double() @ x_I) @ terms.up_RO.double()
-    for rare in terms.rare:
-        if rare.stage == "added":
-            y = y + rare.apply(x_I[None])[0]
+    for term in rare["added"]:
+        y = y + term.apply(x_I[None])[0]
     y = y + bias_O
     if terms.offset_O is not None:
         y = y + terms.offset_O.double()
-    for rare in terms.rare:
-        if rare.stage == "output":
-            y = rare.apply(y[None])[0].to(y.dtype)
+    for term in rare["output"]:
+        y = term.apply(y[None])[0].to(y.dtype)
+    return y
+
+
+def _products(x_I: torch.Tensor, weight_OI: torch.Tensor, terms: SliceTerms) -> torch.Tensor:
+    y = torch.zeros(weight_OI.shape[0], dtype=weight_OI.dtype)
+    if terms.plain_O is not None:
+        y = y + terms.plain_O.double() * (weight_OI @ x_I)
+    if terms.a_RI is not None:
+        assert terms.b_RO is not None, "scaled products have both sides"
+        for a_I, b_O in zip(terms.a_RI.double(), terms.b_RO.double(), strict=True):
+            y = y + b_O * (weight_OI @ (a_I * x_I))
     return y

@@ -20,7 +20,7 @@ from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
-from flora_vllm.formats.limits import Limits
+from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached

@@ -16,10 +16,9 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import ConfigError
-from flora_vllm.formats.limits import Limits
 from flora_vllm.formats.model_order import modules_of
+from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
