@@ -14,16 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.ops.paths import PATHS, PathChoice
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
-
-PathChoice = Literal["auto", "stacked", "modulated"]
-PATHS: tuple[PathChoice, ...] = ("auto", "stacked", "modulated")
-
 
 # What a measurement needs of a kernel's slots.
 SLOTS_MEASURED, RANKS_MEASURED = 16, 16
