@@ -49,9 +49,9 @@ from quality_stats import summarise
 
 from flora_vllm.demo.model_assets import fetch_smollm2, fetch_whisper_base
 from flora_vllm.errors import ConfigError
-from flora_vllm.training.build import METHODS
+from flora_vllm.train_request import RATES, Request
 from flora_vllm.training.checkpoint import training_directory
-from flora_vllm.training.run import Request, sweep, train_one
+from flora_vllm.training.run import sweep, train_one
 
 MODULES: dict[str, Any] = {"code": quality_code, "speech": quality_speech}
 FETCH_DATA = {"code": code_data, "speech": speech_data}
@@ -146,7 +146,7 @@ def _arguments() -> argparse.Namespace:
         "--task", choices=MODULES, help="train and serve one task alone, so that two runs can share the work"
     )
     parser.add_argument("--language", choices=[*CODE, *SPEECH], help="train one language alone, for the same reason")
-    parser.add_argument("--method", choices=METHODS, help="train one method alone")
+    parser.add_argument("--method", choices=RATES, help="train one method alone")
     parser.add_argument(
         "--rate-factor",
         type=float,
@@ -262,7 +262,7 @@ def _rate(run: Run, cell: Cell) -> float:
     For a task with a finer search, then whole runs from the best down, further by 2 while the best is at an end.
     Every rate tried is a row.
     """
-    chosen, default = sweep_cell(cell), METHODS[cell.method].rate
+    chosen, default = sweep_cell(cell), RATES[cell.method]
     if (known := run.chosen_rate(cell)) is not None:
         return known
     if run.options.quick:
@@ -340,7 +340,7 @@ def _cell_seconds(run: Run, cell: Cell) -> float:
 
     size = run.sizes[cell.task]
     base, split = MODULES[cell.task].prepare(run.model(cell.task), run.data(cell), size)
-    adapted = attach(_request(run, cell, METHODS[cell.method].rate), base)
+    adapted = attach(_request(run, cell, RATES[cell.method]), base)
     batch = as_batch(split.train[list(range(size.batch))], next(adapted.parameters()).device)
     backward(adapted, [batch])  # the first one sets up
     began = time.monotonic()

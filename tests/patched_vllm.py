@@ -71,7 +71,10 @@ def option_results(model: str) -> Iterator[tuple[str, Any]]:
     yield "flora", shown("--enable-flora", "--max-flora-rank", "4")
     yield "flora by config", shown("--additional-config", json.dumps(FLORA))
     yield "rank without flora", outcome(lambda: config("--max-flora-rank", "4"))
-    yield "bad rank", outcome(lambda: config("--enable-flora", "--max-flora-rank", "0"))
+    yield (
+        "bad rank",
+        outcome(lambda: EngineArgs(model, additional_config={"flora": {"max_rank": 0}}).create_engine_config()),
+    )
     yield "sharded", outcome(lambda: config("--enable-flora", "--fully-sharded-loras"))
     yield "weights", weight_results(config("--enable-flora"), config("--enable-lora"))
     yield "managers", manager_results(config("--enable-flora"), config("--enable-lora"))

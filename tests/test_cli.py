@@ -72,7 +72,7 @@ class TestHelp:
 
     def test_help_imports_neither_torch_nor_engines(self):
         code = (
-            "import sys\nfrom flora_vllm import cli\n"
+            "import sys\nfrom flora_vllm.commands import cli\n"
             f"for name in {[command.name for command in available()]!r}:\n"
             "    cli.make_parser([name])\n"
             "print(*sorted({'torch', 'vllm', 'ray', 'peft', 'transformers'} & sys.modules.keys()))"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from flora_vllm.cluster.config import ClusterConfig, parse, to_data
 from flora_vllm.commands.cli import main
 from flora_vllm.errors import ClusterError, ConfigError, HookError
+from flora_vllm.plugin.options import FloraOptions
 
 with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
@@ -23,7 +25,7 @@ with warnings.catch_warnings():
     import ray
 
     from flora_vllm.cluster import manifest, operate, ray_hooks
-    from flora_vllm.cluster.app import build_app, build_from_data, deployment_options
+    from flora_vllm.cluster.app import _llm_config, build_app, build_from_data, deployment_options
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and vLLM warn when imported
 
@@ -133,6 +135,16 @@ def test_deployment_options_reach_serve(config):
     assert first["num_replicas"] == 2
     assert second["autoscaling_config"]["max_replicas"] == 5
     assert first["deployment_actors"][0].init_kwargs["model"]["name"] == "Smol.1"
+
+
+def test_the_plugins_options_reach_every_engine():
+    data = {"name": "smol", "source": "hub/smol", "max_rank": 32, "flora": {"path": "stacked"}}
+    config = parse(ClusterConfig, {"models": [data]})
+    made = _llm_config(config, config.models[0])
+    assert made.engine_kwargs["additional_config"] == {"flora": asdict(FloraOptions(max_rank=32, path="stacked"))}
+    for bad, words in (({"max_rank": 3}, "unknown keys max_rank"), ({"path": "fast"}, "--flora-path")):
+        with pytest.raises(ConfigError, match=words):
+            parse(ClusterConfig, {"models": [{**data, "flora": bad}]})
 
 
 def test_every_name_of_ray_that_we_use_is_there():

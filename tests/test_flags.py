@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.plugin.options import CarriedOptions, FloraOptions, carried, options_of
+from flora_vllm.options import fields_of
+from flora_vllm.plugin.carried import CarriedOptions, carried
+from flora_vllm.plugin.options import FloraOptions, options_of
 
 # vLLM and what it imports warn in this process.
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -186,5 +188,21 @@ def test_help_teaches_the_flags() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     text = make_arg_parser(FlexibleArgumentParser()).format_help()
-    for flag in ("--enable-flora", "--max-flora-rank", "--flora-path", "--flora-adapter-root", "--flora-graph-rows"):
-        assert flag in text
+    ours = " ".join(text.split("Serve FLoRA, HiRA")[1].split())
+    for flag in ("--enable-flora", *(field.metadata["flag"] for field in fields_of(FloraOptions).values())):
+        assert flag in ours
+    assert "larger ones are refused. Default: 16. " in ours, "our default, not argparse's None"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--flora"], "there is no --flora; --enable-flora"),
+        (["--enable-flora", "--max-flora-rank", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--enable-flora", "--flora-path", "fast"], "invalid choice: 'fast'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_usage_errors(words: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse("--model", "x", *words)
+    assert message in capsys.readouterr().err

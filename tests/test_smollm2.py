@@ -31,11 +31,11 @@ def client(smollm2_dir: Path) -> Iterator[Client]:
 
 
 def merged_state(original: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    merged = dict(original)
+    state = dict(original)
     if name != BASE:
         for module, terms in read_adapter(ADAPTERS / name).modules.items():
-            merged[f"{module}.weight"], _ = merged(original[f"{module}.weight"], None, terms.terms)
-    return merged
+            state[f"{module}.weight"], _ = merged(original[f"{module}.weight"], None, terms.terms)
+    return state
 
 
 def test_each_request_gets_its_merged_model(client: Client, smollm2_dir: Path) -> None:

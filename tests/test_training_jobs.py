@@ -9,8 +9,9 @@ from training_support import sentences, tiny_llama, tiny_tokenizer
 
 from flora_vllm.commands import train as train_command
 from flora_vllm.errors import ConfigError
+from flora_vllm.train_request import Request
 from flora_vllm.training import jobs
-from flora_vllm.training.run import Request, read_blocks, train_one
+from flora_vllm.training.run import read_blocks, train_one
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +80,14 @@ def test_command_trains_all_and_prints_one_serve_line(file, tmp_path, base, caps
     ("text", "words"),
     [
         ("jobs: []", "needs base: MODEL and jobs"),
-        ("base: m\njobs: [{data: d, out: o, speed: 3}]", "job 1: unknown 'speed'; known: base, data"),
+        ("base: m\njobs: [{data: d, out: o, speed: 3}]", "job 1: it has unknown keys speed; allowed are method, rank"),
         ("base: m\njobs: [{data: d}]", "job 1: out must be given"),
         ("base: m\njobs: [{data: d, out: o}, {data: e, out: o}]", "two jobs write to o"),
-        ("base: m\njobs: [{data: d, out: o, rank: 1.5}]", "rank is 1.5, must be a whole number"),
-        ("base: m\njobs: [{data: d, out: o, lr: fast}]", "lr is 'fast', must be a number"),
+        (
+            "base: m\njobs: [{data: d, out: o, rank: 1.5}]",
+            r"rank \(--rank\) must be a whole number .* got 1.5",
+        ),
+        ("base: m\njobs: [{data: d, out: o, lr: fast}]", r"lr \(--lr\) must be a number above 0, got 'fast'"),
         ("base: m\njobs: [{data: d, out: o, length: 8}]", "length must be the same for all jobs"),
         ("base: m\nmethod: lora\njobs: [{data: d, out: o}]", "only method flora"),
         ("base: m\njobs: [3]", "job 1: is 3"),

@@ -1,10 +1,12 @@
 """The Serve application of a ClusterConfig, from Python or from a `serve deploy` file."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flora_vllm.cluster.config import ClusterConfig, ModelConfig, parse, to_data
 from flora_vllm.errors import ClusterError, ConfigError
+from flora_vllm.plugin.options import KEY
 
 ROUTER = "flora_vllm.cluster.router.AdapterAffinityRouter"
 IMPORT_PATH = "flora_vllm.cluster.app:build_from_data"
@@ -88,7 +90,7 @@ def _llm_config(config: ClusterConfig, model: ModelConfig) -> Any:
             "max_lora_rank": model.max_rank,
             "tensor_parallel_size": model.tensor_parallel,
             "pipeline_parallel_size": model.pipeline_parallel,
-            "additional_config": {"flora": {"max_rank": model.max_rank, "path": "auto", "adapter_root": None}},
+            "additional_config": {KEY: asdict(model.flora_options)},
             **model.engine,
         },
         deployment_config=deployment_options(config, model),

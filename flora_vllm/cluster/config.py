@@ -25,6 +25,8 @@ from flora_vllm.cluster.rules.placement import UNLIMITED
 from flora_vllm.cluster.rules.policy import PolicyOptions
 from flora_vllm.cluster.rules.routing import RoutingOptions
 from flora_vllm.errors import ConfigError
+from flora_vllm.options import from_mapping
+from flora_vllm.plugin.options import FloraOptions
 
 # Ray's ingress splits adapter ids at the first colon, and an at sign separates name and version.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -80,8 +82,8 @@ class ModelConfig:
 
     slots: adapters in memory per replica. max_rank: largest rank served. adapter_bytes: memory for adapters per
     replica, None for no limit but the slots. device: "gpu" or "cpu". cpus: CPU cores reserved per replica. engine:
-    further vLLM engine arguments. environment: variables for the replicas. max_requests: requests running or queued on
-    one replica.
+    further vLLM engine arguments. flora: the plugin's other options, by their names in Python. environment: variables
+    for the replicas. max_requests: requests running or queued on one replica.
     """
 
     name: str
@@ -100,6 +102,7 @@ class ModelConfig:
     replicas_per_node: int | None = None
     max_requests: int = 64
     engine: Mapping[str, Any] = field(default_factory=dict)
+    flora: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     defaults: AdapterOptions = AdapterOptions()
     adapter_options: Mapping[str, AdapterOptions] = field(default_factory=dict)
@@ -128,8 +131,17 @@ class ModelConfig:
             "distributed_executor_backend",
         }
         faults += [f"engine: {key} is set from other keys of this file" for key in sorted(reserved & set(self.engine))]
+        try:
+            _ = self.flora_options
+        except ConfigError as error:
+            faults.append(str(error))
         if faults:
             raise ConfigError(f"model {self.name}: " + "; ".join(faults))
+
+    @property
+    def flora_options(self) -> FloraOptions:
+        """What each replica's engine is started with."""
+        return from_mapping(FloraOptions, self.flora, "flora", max_rank=self.max_rank)
 
     def options_for(self, adapter: str) -> AdapterOptions:
         return self.adapter_options.get(adapter, self.defaults)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flora_vllm.errors import ConfigError, FloraError
+from flora_vllm.options import add_flags, flags_of, given
+from flora_vllm.train_request import RATES, Request
 
 if TYPE_CHECKING:
     from flora_vllm.training.run import Measured
@@ -26,7 +28,7 @@ format and rate will do, and a line without a language gets the one the model he
 
 OUT becomes a directory that the server loads; the command that serves it is printed at the end. OUT.training beside
 it holds the log and what is needed to go on: run the same command again after Ctrl-C or a crash. With --lr left out
-each method gets its own rate (flora 8e-3, lora 2e-4, ia3 5e-3); FLoRA's factors multiply the weights and need tens of
+each method gets its own rate (RATES); FLoRA's factors multiply the weights and need tens of
 times LoRA's rate.
 
 With --jobs one run trains many FLoRA adapters in shared batches, each example through its own:
@@ -41,35 +43,17 @@ With --jobs one run trains many FLoRA adapters in shared batches, each example t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train an adapter that flora-vllm serves."
-    parser.epilog = EXAMPLES
+    parser.epilog = EXAMPLES.replace("RATES", ", ".join(f"{method} {rate:g}" for method, rate in RATES.items()))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("base", metavar="BASE", nargs="?", help="model directory or hub id")
     parser.add_argument(
         "data", metavar="DATA", nargs="?", type=Path, help=".jsonl of texts, chats or clips, text file or directory"
     )
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="directory to write the adapter to")
-    # What is not given is left to training.run.Request, which holds the defaults for jobs files too.
-    unset = argparse.SUPPRESS
-    parser.add_argument("--method", choices=("flora", "lora", "ia3"), default=unset, help="default: flora")
-    parser.add_argument("--rank", type=int, default=unset, help="default: 1, where FLoRA is cheapest to serve")
-    targets = "module names with commas, a regex or all-linear (default: PEFT's choice for the architecture)"
-    parser.add_argument("--targets", default=unset, help=targets)
-    parser.add_argument("--steps", type=int, default=unset, help="default: one epoch")
-    parser.add_argument("--epochs", type=float, default=unset, help="passes over the training blocks")
-    parser.add_argument("--lr", type=float, default=unset, help="peak learning rate (default: the method's, see below)")
-    parser.add_argument("--batch", type=int, default=unset, help="blocks in a step (default: 4)")
-    parser.add_argument(
-        "--length", type=int, default=unset, help="tokens in a block, or the most in a transcript (256)"
-    )
-    parser.add_argument("--held-out", type=float, default=unset, help="share of the text to measure with (0.05)")
-    parser.add_argument("--save-every", type=int, default=unset, metavar="STEPS", help="default: 50")
-    parser.add_argument("--seed", type=int, default=unset, help="default: 0")
+    add_flags(Request, parser)
     parser.add_argument("--sweep", action="store_true", help="first try five rates shortly and take the best")
     parser.add_argument("--restart", action="store_true", help="forget the run that OUT.training holds")
     parser.add_argument("--jobs", type=Path, metavar="FILE", help="train the adapters this YAML file lists, together")
-
-
-OPTIONS = ("method", "rank", "targets", "steps", "epochs", "lr", "batch", "length", "held_out", "save_every", "seed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     # Imported here so that `--help` does not wait for torch, transformers and PEFT.
-    from flora_vllm.training.run import Request, prepare, sweep, train_one
+    from flora_vllm.training.run import prepare, sweep, train_one
 
     if args.base is None or args.data is None or args.out is None:
         raise ConfigError("give BASE DATA OUT, or --jobs FILE; --help has examples")
-    if args.sweep and hasattr(args, "lr"):
+    if args.sweep and args.lr is not None:
         raise ConfigError("--sweep looks for the rate that --lr gives; leave one out")
-    request = Request(args.base, args.data, args.out, **{k: getattr(args, k) for k in OPTIONS if hasattr(args, k)})
+    request = Request(args.base, args.data, args.out, **given(Request, args))
     if args.restart:
         _forget(request.out)
     model, blocks = prepare(request)
@@ -111,10 +95,10 @@ def _train(args: argparse.Namespace) -> None:
 def _train_jobs(args: argparse.Namespace) -> None:
     from flora_vllm.training.jobs import read_jobs, train_together
 
-    given = [name for name in ("base", "data", "out") if getattr(args, name) is not None]
-    given += [f"--{name.replace('_', '-')}" for name in OPTIONS if hasattr(args, name)]
-    if given or args.sweep:
-        raise ConfigError(f"--jobs says all of it in its file; leave out {', '.join(given or ['--sweep'])}")
+    said = [name for name in ("base", "data", "out") if getattr(args, name) is not None]
+    said += [flags_of(Request, [name]) for name in given(Request, args)]
+    if said or args.sweep:
+        raise ConfigError(f"--jobs says all of it in its file; leave out {', '.join(said or ['--sweep'])}")
     requests = read_jobs(args.jobs)
     if args.restart:
         for request in requests:

@@ -15,16 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.ops.paths import PATHS, PathChoice
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
-
-PathChoice = Literal["auto", "stacked", "modulated"]
-PATHS: tuple[PathChoice, ...] = ("auto", "stacked", "modulated")
-
 
 NEVER = 2**62  # tokens; no step has so many
 

@@ -1,6 +1,7 @@
 """The plugin: the only package that names vLLM's internals.
 
-    options.py        what the user may set, and how it reaches every process
+    options.py        what the user may set: one field an option
+    carried.py        how the options reach every process
     hooks.py          the table of vLLM symbols we rely on; versions; checked before anything is replaced
     install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
     flags.py          command-line flags and their way into the engine's config

@@ -9,9 +9,10 @@ import importlib
 from typing import Any
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.options import add_flags, flags_of, given
 from flora_vllm.plugin import encoder_rows
 from flora_vllm.plugin.hooks import offers
-from flora_vllm.plugin.options import KEY, FloraOptions, carried, options_of
+from flora_vllm.plugin.options import KEY, FloraOptions, options_of
 
 _WRAPPED = "_flora_wrapped"
 
@@ -52,7 +53,6 @@ def install() -> None:
 
 
 def _add_flags(parser: Any) -> Any:
-    defaults = FloraOptions()
     group = parser.add_argument_group(
         title="FLoRA", description="Serve FLoRA, HiRA, IA3 and LoRA adapters, each request with its own (flora-vllm)."
     )
@@ -62,50 +62,27 @@ def _add_flags(parser: Any) -> Any:
         default=False,
         help="Serve adapters through flora-vllm; implies --enable-lora.",
     )
-    group.add_argument(
-        "--max-flora-rank",
-        type=int,
-        default=None,
-        help=f"Largest rank of a FLoRA or HiRA adapter (default {defaults.max_rank}); larger ones are refused.",
-    )
-    group.add_argument(
-        "--flora-path",
-        choices=["auto", "stacked", "modulated"],
-        default=None,
-        help="How adapted rows are computed (default auto: the cheaper one per run of tokens, by measured costs). "
-        "One fixed path makes results independent of what else is in the batch, to float rounding.",
-    )
-    group.add_argument(
-        "--flora-adapter-root",
-        default=None,
-        help="Directory that adapter paths arriving by request must lie in. Paths in --lora-modules are not confined.",
-    )
-    group.add_argument(
-        "--flora-graph-rows",
-        type=int,
-        default=None,
-        help="Experimental, never run on a GPU: capture CUDA graphs with adapters in them, for steps whose adapter "
-        "tokens need at most this many base products in all (a FLoRA token of rank r needs r). Default 0: steps with "
-        "adapter tokens run without CUDA graphs.",
-    )
+    # Without it `--flora` is an ambiguous beginning of the flags below.
+    group.add_argument("--flora", action=_Suggestion, nargs="?", help=argparse.SUPPRESS)
+    add_flags(FloraOptions, group)
     return parser
 
 
+class _Suggestion(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.error("there is no --flora; --enable-flora serves adapters through flora-vllm")
+
+
 def _fold(args: argparse.Namespace) -> argparse.Namespace:
-    given = {
-        "max_rank": getattr(args, "max_flora_rank", None),
-        "path": getattr(args, "flora_path", None),
-        "adapter_root": getattr(args, "flora_adapter_root", None),
-        "graph_rows": getattr(args, "flora_graph_rows", None),
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    on_command_line = given(FloraOptions, args)
     if not getattr(args, "enable_flora", False):
-        if given:
-            raise ConfigError(f"{sorted(given)} given without --enable-flora; add --enable-flora or leave them out")
+        if on_command_line:
+            flags = flags_of(FloraOptions, on_command_line)
+            raise ConfigError(f"{flags} given without --enable-flora; add --enable-flora or leave them out")
         return args
     folded = argparse.Namespace(**vars(args))
     config = dict(getattr(args, "additional_config", None) or {})
-    config[KEY] = {**config.get(KEY, {}), **given}
+    config[KEY] = {**config.get(KEY, {}), **on_command_line}
     FloraOptions.from_mapping(config[KEY])
     folded.additional_config = config
     folded.enable_lora = True
@@ -139,6 +116,8 @@ def _after_config(config: Any) -> None:
         encoder_rows.prepare_config(config)
     if options.graph_rows and (faults := _graph_faults(config)):
         raise ConfigError(f"graph_rows (--flora-graph-rows) cannot be used here: {'; '.join(faults)}; leave it out")
+    from flora_vllm.plugin.carried import carried
+
     config.additional_config = {**config.additional_config, KEY: carried(options)}
 
 

@@ -1,34 +1,36 @@
 """`flora_vllm.LLM`: vLLM's offline LLM with adapters on."""
 
+import inspect
 from typing import Any
 
-from flora_vllm.plugin.options import KEY
+from flora_vllm.options import fields_of, keyword, keywords
+from flora_vllm.plugin.options import KEY, FloraOptions
 
 
-def LLM(  # noqa: N802 - stands where vllm.LLM stands
-    model: str,
-    *,
-    max_flora_rank: int = 16,
-    flora_path: str = "auto",
-    flora_adapter_root: str | None = None,
-    flora_graph_rows: int = 0,
-    **vllm_options: Any,
-) -> Any:
-    """A `vllm.LLM` that serves FLoRA, HiRA, IA3 and LoRA adapters; `vllm_options` go to vLLM unchanged.
+def LLM(model: str, **options: Any) -> Any:  # noqa: N802 - stands where vllm.LLM stands
+    """A `vllm.LLM` that serves adapters of every family.
 
-        llm = flora_vllm.LLM("BASE", max_loras=8)
+        llm = flora_vllm.LLM("BASE", max_loras=8, max_flora_rank=32)
         llm.generate(prompts, sampling, lora_request=[LoRARequest("poems", 1, "poems_dir"), None])
 
-    Raises ConfigError for a bad option and HookError if this vLLM cannot be used safely.
+    `options`: those of `vllm serve --enable-flora` with underscores (max_flora_rank, flora_path, …; the signature has
+    them all); all others go to vLLM unchanged. Raises ConfigError for a bad value, HookError if this vLLM cannot be
+    used safely, and vLLM's TypeError for an unknown name.
     """
     import vllm
 
-    options = {
-        "max_rank": max_flora_rank,
-        "path": flora_path,
-        "adapter_root": flora_adapter_root,
-        "graph_rows": flora_graph_rows,
-    }
-    config = {**(vllm_options.pop("additional_config", None) or {}), KEY: options}
-    vllm_options["enable_lora"] = True
-    return vllm.LLM(model=model, additional_config=config, **vllm_options)
+    ours = {name: options.pop(keyword(f)) for name, f in fields_of(FloraOptions).items() if keyword(f) in options}
+    config = {**(options.pop("additional_config", None) or {}), KEY: ours}
+    FloraOptions.from_mapping(ours)
+    options["enable_lora"] = True
+    return vllm.LLM(model=model, additional_config=config, **options)
+
+
+# What `help`, editors and notebooks show.
+LLM.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+    [
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str),
+        *keywords(FloraOptions),
+        inspect.Parameter("vllm_options", inspect.Parameter.VAR_KEYWORD),
+    ]
+)

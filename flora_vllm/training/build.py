@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -14,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.training.config import FloraConfig
-from flora_vllm.training.learning_rate import DEFAULT_LEARNING_RATE
 
 # IA3 scales the input of these and the output of all others.
 FEEDFORWARD = ("down_proj", "fc2", "dense_4h_to_h", "wo", "w2")
@@ -25,14 +23,6 @@ ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = {"whisper": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
 
 Targets = list[str] | str | None
-
-
-@dataclass(frozen=True)
-class Method:
-    """`rate`: the default learning rate (FLoRA: the paper's; LoRA and IA3: the paper's for the same task)."""
-
-    rate: float
-    config: Callable[[int, Targets, str], PeftConfig]
 
 
 def _task(model_type: str) -> str | None:
@@ -63,11 +53,8 @@ def _ia3(rank: int, targets: Targets, model_type: str) -> PeftConfig:
     )
 
 
-METHODS = {
-    "flora": Method(DEFAULT_LEARNING_RATE, _flora),
-    "lora": Method(2e-4, _lora),
-    "ia3": Method(5e-3, _ia3),
-}
+# Name -> (rank, targets, model type) -> PEFT's configuration.
+METHODS: dict[str, Callable[[int, Targets, str], PeftConfig]] = {"flora": _flora, "lora": _lora, "ia3": _ia3}
 
 
 def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -5,7 +5,7 @@ when trained alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,16 +16,20 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.options import from_mapping
+from flora_vllm.train_request import Request
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
 from flora_vllm.training.checkpoint import load_state
 from flora_vllm.training.data import as_batch
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import Job, backward, held_out_loss, train
-from flora_vllm.training.run import Bar, Measured, Request, measure_and_publish, read_blocks, settings_of
+from flora_vllm.training.run import Bar, Measured, measure_and_publish, read_blocks, settings_of
 from flora_vllm.training.speech import is_speech_model
 
 # One batch holds all jobs' examples, so these are the file's, not a job's.
 SHARED = ("base", "length")
+# What is no option but must be said.
+PLACES = ("base", "data", "out")
 
 
 @dataclass(frozen=True)
@@ -67,27 +71,13 @@ def _request(common: dict[str, Any], job: object) -> Request:
     if shared := sorted(set(SHARED) & set(job)):
         raise ConfigError(f"{', '.join(shared)} must be the same for all jobs; move it to the top of the file")
     values = {**common, **job}
-    known = {field.name: field.type for field in fields(Request)}
-    if unknown := sorted(set(values) - set(known)):
-        raise ConfigError(f"unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-    if missing := [name for name in ("base", "data", "out") if not isinstance(values.get(name), str)]:
+    if missing := [name for name in PLACES if not isinstance(values.get(name), str)]:
         raise ConfigError(f"{', '.join(missing)} must be given as text")
-    for name in ("rank", "steps", "batch", "length", "save_every", "seed"):
-        if name in values and (not isinstance(values[name], int) or isinstance(values[name], bool)):
-            raise ConfigError(f"{name} is {values[name]!r}, must be a whole number")
-    for name in ("lr", "epochs", "held_out"):
-        if name in values and isinstance(values[name], str):  # YAML reads 8e-3 as text
-            values[name] = _number(name, values[name])
     if values.get("method", "flora") != "flora":
         raise ConfigError("only method flora can train in a shared batch; PEFT's own methods refuse to")
-    return Request(**{**values, "data": Path(values["data"]), "out": Path(values["out"])})
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{name} is {text!r}, must be a number") from None
+    options = {name: value for name, value in values.items() if name not in PLACES}
+    places = {"base": values["base"], "data": Path(values["data"]), "out": Path(values["out"])}
+    return from_mapping(Request, options, "it", **places)
 
 
 def train_together(requests: Sequence[Request]) -> Report:
@@ -127,7 +117,7 @@ def attach_all(requests: Sequence[Request], model: PreTrainedModel) -> PeftModel
     adapted: PeftModel | None = None
     for index, request in enumerate(requests):
         torch.manual_seed(request.seed)
-        config = METHODS["flora"].config(
+        config = METHODS["flora"](
             request.rank, parse_targets(request.targets, model.config.model_type), model.config.model_type
         )
         if adapted is None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from flora_vllm.train_request import RATES
+
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-DEFAULT_LEARNING_RATE = 8e-3
+DEFAULT_LEARNING_RATE = RATES["flora"]
 SMALLEST_SENSIBLE_RATE = 1e-3
 
 

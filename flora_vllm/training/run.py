@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.train_request import Request
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
 from flora_vllm.training.checkpoint import Settings, load_state, log_row, publish_adapter
 from flora_vllm.training.data import Blocks, Split, make_blocks, read_documents
@@ -20,51 +21,6 @@ from flora_vllm.training.loop import DivergedError, Job, held_out_loss, train
 from flora_vllm.training.speech import is_speech_model, load_speech_base, read_clips, split_clips
 
 SWEEP_FACTORS, SWEEP_SHARE = (0.25, 0.5, 1.0, 2.0, 4.0), 0.1
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to train, as the user says it; one checked value per option of `flora-vllm train`."""
-
-    base: str
-    data: Path
-    out: Path
-    method: str = "flora"
-    rank: int = 1
-    targets: str | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    lr: float | None = None
-    batch: int = 4
-    length: int = 256
-    held_out: float = 0.05
-    save_every: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"rank": 1, "steps": 1, "batch": 1, "length": 2, "save_every": 1}
-        faults = [
-            f"{name} is {value}, must be at least {low}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None and value < low
-        ]
-        if self.method not in METHODS:
-            faults.append(f"method is {self.method!r}, allowed are {', '.join(METHODS)}")
-        faults += [
-            f"{name} is {value}, must be above 0"
-            for name, value in (("epochs", self.epochs), ("lr", self.lr))
-            if value is not None and not value > 0
-        ]
-        if self.steps is not None and self.epochs is not None:
-            faults.append("steps and epochs say the same thing; leave one out")
-        if not 0 < self.held_out < 1:
-            faults.append(f"held_out is {self.held_out}, must be between 0 and 1")
-        if faults:
-            raise ConfigError("; ".join(faults))
-
-    @property
-    def rate(self) -> float:
-        return self.lr or METHODS[self.method].rate
 
 
 @dataclass(frozen=True)
@@ -119,7 +75,7 @@ def attach(request: Request, model: PreTrainedModel) -> PeftModel:
     """The model with the request's adapter, initialised from its seed."""
     torch.manual_seed(request.seed)
     model_type = model.config.model_type
-    config = METHODS[request.method].config(request.rank, parse_targets(request.targets, model_type), model_type)
+    config = METHODS[request.method](request.rank, parse_targets(request.targets, model_type), model_type)
     return add_adapter(model, config)
 
 
