@@ -118,7 +118,9 @@ class Bench:
 
     def terms(self, name: str, rank: int) -> SliceTerms:
         inputs, outputs = self.tensor(rank, self.in_features), self.tensor(rank, self.out_features)
-        return SliceTerms(a_RI=inputs, b_RO=outputs) if name == "flora" else SliceTerms(down_RI=inputs, up_RO=outputs)
+        if name == "flora":
+            return SliceTerms(a_RI=inputs, b_RO=outputs)
+        return SliceTerms(plain_O=torch.ones(1), down_RI=inputs, up_RO=outputs)
 
     @staticmethod
     def plain(kernel: LinearKernel) -> Callable[[torch.Tensor], torch.Tensor]:
