@@ -1,0 +1,123 @@
+"""Every family served: all adapters of an architecture in one engine and one batch, against PEFT's own forward.
+
+The adapters are those that the tests of the families' files make, fill and save; each must be served as PEFT computes
+it, alone as in the batch, and leave nothing behind.
+"""
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import engine_support as support
+import peft
+import pytest
+import torch
+from engine_support import Answer, Ask
+from families_support import Fill, fill_normal
+from tiny_models import TINY_MODELS
+
+pytestmark = support.ENGINE_MARKS
+
+# Names of cases -> where they are; a case is (architecture, config) or (architecture, config, fill).
+SOURCES = ("test_families", "test_families_low", "test_families_maps", "test_families_shared", "test_families_dense")
+PROMPT = support.prompt(13, seed=5)
+# Their tiny models have other sizes, or what is tested needs no engine.
+LEFT_OUT = ("conv1d", "gpt2")
+NEW = 4
+# PEFT computes in float32 too: what is compared is two roundings of the same sums, relative to what the adapter does.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Case:
+    config: peft.PeftConfig
+    fill: Fill
+    task: str | None = None
+
+
+@dataclass
+class Served:
+    model: Path
+    paths: dict[str, Path] = field(default_factory=dict)
+    answers: dict[str, list[tuple[Ask, Answer]]] = field(default_factory=dict)
+    alone: dict[str, Answer] = field(default_factory=dict)
+    base_after: Answer | None = None
+
+
+def cases_of(architecture: str) -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for source in SOURCES:
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError:
+            continue
+        for name, case in module.CASES.items():
+            values: tuple[Any, ...] = case if isinstance(case, tuple) else tuple(vars(case).values())
+            where, config, *rest = values
+            if where != architecture or any(word in name for word in LEFT_OUT) or (len(rest) > 2 and rest[2]):
+                continue
+            fill, task = (*rest, None, None)[:2]
+            found[name] = Case(config() if callable(config) else config, fill or fill_normal, task)
+    return found
+
+
+def save(model: Path, case: Case, path: Path) -> None:
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(support.load(model), case.config)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            case.fill(name, parameter.data)
+    wrapped.save_pretrained(str(path))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "phi3"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp(request.param)
+    served = Served(TINY_MODELS[request.param](folder / "model"))
+    for name, case in cases_of(request.param).items():
+        if case.task is None:
+            save(served.model, case, folder / name)
+            served.paths[name] = folder / name
+    prompts = {name: support.prompt(5 + i % 17, seed=i) for i, name in enumerate(served.paths)}
+    asks = [(name, Ask(PROMPT, path)) for name, path in served.paths.items()]
+    asks += [(name, Ask(prompts[name], path)) for name, path in served.paths.items()]
+    asks += [("base", Ask(PROMPT)), ("base", Ask(prompts[name]))]
+    options = {"max_loras": len(served.paths), "max_lora_rank": 256, "max_flora_rank": 64, "max_num_seqs": 256}
+    with support.running(served.model, **options) as engine:
+        for (name, ask), answer in zip(asks, engine.ask([ask for _, ask in asks], NEW), strict=True):
+            served.answers.setdefault(name, []).append((ask, answer))
+        for name, path in list(served.paths.items())[::7]:
+            served.alone[name] = engine.ask([Ask(PROMPT, path)], NEW)[0]
+        for path in served.paths.values():
+            engine.llm.llm_engine.remove_lora(engine.request_for(path).lora_int_id)
+        served.base_after = engine.ask([Ask(PROMPT)], NEW)[0]
+    return served
+
+
+def test_every_adapter_is_pefts_forward(served: Served, record_property: Any) -> None:
+    worst: dict[str, float] = {}
+    for name, path in served.paths.items():
+        model = peft.PeftModel.from_pretrained(support.load(served.model), str(path)).eval()
+        for ask, answer in served.answers[name]:
+            tokens = torch.tensor([[*ask.prompt, *answer.tokens]])
+            with torch.no_grad():
+                whole = torch.log_softmax(model(tokens).logits[0].double(), -1)[len(ask.prompt) - 1 : -1]
+            for place, row in zip(answer.logprobs, whole, strict=True):
+                error = max(abs(value - float(row[token])) for token, value in place.items())
+                worst[name] = max(worst.get(name, 0.0), error)
+    for name, error in worst.items():
+        record_property(name, error)
+    assert not {name: error for name, error in worst.items() if not error < TOLERANCE}
+
+
+def test_alone_is_as_in_the_batch(served: Served) -> None:
+    for name, answer in served.alone.items():
+        assert support.difference(answer, served.answers[name][0][1]) < TOLERANCE, name
+
+
+def test_the_base_is_the_base_before_and_after(served: Served) -> None:
+    oracle = support.oracle_of(served.model)
+    assert served.base_after is not None
+    for ask, answer in [*served.answers["base"], (Ask(PROMPT), served.base_after)]:
+        assert oracle.error(None, ask, answer) < TOLERANCE
