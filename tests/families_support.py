@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from formats_support import linear_layout, tiny_model
@@ -9,7 +10,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from flora_vllm.adapter import Adapter
-from flora_vllm.formats import read_adapter
+from flora_vllm.formats import FAMILIES, read_adapter
 from flora_vllm.formats.model_order import in_order
 from flora_vllm.terms import merged, resolve
 
@@ -64,6 +65,7 @@ def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapte
     state = dict(base)
     for module, terms in adapter.modules.items():
         resolved = resolve(terms.terms, ModelProbe(model, base, module))
+        assert {type(term) for term in resolved} <= set(FAMILIES[adapter.family].kinds), "the row must name its kinds"
         weight, bias = base[f"{module}.weight"], base.get(f"{module}.bias")
         conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
         new_weight, new_bias = merged(weight.T if conv1d else weight, bias, resolved)
@@ -73,10 +75,18 @@ def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapte
     return state
 
 
-def worst_errors(config: PeftConfig, path: Path, architecture: str = "llama", fill: Fill = fill_normal, **changes):
+def worst_errors(
+    config: PeftConfig,
+    path: Path,
+    architecture: str = "llama",
+    fill: Fill = fill_normal,
+    task: str | None = None,
+    **changes: Any,
+) -> tuple[float, float]:
     """(error of the logits against PEFT's own forward of the folder it saved, the adapter's effect on them).
 
-    PEFT loads the folder into a fresh model, as a user's server would have to.
+    PEFT loads the folder into a fresh model, as a user's server would have to. `task`: which task of a family that has
+    several both compute.
     """
     from peft import PeftModel
 
@@ -86,7 +96,7 @@ def worst_errors(config: PeftConfig, path: Path, architecture: str = "llama", fi
     tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(3))
     plain = tiny_model(architecture, **changes)
     plain.load_state_dict(base)
-    adapter = read_adapter(path, layout=linear_layout(plain))
+    adapter = read_adapter(path, layout=linear_layout(plain), task=task)
     with torch.no_grad():
         before = plain(tokens).logits
     ours = tiny_model(architecture, **changes)
@@ -96,5 +106,8 @@ def worst_errors(config: PeftConfig, path: Path, architecture: str = "llama", fi
     ours.load_state_dict(state)
     theirs = PeftModel.from_pretrained(plain, str(path)).eval()
     with torch.no_grad():
-        wanted, found = theirs(tokens).logits, ours(tokens).logits
+        wanted = (
+            theirs(tokens) if task is None else theirs.base_model(tokens, task_ids=torch.full((2,), int(task)))
+        ).logits
+        found = ours(tokens).logits
     return float((found - wanted).abs().max()), float((wanted - before).abs().max())

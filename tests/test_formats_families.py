@@ -8,6 +8,7 @@ from formats_support import edit_config, faults_of, linear_layout, save_peft_ada
 from peft import HiraConfig, IA3Config, LoraConfig
 
 from flora_vllm.formats import read_adapter
+from flora_vllm.terms import Product
 
 torch.set_num_threads(1)
 
@@ -15,17 +16,19 @@ Q0 = "model.layers.0.self_attn.q_proj"
 
 # What PEFT writes when a feature is on that we do not compute.
 LORA_CASES: dict[str, tuple[dict, str]] = {
-    "dora": ({"use_dora": True}, "family 'DORA' is not supported yet; supported: FLORA, HIRA, IA3, LORA"),
     "dora-zero": ({"use_dora": 0}, "'use_dora' is 0; allowed: False"),
-    "bias": ({"bias": "lora_only"}, "'bias' is 'lora_only'; allowed: 'none'"),
-    "lora_bias": ({"lora_bias": True}, "'lora_bias' is True; allowed: False"),
-    "pissa": ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa'"),
+    "bias": ({"bias": "boft_only"}, "'bias' is 'boft_only'; allowed: 'none' or 'all' or 'lora_only'"),
+    **{
+        init: ({"init_lora_weights": init}, "path_initial_model_for_weight_conversion")
+        for init in ("pissa_niter_4", "corda", "lora_ga", "loftq")
+    },
+    "pissa-alora": ({"init_lora_weights": "pissa", "alora_invocation_tokens": [5]}, "'alora_invocation_tokens'"),
     "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' is [1]"),
     "parameters": ({"target_parameters": ["experts.up"]}, "'target_parameters'"),
     "replication": ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
     "alora": ({"alora_invocation_tokens": [5]}, "'alora_invocation_tokens'"),
-    "qalora": ({"use_qalora": True}, "'use_qalora' is True"),
-    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "'use_bdlora'"),
+    "qalora": ({"use_qalora": True, "qalora_group_size": 0}, "'qalora_group_size' is 0"),
+    "bdlora": ({"use_bdlora": {"nblocks": 2, "blocks": 3}}, "'use_bdlora' is"),
     "alpha-nan": ({"lora_alpha": float("nan")}, "'lora_alpha' is nan; allowed: a finite number"),
     "alpha-huge": ({"lora_alpha": 10**400}, "'lora_alpha' is 1000"),
     "alpha-missing": ({"lora_alpha": ...}, "key 'lora_alpha' is missing"),
@@ -44,11 +47,6 @@ def test_lora_features_that_change_the_result(case: str, tmp_path: Path) -> None
     assert message in the_fault(tmp_path)
 
 
-def test_a_real_dora_adapter_is_refused_by_name(tmp_path: Path) -> None:
-    save_peft_adapter(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), tmp_path)
-    assert "family 'DORA' is not supported yet" in the_fault(tmp_path)
-
-
 def test_ia3_side_and_shape_must_agree(tmp_path: Path) -> None:
     model = tiny_model("llama")
     layout = linear_layout(model)
@@ -65,9 +63,8 @@ def test_ia3_side_and_shape_must_agree(tmp_path: Path) -> None:
 def test_hira_rank_is_limited_without_its_identity(tmp_path: Path) -> None:
     save_peft_adapter(tiny_model("llama"), HiraConfig(r=4, target_modules=["q_proj"]), tmp_path)
     adapter = read_adapter(tmp_path, max_flora_rank=4)
-    hadamard = adapter.modules[Q0].hadamard
-    assert hadamard is not None
-    assert (hadamard.identity, hadamard.scale, hadamard.rank) == (True, 1.0, 4)
+    plain, scaled = adapter.modules[Q0].of(Product)
+    assert (plain.input, scaled.scale, scaled.rank) == (None, 1.0, 4)
     assert "limit 3" in the_fault(tmp_path, max_flora_rank=3)
     edit_config(tmp_path, r=5)
     assert len(faults_of(tmp_path)) == 4

@@ -34,7 +34,7 @@ PARTS = (
     Part("terms", ("errors", "ops.rare", "ops.terms"), ("torch",)),
     Part("adapter", ("terms",), ("torch",)),
     Part("formats", ("errors", "adapter", "terms"),
-         ("torch", "regex", "safetensors", "huggingface_hub", "transformers")),
+         ("torch", "numpy", "regex", "safetensors", "huggingface_hub", "sklearn", "transformers")),
     Part("ops.paths"),
     Part("ops", ("errors", "ops.paths", "ops.rare", "ops.terms"), ("torch", "triton")),
     Part("slots", ("adapter", "ops.terms", "terms"), ("torch",)),

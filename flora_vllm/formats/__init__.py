@@ -2,7 +2,7 @@
 
 from flora_vllm.formats.families.table import FAMILIES
 from flora_vllm.formats.files import AdapterFiles, content_digest, read_files
-from flora_vllm.formats.paths import resolve_under
+from flora_vllm.formats.paths import resolve_under, split_task
 from flora_vllm.formats.reader import Examination, examine, read_adapter
 from flora_vllm.formats.writer import write_flora
 
@@ -15,5 +15,6 @@ __all__ = [
     "read_adapter",
     "read_files",
     "resolve_under",
+    "split_task",
     "write_flora",
 ]

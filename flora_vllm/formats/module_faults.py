@@ -78,7 +78,8 @@ def module_faults(
                 "correct target_modules, exclude_modules or layers_to_transform, or remove the tensors"
             )
     if layout is not None:
-        adapted = sorted(module for module, parts in modules.items() if not set(parts) <= family.alone)
+        all_are = family.implied(config.values)
+        adapted = sorted(module for module, parts in modules.items() if all_are or not set(parts) <= family.alone)
         yield from _layout_faults(adapted, targets, layout)
 
 
@@ -133,7 +134,7 @@ def _disagreements(placed: Sequence[tuple[TensorRecord, Part]], sizes: Mapping[s
     """Two tensors of a module that disagree about a length which nothing else settles."""
     found: dict[str, list[tuple[TensorRecord, int]]] = {}
     for record, part in placed:
-        if len(record.shape) == len(part.axes):
+        if part.axes is not None and len(record.shape) == len(part.axes):
             for axis, size in zip(part.axes, record.shape, strict=True):
                 if isinstance(axis, str) and axis not in sizes:
                     found.setdefault(axis, []).append((record, size))
@@ -149,9 +150,21 @@ def _needed_keys(family: Family) -> Iterator[str]:
     return (name for name, key in family.keys.items() if key.required and name != "target_modules")
 
 
-def scope_of(config: Mapping[str, object], module: str, shape: tuple[int, int] | None, records: Records) -> Scope:
+def scope_of(
+    config: Mapping[str, object],
+    module: str,
+    shape: tuple[int, int] | None,
+    records: Records,
+    task: str | None = None,
+) -> Scope:
     out_features, in_features = shape or (None, None)
-    return Scope(config, module, out_features, in_features, frozenset(records))
+    return Scope(config, module, out_features, in_features, frozenset(records), task)
+
+
+def selected_modules(config: CheckedConfig, layout: ModelLayout) -> list[str]:
+    """The modules of the model that the config selects and that can be adapted."""
+    targets = Targets.from_config(config.values)
+    return sorted(path for path in layout.shapes if refusal(path, layout) is None and targets.select(path))
 
 
 def _tensor_faults(record: TensorRecord, part: Part, ranks: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
@@ -163,6 +176,8 @@ def _tensor_faults(record: TensorRecord, part: Part, ranks: tuple[int, ...], siz
         )
     if 0 in record.shape and not part.may_be_empty:
         yield f"tensor {record.name!r} has shape {record.shape}, which is empty; it was not saved completely"
+        return
+    if part.axes is None:
         return
     allowed = [_allowed(axis, ranks, sizes) for axis in part.axes]
     fits = len(record.shape) == len(part.axes) and all(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flora_vllm.adapter import ModuleTerms
-from flora_vllm.formats.config_keys import CheckedConfig
+from flora_vllm.formats.config_keys import CheckedConfig, is_rank
 from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.files import CONFIG_NAME
 from flora_vllm.terms import kind_of
@@ -19,16 +19,16 @@ class Limits:
     dense_bytes: int | None = None
 
 
-def stated_rank(config: CheckedConfig) -> int:
+def stated_rank(config: CheckedConfig, family: Family) -> int:
     """The largest rank the config names; 1 for a family without ranks (IA3, SuperTuning alone)."""
-    rank = config.values.get("r", 1)
-    ranks = rank if isinstance(rank, list) else [rank]
-    return max(*(rank or 1 for rank in ranks), *(config.values.get("rank_pattern") or {}).values(), 1, 1)
+    rank = config.values.get(family.rank_key, 1)
+    ranks = [*(rank if isinstance(rank, list) else [rank]), *(config.values.get("rank_pattern") or {}).values()]
+    return max((rank for rank in ranks if is_rank(rank)), default=1)
 
 
 def stated_faults(config: CheckedConfig, family: Family, limits: Limits) -> list[str]:
     limit = getattr(limits, family.limit) if family.limit else None
-    rank = stated_rank(config)
+    rank = stated_rank(config, family)
     if limit is None or rank <= limit:
         return []
     return [f"{CONFIG_NAME}: rank {rank} is above the limit {limit}; {_advice(family.limit or '', rank, limit)}"]

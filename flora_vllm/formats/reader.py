@@ -19,7 +19,14 @@ from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, collect_files, digest_of
 from flora_vllm.formats.limits import shown
-from flora_vllm.formats.module_faults import Records, module_faults, scope_of, shared_faults, value_faults
+from flora_vllm.formats.module_faults import (
+    Records,
+    module_faults,
+    scope_of,
+    selected_modules,
+    shared_faults,
+    value_faults,
+)
 from flora_vllm.formats.names import not_understood, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
@@ -56,33 +63,41 @@ def read_adapter(
     max_flora_rank: int | None = None,
     max_lora_rank: int | None = None,
     max_dense_bytes: int | None = None,
+    task: str | None = None,
 ) -> Adapter:
     """The adapter in the PEFT directory `path`, in canonical form, tensors on the host in the file's dtype.
 
     With `layout` its modules and shapes must fit that model and every module it targets there must have tensors.
     The limits count what is built: `max_flora_rank` products with factors (FLORA, HIRA), `max_lora_rank` low-rank
-    terms, `max_dense_bytes` whole matrices. The tensors are views of one buffer. Raises AdapterError with every fault.
+    terms, `max_dense_bytes` whole matrices. The tensors are views of one buffer. `task`: which of the tasks of a family
+    that has several (Poly) in one directory. Raises AdapterError with every fault.
     """
     limits = Limits(max_flora_rank, max_lora_rank, max_dense_bytes)
-    found = examine(path, layout=layout, limits=limits)
+    found = examine(path, layout=layout, limits=limits, task=task)
     if found.adapter is None:
         raise adapter_error(os.fspath(path), found.faults)
     return found.adapter
 
 
 def examine(
-    path: str | os.PathLike[str], *, layout: ModelLayout | None = None, limits: Limits | None = None
+    path: str | os.PathLike[str],
+    *,
+    layout: ModelLayout | None = None,
+    limits: Limits | None = None,
+    task: str | None = None,
 ) -> Examination:
     """`read_adapter` without the raise."""
     files, faults = collect_files(path)
-    found = examine_files(files, layout, Limits() if limits is None else limits)
+    found = examine_files(files, layout, Limits() if limits is None else limits, task)
     digest = digest_of(files) if len(files) == 2 else None
     if faults or found.adapter is None or digest is None:
         return Examination(None, (*faults, *found.faults), found.family, digest)
     return replace(found, adapter=replace(found.adapter, digest=digest), digest=digest)
 
 
-def examine_files(files: Mapping[str, bytearray], layout: ModelLayout | None, limits: Limits) -> Examination:
+def examine_files(
+    files: Mapping[str, bytearray], layout: ModelLayout | None, limits: Limits, task: str | None = None
+) -> Examination:
     """Judge the content of the files that there are; the digest is left to the caller."""
     name, family, config, faults = _examine_config(files, limits)
     if WEIGHTS_NAME not in files:
@@ -95,8 +110,16 @@ def examine_files(files: Mapping[str, bytearray], layout: ModelLayout | None, li
     faults += value_faults(data, records)
     if family is None:
         return _refused(name, faults)
+    faults += _task_faults(family, config, task)
     tensors = _sorted(family, records)
     faults += tensors.strange
+    if not config.bad and family.implied(config.values):
+        if layout is None:
+            faults.append("which modules it adapts depends on the base model; give that model too (--base)")
+            return _refused(name, faults)
+        tensors = replace(
+            tensors, modules={**{path: {} for path in selected_modules(config, layout)}, **tensors.modules}
+        )
     if not tensors.modules:
         faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}; nothing would be adapted")
     try:
@@ -107,12 +130,14 @@ def examine_files(files: Mapping[str, bytearray], layout: ModelLayout | None, li
         faults.append(str(error))
     if faults:
         return _refused(name, faults)
-    modules, faults = _built(family, config, data, tensors, layout)
+    modules, faults = _built(family, config, data, tensors, layout, task)
     faults += built_faults(modules, limits)
     if faults:
         return _refused(name, faults)
     base_model = config.values.get("base_model_name_or_path")
-    return Examination(Adapter(family.name, stated_rank(config), modules, digest="", base_model=base_model), (), name)
+    return Examination(
+        Adapter(family.name, stated_rank(config, family), modules, digest="", base_model=base_model), (), name
+    )
 
 
 def _refused(name: str | None, faults: list[str]) -> Examination:
@@ -143,6 +168,18 @@ def _examine_config(
     return name, family, config, [*config.faults, *stated_faults(config, family, limits)]
 
 
+def _task_faults(family: Family, config: CheckedConfig, task: str | None) -> list[str]:
+    if config.bad:
+        return []
+    tasks = family.tasks(config.values)
+    if task is None and tasks:
+        return [f"it has {len(tasks)} tasks; add one to its path as <path>#<task>: {', '.join(tasks)}"]
+    if task is not None and task not in tasks:
+        there = f"it has {', '.join(tasks)}" if tasks else f"{family.name} adapters have none"
+        return [f"there is no task {task!r}; {there}; correct what follows the # of its path"]
+    return []
+
+
 def _sorted(family: Family, records: list[TensorRecord]) -> _Tensors:
     modules: dict[str, dict[str, TensorRecord]] = {}
     shared: dict[str, TensorRecord] = {}
@@ -159,7 +196,12 @@ def _sorted(family: Family, records: list[TensorRecord]) -> _Tensors:
 
 
 def _built(
-    family: Family, config: CheckedConfig, data: bytearray, tensors: _Tensors, layout: ModelLayout | None
+    family: Family,
+    config: CheckedConfig,
+    data: bytearray,
+    tensors: _Tensors,
+    layout: ModelLayout | None,
+    task: str | None,
 ) -> tuple[dict[str, ModuleTerms], list[str]]:
     """The canonical form, and what only a row's own reading of a module finds wrong."""
     modules: dict[str, ModuleTerms] = {}
@@ -167,7 +209,7 @@ def _built(
     shared = _views(data, tensors.shared)
     for module, records in sorted(tensors.modules.items()):
         shape = None if layout is None else layout.shapes.get(layout.rename(module))
-        scope = scope_of(config.values, module, shape, records)
+        scope = scope_of(config.values, module, shape, records, task)
         try:
             terms = family.terms(ModuleFile(scope, _views(data, records), shared))
             if shape is not None:  # for what the axes of its tensors do not tell

@@ -13,4 +13,5 @@ BEFT = Family(
     names=(BEFT_BIAS,),
     parts=lambda _scope: {BEFT_BIAS: Part((1, "O"))},
     terms=lambda module: (Offset(module[BEFT_BIAS][0]),),
+    kinds=(Offset,),
 )

@@ -11,7 +11,7 @@ from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, 
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.oft import cayley
-from flora_vllm.terms import Gain, Term, Turn
+from flora_vllm.terms import Gain, Offset, Term, Turn
 
 BOFT_R, BOFT_S = "boft_R", "boft_s"
 
@@ -67,4 +67,5 @@ BOFT = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: {BOFT_R: Part((None, None, None, None)), BOFT_S: Part(("O", 1)), **bias_parts(scope)},
     terms=and_biases(_terms),
+    kinds=(Turn, Gain, Offset),
 )

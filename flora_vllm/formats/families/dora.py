@@ -12,7 +12,7 @@ import torch
 from flora_vllm.formats.config_keys import only
 from flora_vllm.formats.families.family import ModuleFile, Part, Scope
 from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, bias_terms, lora_parts, low_rank
-from flora_vllm.terms import Added, FromBase, Gain, Probe, Term
+from flora_vllm.terms import Added, FromBase, Gain, Offset, Probe, Term
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -49,9 +49,10 @@ DORA = replace(
     title="DoRA",
     peft_type="LORA",
     when=lambda config: config.get("use_dora") is True,
-    keys={**LORA_KEYS, "use_dora": only(True)},
+    keys={**LORA_KEYS, "use_dora": only(True), "lora_bias": only(False)},
     names=(*LORA.names, MAGNITUDE),
     parts=_parts,
     terms=_terms,
+    kinds=(Added, Gain, Offset),
     note="also on quantised bases",
 )

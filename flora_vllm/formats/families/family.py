@@ -27,9 +27,11 @@ INTEGERS = ("I64", "I32", "I16", "U8")
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor. `optional`: it may be absent. `may_be_empty`: an axis may be 0 (a rank pruned away)."""
+    """One tensor. `axes` None: of any shape, for nothing reads it. `optional`: it may be absent. `may_be_empty`: an
+    axis may be 0 (a rank pruned away).
+    """
 
-    axes: Axes
+    axes: Axes | None
     optional: bool = False
     dtypes: tuple[str, ...] = FLOATS
     may_be_empty: bool = False
@@ -44,6 +46,7 @@ class Scope:
     out_features: int | None = None
     in_features: int | None = None
     present: frozenset[str] = frozenset()  # the parts that the file has
+    task: str | None = None  # which of the adapter's tasks is asked for
 
     def by_pattern(self, key: str, default: Any) -> Any:
         """The value for this module of a config key such as `rank_pattern`."""
@@ -81,8 +84,11 @@ class Family:
     `alone`: names that need no partner (biases, which every module may have).
     `shared_names`, `shared_parts(config)`: the same of tensors the whole adapter has once, `base_model.<name>`.
     `ranks(scope)`: what R may be; empty if the method has none. `terms(module)`: the canonical form, called only if the
-    whole checkpoint has no fault; raises AdapterError for what only it can see.
-    `limit`: which rank limit counts the rank that the config states. `when`: whether the flags make it this row.
+    whole checkpoint has no fault; raises AdapterError for what only it can see. `kinds`: the terms it may become.
+    `tasks(config)`: what a user may ask for after a `#`; empty if the adapter is one thing. `implied(config)`: whether
+    every module that the config selects is adapted without tensors of its own. `caution`: what its user must know.
+    `rank_key`: the config's key of the rank. `limit`: which rank limit counts the rank that the config states.
+    `when`: whether the flags make it this row.
     """
 
     name: str
@@ -98,6 +104,11 @@ class Family:
     alone: frozenset[str] = frozenset()
     shared_names: tuple[str, ...] = ()
     shared_parts: Callable[[Config], Mapping[str, Part]] = lambda _config: {}
+    kinds: tuple[type, ...] = ()
+    tasks: Callable[[Config], tuple[str, ...]] = lambda _config: ()
+    implied: Callable[[Config], bool] = lambda _config: False
+    rank_key: str = "r"
+    caution: str = ""
     note: str = ""  # for README: what is special, in a few words
 
     @property
@@ -109,3 +120,8 @@ class Family:
 def pattern_rank(scope: Scope) -> tuple[int, ...]:
     """The one rank a module may have: its `rank_pattern` entry, else `r`."""
     return (scope.by_pattern("rank_pattern", scope.config["r"]),)
+
+
+def tasks_known(config: Config, key: str) -> tuple[str, ...]:
+    """The names of tasks that are numbered from 0 up to the config's `key`."""
+    return tuple(str(task) for task in range(config.get(key, 1)))

@@ -31,6 +31,7 @@ FLORA = Family(
     parts=lambda _scope: {FLORA_A: Part(("R", "I")), FLORA_B: Part(("O", "R"))},
     ranks=pattern_rank,
     terms=_terms,
+    kinds=(Product,),
     limit="flora",
     note="this project's PEFT method",
 )

@@ -116,5 +116,6 @@ GLORA = Family(
     parts=_parts,
     ranks=lambda scope: (scope.config["r"],),
     terms=and_biases(_terms),
+    kinds=(Product, Added, Offset),
     limit="lora",
 )

@@ -34,5 +34,6 @@ HIRA = Family(
     parts=lambda _scope: {HIRA_A: Part(("R", "I")), HIRA_B: Part(("O", "R"))},
     ranks=_ranks,
     terms=_terms,
+    kinds=(Product,),
     limit="flora",
 )

@@ -36,4 +36,5 @@ IA3 = Family(
     names=(IA3_L,),
     parts=_parts,
     terms=_terms,
+    kinds=(Product, Gain),
 )

@@ -24,15 +24,29 @@ from flora_vllm.formats.config_keys import (
     Key,
     only,
 )
-from flora_vllm.formats.families.biases import BASE_BIAS, BIAS, bias_key, bias_parts, replaced_bias
+from flora_vllm.formats.families.biases import BIAS_NAMES, bias_key, bias_parts, replaced_bias
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, pattern_rank
 from flora_vllm.terms import Added, Offset, Term
 
 LORA_A, LORA_B, LORA_B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+# What the variational sampler and the compressed backward pass of training leave in the file; nothing reads it.
+_OF_TRAINING = ("lora_monteclora_sampler.*", "lora_velora_embed")
 
-# Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-# change it, and the file then belongs to a base that nobody serves. PEFT can save those as plain LoRA.
+# Initialisations that leave the base weight as it was. The others change it: what PiSSA and OLoRA took from it is
+# found again (lora_starts.py); what CorDA, LoftQ, LoRA-GA and the randomised PiSSA took is in no file.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def _leaves_the_base(value: object) -> bool:
+    return any(type(value) is type(init) and value == init for init in _INITS)
+
+
+_INIT = Key(
+    f"{' or '.join(map(repr, _INITS))} (pissa and olora too where no variant is on); any other start changed the "
+    "base weight in a way that the file does not tell: save it again with PEFT's "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter as it was before training>)",
+    _leaves_the_base,
+)
 
 LORA_KEYS: Mapping[str, Key] = {
     **BOOKKEEPING,
@@ -43,7 +57,7 @@ LORA_KEYS: Mapping[str, Key] = {
     "lora_alpha": NUMBER,
     "alpha_pattern": NUMBER_PATTERN,
     "use_rslora": BOOLEAN,
-    "init_lora_weights": only(*_INITS),
+    "init_lora_weights": _INIT,
     "bias": bias_key("lora"),
     "lora_bias": BOOLEAN,
     # Used only while training, or only by a feature that is off.
@@ -103,14 +117,19 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
     return (Added(down, up, scale), *bias_terms(module, scale))
 
 
+def _parts(scope: Scope) -> Mapping[str, Part]:
+    return {**lora_parts(scope), **{name: Part(None, optional=True) for name in _OF_TRAINING}}
+
+
 LORA = Family(
     name="LORA",
     title="LoRA, rsLoRA, rank and alpha patterns, biases",
-    keys=LORA_KEYS,
-    names=(LORA_A, LORA_B, LORA_B_BIAS, BASE_BIAS, BIAS),
-    alone=frozenset((BASE_BIAS, BIAS)),
-    parts=lora_parts,
+    keys={**LORA_KEYS, "monteclora_config": ANYTHING, "velora_config": ANYTHING},
+    names=(LORA_A, LORA_B, LORA_B_BIAS, *BIAS_NAMES, *_OF_TRAINING),
+    alone=frozenset(BIAS_NAMES),
+    parts=_parts,
     ranks=pattern_rank,
     terms=_terms,
+    kinds=(Added, Offset),
     limit="lora",
 )

@@ -27,7 +27,7 @@ from flora_vllm.formats.config_keys import (
 )
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
-from flora_vllm.terms import FromBase, Probe, Term, Turn
+from flora_vllm.terms import FromBase, Offset, Probe, Term, Turn
 
 OFT_R = "oft_R.weight"
 
@@ -130,6 +130,7 @@ OFT = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: {OFT_R: Part((None, None)), **bias_parts(scope)},
     terms=and_biases(_terms),
+    kinds=(Turn, Offset),
 )
 
 OFT_NEUMANN = replace(

@@ -53,4 +53,5 @@ ROAD = Family(
     names=(ROAD_THETA, ROAD_ALPHA),
     parts=_parts,
     terms=_terms,
+    kinds=(Swap,),
 )

@@ -6,22 +6,42 @@ Rows of one `peft_type` are tried in order: the first whose flags are on is the 
 from collections.abc import Mapping
 from typing import Any
 
+from flora_vllm.formats.families.adalora import ADALORA
+from flora_vllm.formats.families.adamss import ADAMSS
 from flora_vllm.formats.families.beft import BEFT
 from flora_vllm.formats.families.boft import BOFT
+from flora_vllm.formats.families.deft import DEFT
+from flora_vllm.formats.families.delora import DELORA
 from flora_vllm.formats.families.dora import DORA
 from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.families.flora import FLORA
 from flora_vllm.formats.families.glora import GLORA
+from flora_vllm.formats.families.gralora import GRALORA
 from flora_vllm.formats.families.hira import HIRA
+from flora_vllm.formats.families.hra import HRA
 from flora_vllm.formats.families.ia3 import IA3
+from flora_vllm.formats.families.loha import LOHA
 from flora_vllm.formats.families.lora import LORA
+from flora_vllm.formats.families.lora_blocks import BDLORA, QALORA
+from flora_vllm.formats.families.lora_starts import KASA, OLORA, PISSA
+from flora_vllm.formats.families.miss import BONE, MISS
 from flora_vllm.formats.families.oft import OFT, OFT_NEUMANN
+from flora_vllm.formats.families.osf import OSF
+from flora_vllm.formats.families.peanut import PEANUT
+from flora_vllm.formats.families.poly import POLY
+from flora_vllm.formats.families.psoft import PSOFT
 from flora_vllm.formats.families.road import ROAD
+from flora_vllm.formats.families.unilora import UNILORA
+from flora_vllm.formats.families.vblora import VBLORA
 
 # fmt: off
 ROWS = (
-    # this project's, and plain LoRA with its variants
-    FLORA, DORA, LORA,
+    # this project's, and plain LoRA with its variants; the plain row takes what the others leave
+    FLORA, DORA, PISSA, OLORA, KASA, BDLORA, QALORA, LORA,
+    # low rank once loaded
+    ADALORA, LOHA, VBLORA, UNILORA, MISS, BONE, GRALORA, DELORA, POLY,
+    # low rank once the base was asked
+    PEANUT, HRA, DEFT, PSOFT, OSF, ADAMSS,
     # gains and biases
     IA3, HIRA, GLORA, BEFT,
     # rotations

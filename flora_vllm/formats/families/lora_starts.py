@@ -1,0 +1,118 @@
+"""PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775) and KaSA (arXiv 2412.06071) as PEFT 0.21 saves them unconverted.
+
+Training began from a base that had lost a part of itself: PiSSA its largest singular components, OLoRA the leading
+columns of its QR factors, KaSA its smallest singular components. The served base still has that part, so it is taken
+off as a second low-rank term; products of singular or QR factors do not depend on the signs a library chose.
+PEFT rounds the reduced base to the base's dtype, here the part is taken off exactly. Files that PEFT saved with
+`path_initial_model_for_weight_conversion` are plain LoRA and say so.
+Sources: `peft/tuners/lora/layer.py::pissa_init, olora_init`, `peft/tuners/lora/variants.py::KasaLinearVariant`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats.config_keys import Key, only
+from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, bias_terms, lora_parts, low_rank
+from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
+
+LORA_DIAG = "lora_diag"
+
+# (W (O, I), rank, scale of the file's own factors) -> what the base lost, as up (O, R) and down (R, I).
+Lost = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
+
+
+def largest_components(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    left, sizes, right = torch.linalg.svd(weight_OI, full_matrices=False)
+    return left[:, :rank] * sizes[:rank], right[:rank]
+
+
+def smallest_components(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if rank >= min(weight_OI.shape):
+        raise AdapterError(f"rank {rank} leaves nothing of a base weight of shape {tuple(weight_OI.shape)}")
+    left, sizes, right = torch.linalg.svd(weight_OI, full_matrices=False)
+    return left[:, -rank:] * sizes[-rank:], right[-rank:]
+
+
+def _leading_columns(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = torch.linalg.qr(weight_OI)
+    return left[:, :rank] * scale, right[:rank]
+
+
+def _less(lost: Lost) -> Callable[[ModuleFile], tuple[Term, ...]]:
+    def terms(module: ModuleFile) -> tuple[Term, ...]:
+        if LORA_A not in module:
+            return bias_terms(module, 1.0)
+        down, up, scale = low_rank(module)
+        own = Added(down, up, scale, mid=module.get(LORA_DIAG))
+
+        def build(probe: Probe) -> tuple[Term, ...]:
+            lost_up, lost_down = lost(probe.weight(), own.rank, scale)
+            return own, Added(lost_down.contiguous(), lost_up.contiguous(), -1.0)
+
+        tensors = (down, up) if own.mid is None else (down, up, own.mid)
+        taken = FromBase(build, tensors, 2 * own.rank, (up.shape[0], down.shape[1]))
+        return (taken, *bias_terms(module, scale))
+
+    return terms
+
+
+def _row(
+    name: str,
+    title: str,
+    lost: Lost,
+    when: Callable[[Mapping[str, Any]], bool],
+    keys: Mapping[str, Key],
+    parts: Callable[[Scope], Mapping[str, Part]] = lora_parts,
+    names: tuple[str, ...] = (),
+) -> Family:
+    return replace(
+        LORA,
+        name=name,
+        title=title,
+        peft_type="LORA",
+        when=when,
+        keys={**LORA_KEYS, **keys},
+        names=(*LORA.names, *names),
+        parts=parts,
+        terms=_less(lost),
+        kinds=(Added, Offset),
+        note="decomposes every base weight at load: `flora-vllm convert --to-lora` does it once",
+    )
+
+
+PISSA = _row(
+    "PISSA",
+    "PiSSA, unconverted",
+    largest_components,
+    lambda config: config.get("init_lora_weights") == "pissa",
+    {"init_lora_weights": only("pissa"), "lora_bias": only(False)},
+)
+
+
+def _is_olora(value: object) -> bool:
+    return isinstance(value, str) and value.lower() == "olora"
+
+
+OLORA = _row(
+    "OLORA",
+    "OLoRA, unconverted",
+    _leading_columns,
+    lambda config: _is_olora(config.get("init_lora_weights")),
+    {"init_lora_weights": Key("'olora'", _is_olora), "lora_bias": only(False)},
+)
+
+# Its regularisation weighs in training only.
+KASA = _row(
+    "KASA",
+    "KaSA",
+    smallest_components,
+    lambda config: bool(config.get("kasa_config")),
+    {"kasa_config": Key("an object", lambda value: isinstance(value, dict)), "fan_in_fan_out": only(False)},
+    lambda scope: {**lora_parts(scope), LORA_DIAG: Part(("R",))},
+    (LORA_DIAG,),
+)
