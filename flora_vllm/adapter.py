@@ -61,7 +61,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors as stored; a factor shared by modules counts once."""
+        """Bytes of its own factors as stored; one that its modules share counts once, one that adapters share not."""
         seen = {id(t): t for terms in self.modules.values() for t in terms.tensors()}
         return sum(t.numel() * t.element_size() for t in seen.values())
 

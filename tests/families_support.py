@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from flora_vllm.adapter import Adapter
 from flora_vllm.formats import FAMILIES, read_adapter
 from flora_vllm.formats.model_order import in_order
-from flora_vllm.terms import merged, resolve
+from flora_vllm.ops.reference import reference_linear
+from flora_vllm.ops.terms import group_by_slot
+from flora_vllm.terms import Cut, Term, fold, merged, resolve
 
 # Random factors of this size move every output by about its own size, and no more: an error cannot hide.
 STD = 0.3
@@ -60,6 +62,22 @@ def save_filled(model: PreTrainedModel, config: PeftConfig, path: Path, fill: Fi
     return wrapped.eval()
 
 
+def check_folded(
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    terms: tuple[Term, ...],
+    new_OI: torch.Tensor,
+    new_O: torch.Tensor | None,
+) -> None:
+    """The terms as a slot holds them do what the merged weight and bias do."""
+    size, in_features = weight_OI.shape
+    part = fold(terms, Cut(slice(0, size), slice(0, in_features), torch.float32, torch.device("cpu"), bias_O))
+    x_TI = torch.randn(3, in_features, generator=torch.Generator().manual_seed(7))
+    found = reference_linear(x_TI, weight_OI, bias_O, (size,), [None, (part,)], group_by_slot([1, 1, 1]))
+    wanted = torch.nn.functional.linear(x_TI, new_OI, new_O)
+    assert float((found - wanted).abs().max()) < 1e-4 * max(1.0, float(wanted.abs().max()))
+
+
 def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.Tensor]:
     """`base` with the adapter's terms multiplied in."""
     state = dict(base)
@@ -68,7 +86,9 @@ def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapte
         assert {type(term) for term in resolved} <= set(FAMILIES[adapter.family].kinds), "the row must name its kinds"
         weight, bias = base[f"{module}.weight"], base.get(f"{module}.bias")
         conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
-        new_weight, new_bias = merged(weight.T if conv1d else weight, bias, resolved)
+        weight_OI = weight.T if conv1d else weight
+        new_weight, new_bias = merged(weight_OI, bias, resolved)
+        check_folded(weight_OI, bias, resolved, new_weight, new_bias)
         state[f"{module}.weight"] = new_weight.T.contiguous() if conv1d else new_weight
         if new_bias is not None:
             state[f"{module}.bias"] = new_bias

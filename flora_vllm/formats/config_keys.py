@@ -29,7 +29,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value))
     except OverflowError:
@@ -68,9 +68,9 @@ def only(*values: object) -> Key:
 ANYTHING = Key("anything", lambda _value: True)
 BOOLEAN = Key("true or false", lambda value: isinstance(value, bool))
 RANK = Key("an integer of at least 1", is_rank, required=True)
-NUMBER = Key("a finite number", _is_number, required=True)
+NUMBER = Key("a finite number", is_number, required=True)
 RANK_PATTERN = Key("an object of module name or regex -> integer of at least 1", _is_pattern_of(is_rank))
-NUMBER_PATTERN = Key("an object of module name or regex -> finite number", _is_pattern_of(_is_number))
+NUMBER_PATTERN = Key("an object of module name or regex -> finite number", _is_pattern_of(is_number))
 MODULES = Key(
     "a list of module names or one regular expression",
     lambda v: _is_names(v) or (bool(v) and _is_regex(v)),

@@ -4,7 +4,7 @@ Each is cut to this rank's part of one slice and in the dtype it is computed in.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -21,9 +21,17 @@ class RareTerm(Protocol):
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor: ...
 
+    def gained(self, gain_O: torch.Tensor) -> "RareTerm":
+        """The term of a sum whose outputs are multiplied by `gain_O`: itself, but for what is added to the sum."""
+        ...
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """The adapter's own tensors; not those that adapters share."""
         ...
+
+
+def _both(out_O: torch.Tensor | None, gain_O: torch.Tensor) -> torch.Tensor:
+    return gain_O if out_O is None else out_O * gain_O
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +52,10 @@ class Turned:
         placed_TI = torch.empty_like(turned_TI)
         placed_TI[:, self.order_I] = turned_TI
         return placed_TI
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        del gain_O
+        return self
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield self.blocks_DBB
@@ -66,15 +78,21 @@ class Swapped:
         swapped = torch.stack((-halves[:, :, 1], halves[:, :, 0]), 2).reshape(z.shape)
         return (self.first_O * z + self.second_O * swapped).to(rows.dtype)
 
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        del gain_O
+        return self
+
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.first_O, self.second_O)
 
 
 @dataclass(frozen=True, eq=False)
 class SharedLow:
-    """out ∘ up(mid · down(inner ∘ x)) over factors that adapters share (VeRA, FourierFT, TinyLoRA); float32.
+    """out ∘ up(mid · down x) over factors that adapters share (VeRA, FourierFT, TinyLoRA).
 
-    down (L, I) and up (O, L): one copy an engine; mid: (L,), (L, L) or None; out (O,) or None.
+    down (L, I) and up (O, L), in the layer's dtype: one copy an engine; float32 mid (L,), (L, L) or None, and out (O,)
+    or None. In a float32 layer nothing is rounded. In bfloat16 the factors (exact where PEFT drew them in the base's
+    dtype), x, the middle and what up gives are; the vectors and their products are not.
     """
 
     down_LI: torch.Tensor
@@ -90,6 +108,9 @@ class SharedLow:
         added = (middle.to(self.up_OL.dtype) @ self.up_OL.T).float()
         return added if self.out_O is None else added * self.out_O
 
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, out_O=_both(self.out_O, gain_O))
+
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (t for t in (self.mid, self.out_O) if t is not None)
 
@@ -104,5 +125,136 @@ class DenseAdded:
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         return (rows.to(self.matrix_OI.dtype) @ self.matrix_OI.T).float()
 
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, matrix_OI=(gain_O[:, None] * self.matrix_OI).to(self.matrix_OI.dtype))
+
     def tensors(self) -> Iterator[torch.Tensor]:
         yield self.matrix_OI
+
+
+@dataclass(frozen=True, eq=False)
+class BasesAdded:
+    """RandLoRA over bases that adapters share: a product of as many terms P = R · N as the layer's smaller side has.
+
+    small (R, m) meets the smaller side m of the layer, large the other one; mix (R, N) and gains (N, m) are float32.
+    meets_input: h[k, n] = mix[k, n] · small[k]·(gains[n] ∘ x), y = large (O, P) flat(h).
+    Else: h = mix ∘ (largeᵀ (P, I) x as (R, N)), y = Σ_n gains[n] ∘ Σ_k h[k, n] small[k].
+    """
+
+    small_RM: torch.Tensor
+    large: torch.Tensor  # (O, P), or (I, P)
+    mix_RN: torch.Tensor
+    gains_NM: torch.Tensor
+    meets_input: bool
+    out_O: torch.Tensor | None = None
+    stage = "added"
+    # Numbers of the largest tensor in between.
+    chunk = 1 << 24
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        tokens = max(self.chunk // self.small_RM.numel(), 1)
+        return torch.cat([self._some(part) for part in rows.split(tokens)])
+
+    def _some(self, rows: torch.Tensor) -> torch.Tensor:
+        small_RM, dtype = self.small_RM.float(), self.large.dtype
+        if self.meets_input:
+            middle_TRN = (rows.float()[:, None] * small_RM) @ self.gains_NM.T * self.mix_RN
+            added = (middle_TRN.flatten(1).to(dtype) @ self.large.T).float()
+        else:
+            middle_TRN = (rows.to(dtype) @ self.large).float().reshape(-1, *self.mix_RN.shape) * self.mix_RN
+            added = ((middle_TRN @ self.gains_NM) * small_RM).sum(1)
+        return added if self.out_O is None else added * self.out_O
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, out_O=_both(self.out_O, gain_O))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (t for t in (self.mix_RN, self.gains_NM, self.out_O) if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class KronAdded:
+    """(left ⊗ right) x: x as (M, N), its rows through `right`, its columns through `left`; all float32.
+
+    right is (K, N), or (K, R) of a product with down (R, N). Of L · K outputs the `size` from `first_O` on are this
+    rank's, of M · N inputs those from `first_I` on.
+    """
+
+    left_LM: torch.Tensor
+    right: torch.Tensor
+    down_RN: torch.Tensor | None
+    first_I: int
+    first_O: int
+    size: int
+    out_O: torch.Tensor | None = None
+    stage = "added"
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        inner = self.right.shape[1] if self.down_RN is None else self.down_RN.shape[1]
+        x_TMN = _whole(rows, self.first_I, self.left_LM.shape[1] * inner).reshape(len(rows), -1, inner)
+        if self.down_RN is not None:
+            x_TMN = x_TMN @ self.down_RN.T
+        y_TLK = self.left_LM @ (x_TMN @ self.right.T)
+        added = y_TLK.flatten(1)[:, self.first_O : self.first_O + self.size]
+        return added if self.out_O is None else added * self.out_O
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, out_O=_both(self.out_O, gain_O))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (t for t in (self.left_LM, self.right, self.down_RN, self.out_O) if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class CirculantAdded:
+    """Blocks of circulant matrices: y[m, i] = Σ_n Σ_j kernel[m, n, (j - i) mod B] x[n, j]; float32.
+
+    Of L · B outputs the `size` from `first_O` on are this rank's, of M · B inputs those from `first_I` on.
+    """
+
+    kernel_LMB: torch.Tensor
+    first_I: int
+    first_O: int
+    size: int
+    out_O: torch.Tensor | None = None
+    stage = "added"
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        _, inner, block = self.kernel_LMB.shape
+        x_TMB = _whole(rows, self.first_I, inner * block).reshape(len(rows), inner, block)
+        # A correlation is a product of spectra.
+        spectrum = torch.einsum("tmf,lmf->tlf", torch.fft.rfft(x_TMB), torch.fft.rfft(self.kernel_LMB).conj())
+        added = torch.fft.irfft(spectrum, n=block).flatten(1)[:, self.first_O : self.first_O + self.size]
+        return added if self.out_O is None else added * self.out_O
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, out_O=_both(self.out_O, gain_O))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (t for t in (self.kernel_LMB, self.out_O) if t is not None)
+
+
+def _whole(rows: torch.Tensor, first: int, size: int) -> torch.Tensor:
+    """The rows in float32, zeros before and after them: (T, size)."""
+    return torch.nn.functional.pad(rows.float(), (first, size - first - rows.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class SparseAdded:
+    """A matrix of few entries: y[rows[e]] += values[e] x[columns[e]]; float32."""
+
+    values_E: torch.Tensor
+    rows_E: torch.Tensor  # int32
+    columns_E: torch.Tensor  # int32
+    size: int  # O
+    stage = "added"
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        added = torch.zeros(len(rows), self.size, device=rows.device)
+        return added.index_add_(1, self.rows_E, rows.index_select(1, self.columns_E).float() * self.values_E)
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, values_E=self.values_E * gain_O[self.rows_E.long()])
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.values_E, self.rows_E, self.columns_E)

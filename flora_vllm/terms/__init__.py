@@ -15,13 +15,17 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.terms.added import ADDED, Added
 from flora_vllm.terms.arena import Arena
+from flora_vllm.terms.bases import BASES, Bases
+from flora_vllm.terms.circulant import CIRCULANT, Circulant
 from flora_vllm.terms.dense import DENSE, Dense
 from flora_vllm.terms.from_base import FROM_BASE, FromBase
 from flora_vllm.terms.gain import GAIN, Gain
 from flora_vllm.terms.kind import Cut, Draft, Kind, Merging, Probe, Term
+from flora_vllm.terms.kron import KRON, Kron
 from flora_vllm.terms.offset import OFFSET, Offset
 from flora_vllm.terms.product import PRODUCT, Product
 from flora_vllm.terms.shared import Shared
+from flora_vllm.terms.sparse import SPARSE, Sparse
 from flora_vllm.terms.swap import SWAP, Swap
 from flora_vllm.terms.turn import TURN, Turn
 
@@ -34,10 +38,12 @@ __all__ = [
     "FromBase",
     "Gain",
     "Kind",
+    "Kron",
     "Offset",
     "Probe",
     "Product",
     "Shared",
+    "Sparse",
     "Swap",
     "Term",
     "Turn",
@@ -52,6 +58,10 @@ KINDS: Mapping[type, Kind] = {
     Product: PRODUCT,
     Turn: TURN,
     Added: ADDED,
+    Bases: BASES,
+    Kron: KRON,
+    Circulant: CIRCULANT,
+    Sparse: SPARSE,
     Dense: DENSE,
     Gain: GAIN,
     Offset: OFFSET,

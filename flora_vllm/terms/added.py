@@ -25,12 +25,12 @@ class Added:
     out: torch.Tensor | None = None  # (O,)
 
     def __post_init__(self) -> None:
-        down, up = tensor_of(self.down), tensor_of(self.up)
-        inner = down.shape[0] if down.ndim == 2 else -1
+        down, up = self.down, self.up
+        inner = down.shape[0] if len(down.shape) == 2 else -1
         if self.mid is not None:
             fits = self.mid.ndim in (1, 2) and self.mid.shape[-1] == inner
             inner = self.mid.shape[0] if fits else -1
-        if up.ndim != 2 or up.shape[1] != inner:
+        if len(up.shape) != 2 or up.shape[1] != inner:
             raise AdapterError(
                 f"low-rank factors must be (rank, in) and (out, rank), got {tuple(down.shape)} and {tuple(up.shape)}"
                 + ("" if self.mid is None else f" with {tuple(self.mid.shape)} between them")
@@ -40,17 +40,17 @@ class Added:
 
     @property
     def rank(self) -> int:
-        return tensor_of(self.down).shape[0]
+        return self.down.shape[0]
 
 
 def _shape(term: Added) -> tuple[int | None, int | None]:
     if isinstance(term.up, Shared):
         return (None if term.out is None else term.out.shape[0]), None
-    return term.up.shape[0], tensor_of(term.down).shape[1]
+    return term.up.shape[0], term.down.shape[1]
 
 
 def _tensors(term: Added) -> Iterator[torch.Tensor]:
-    yield from (tensor_of(term.down), tensor_of(term.up))
+    yield from (factor for factor in (term.down, term.up) if isinstance(factor, torch.Tensor))
     yield from (t for t in (term.mid, term.out) if t is not None)
 
 
@@ -61,7 +61,7 @@ def _fold(term: Added, draft: Draft) -> None:
         whole = slice(0, term.rank)
         # Kept in the layer's dtype: a base model's worth of float32 would be read for nothing.
         down_LI = held(term.down, whole, cut.columns, cut.dtype, cut.device)
-        up_OL = held(term.up, cut.rows, slice(0, term.up.tensor.shape[1]), cut.dtype, cut.device)
+        up_OL = held(term.up, cut.rows, slice(0, term.up.shape[1]), cut.dtype, cut.device)
         mid = None if term.mid is None else term.mid.float()
         if term.scale != 1.0:
             out_O = torch.full((cut.size,), term.scale) if out_O is None else out_O * term.scale

@@ -23,8 +23,8 @@ class Gain:
 def _fold(term: Gain, draft: Draft) -> None:
     gain_O = term.gain[draft.cut.rows].float()
     draft.gain_O = gain_O if draft.gain_O is None else draft.gain_O * gain_O
-    if term.scales_bias and draft.cut.bias_O is not None:
-        draft.add_offset((gain_O - 1) * draft.cut.bias_O.float())
+    if term.scales_bias and draft.bias_O is not None:
+        draft.bias_O = gain_O * draft.bias_O
 
 
 def _merge(term: Gain, merging: Merging) -> None:

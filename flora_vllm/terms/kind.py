@@ -100,6 +100,11 @@ class Draft:
     offset_O: torch.Tensor | None = None
     gain_O: torch.Tensor | None = None
     rare: list[RareTerm] = field(default_factory=list)
+    bias_O: torch.Tensor | None = None  # what the base's bias becomes; float32
+
+    def __post_init__(self) -> None:
+        self.bias_O = None if self.cut.bias_O is None else self.cut.bias_O.float()
+        self._base_bias_O = self.bias_O
 
     def add_plain(self, weight: torch.Tensor) -> None:
         self.plain = weight if self.plain is None else self.plain + weight
@@ -110,12 +115,16 @@ class Draft:
             self.offset_O = offset_O if self.offset_O is None else self.offset_O + offset_O
 
     def finished(self) -> SliceTerms:
+        if self.bias_O is not None and self.bias_O is not self._base_bias_O:
+            assert self._base_bias_O is not None, "what changed was there"
+            self.add_offset(self.bias_O - self._base_bias_O)
         a_RI, b_RO = _joined(self.products, self.gain_O, self.cut)
         down_RI, up_RO = _joined(self.added, self.gain_O, self.cut)
         plain = self.plain
         if plain is not None and self.gain_O is not None:
             plain = plain * self.gain_O
-        return SliceTerms(plain, a_RI, b_RO, down_RI, up_RO, self.offset_O, tuple(self.rare))
+        rare = self.rare if self.gain_O is None else [term.gained(self.gain_O) for term in self.rare]
+        return SliceTerms(plain, a_RI, b_RO, down_RI, up_RO, self.offset_O, tuple(rare))
 
 
 def _joined(
@@ -160,7 +169,7 @@ class Merging:
 class Kind:
     """All sides of a kind of term. `order`: kinds of lower order are folded and merged first.
 
-    shape(term): (O, I) as the tensors tell it, None where they don't. tensors(term): all of them.
+    shape(term): (O, I) as the tensors tell it, None where they don't. tensors(term): its own ones.
     fold(term, draft): cut to `draft.cut` and written into the slot's contents; raises AdapterError where this rank
     cannot hold it. merge(term, merging): into weights. ranks(term): (scaled products, low-rank terms) it adds.
     resolve(term, probe): the terms it becomes once the base may be asked; None: it needs no base.

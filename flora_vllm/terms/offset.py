@@ -23,9 +23,10 @@ class Offset:
 
 def _fold(term: Offset, draft: Draft) -> None:
     offset_O = term.values[draft.cut.rows].float() * term.scale
-    if term.replaces and draft.cut.bias_O is not None:
-        offset_O = offset_O - draft.cut.bias_O.float()
-    draft.add_offset(offset_O)
+    if term.replaces and draft.bias_O is not None:
+        draft.bias_O = offset_O
+    else:
+        draft.add_offset(offset_O)
 
 
 def _merge(term: Offset, merging: Merging) -> None:

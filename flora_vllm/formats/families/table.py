@@ -10,17 +10,21 @@ from flora_vllm.formats.families.adalora import ADALORA
 from flora_vllm.formats.families.adamss import ADAMSS
 from flora_vllm.formats.families.beft import BEFT
 from flora_vllm.formats.families.boft import BOFT
+from flora_vllm.formats.families.c3a import C3A
 from flora_vllm.formats.families.deft import DEFT
 from flora_vllm.formats.families.delora import DELORA
 from flora_vllm.formats.families.dora import DORA
 from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.families.flora import FLORA
+from flora_vllm.formats.families.fourierft import FOURIERFT
+from flora_vllm.formats.families.frod import FROD
 from flora_vllm.formats.families.glora import GLORA
 from flora_vllm.formats.families.gralora import GRALORA
 from flora_vllm.formats.families.hira import HIRA
 from flora_vllm.formats.families.hra import HRA
 from flora_vllm.formats.families.ia3 import IA3
 from flora_vllm.formats.families.loha import LOHA
+from flora_vllm.formats.families.lokr import LOKR
 from flora_vllm.formats.families.lora import LORA
 from flora_vllm.formats.families.lora_blocks import BDLORA, QALORA
 from flora_vllm.formats.families.lora_starts import KASA, OLORA, PISSA
@@ -30,9 +34,15 @@ from flora_vllm.formats.families.osf import OSF
 from flora_vllm.formats.families.peanut import PEANUT
 from flora_vllm.formats.families.poly import POLY
 from flora_vllm.formats.families.psoft import PSOFT
+from flora_vllm.formats.families.randlora import RANDLORA
 from flora_vllm.formats.families.road import ROAD
+from flora_vllm.formats.families.shira import SHIRA
+from flora_vllm.formats.families.supertuning import SUPERTUNING
+from flora_vllm.formats.families.tinylora import TINYLORA
 from flora_vllm.formats.families.unilora import UNILORA
 from flora_vllm.formats.families.vblora import VBLORA
+from flora_vllm.formats.families.vera import PVERA, VERA
+from flora_vllm.formats.families.waveft import WAVEFT
 
 # fmt: off
 ROWS = (
@@ -46,6 +56,10 @@ ROWS = (
     IA3, HIRA, GLORA, BEFT,
     # rotations
     OFT_NEUMANN, OFT, BOFT, ROAD,
+    # bases shared by all adapters
+    VERA, PVERA, RANDLORA, TINYLORA, FOURIERFT, WAVEFT,
+    # structured, sparse and dense matrices
+    LOKR, C3A, SHIRA, SUPERTUNING, FROD,
 )
 # fmt: on
 FAMILIES: Mapping[str, Family] = {family.name: family for family in ROWS}

@@ -1,0 +1,70 @@
+"""SuperTuning as PEFT 0.21 saves it: `supertuning_values` at places of the flat weight, and beside them maybe LoRA.
+
+Without `save_precomputed_indices` the places are those of the base's largest (or smallest) weights, in the order in
+which PEFT finds them (`peft/tuners/supertuning/layer.py::update_layer`).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, TARGETS, Key, is_number, is_rank
+from flora_vllm.formats.families.family import INTEGERS, Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.projections import sides
+from flora_vllm.terms import Added, FromBase, Probe, Sparse, Term
+
+VALUES, INDICES = "supertuning_values", "supertuning_indices"
+LORA_A, LORA_B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
+
+
+def _parts(scope: Scope) -> Mapping[str, Part]:
+    parts = {VALUES: Part(("n",))}
+    if scope.config.get("save_precomputed_indices", True):
+        parts[INDICES] = Part(("n",), dtypes=INTEGERS)
+    if scope.config.get("r") is not None:
+        parts |= {LORA_A: Part(("R", "I")), LORA_B: Part(("O", "R"))}
+    return parts
+
+
+def _places(probe: Probe, count: int, largest: bool) -> torch.Tensor:
+    """Flat places of the base's `count` largest weights by size, as PEFT's topk orders them, ties included."""
+    return torch.topk(probe.weight().to(probe.dtype).abs().flatten(), k=count, largest=largest).indices
+
+
+def _terms(module: ModuleFile) -> tuple[Term, ...]:
+    values, saved, config = module[VALUES], module.get(INDICES), module.config
+
+    def build(probe: Probe) -> tuple[Term, ...]:
+        shape = sides(probe)
+        flat = _places(probe, len(values), config.get("select_top", True)) if saved is None else saved.long()
+        return (Sparse(values, flat // shape[1], flat % shape[1], shape),)
+
+    held = (values,) if saved is None else (values, saved)
+    sparse = FromBase(build, held, dense_bytes=12 * len(values))
+    if LORA_A not in module:
+        return (sparse,)
+    return sparse, Added(module[LORA_A], module[LORA_B], config["lora_alpha"] / config["r"])
+
+
+SUPERTUNING = Family(
+    name="SUPERTUNING",
+    title="SuperTuning, alone and with LoRA",
+    keys={
+        **BOOKKEEPING,
+        **TARGETS,
+        "r": Key("null or an integer of at least 1", lambda value: value is None or is_rank(value)),
+        "lora_alpha": Key("null or a finite number", lambda value: value is None or is_number(value)),
+        "select_top": BOOLEAN,
+        "save_precomputed_indices": BOOLEAN,
+        # The file says how many values each module has.
+        "sparsity": ANYTHING,
+        # Used only while training.
+        "lora_dropout": ANYTHING,
+        "init_weights": ANYTHING,
+    },
+    names=(VALUES, INDICES, LORA_A, LORA_B),
+    parts=_parts,
+    ranks=lambda scope: (scope.config["r"],) if scope.config.get("r") is not None else (),
+    terms=_terms,
+    limit="lora",
+)

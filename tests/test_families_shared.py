@@ -1,0 +1,295 @@
+"""Families over shared bases and structured matrices, from the files that PEFT saves, against PEFT's own forward."""
+
+from functools import partial
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from families_support import ModelProbe, fill_normal, save_filled, worst_errors
+from formats_support import (
+    edit_config,
+    edit_tensors,
+    faults_of,
+    linear_layout,
+    save_peft_adapter,
+    the_fault,
+    tiny_model,
+)
+
+from flora_vllm.formats import read_adapter
+from flora_vllm.formats.families.tinylora import drawn
+from flora_vllm.terms import Cut, fold, resolve
+from flora_vllm.terms.shared import held_bytes
+
+torch.set_num_threads(1)
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+CONV1D = ["c_attn", "c_fc", "c_proj"]
+UNSAVED = {"save_projection": False}
+CPU = torch.device("cpu")
+
+
+def made(config: type, *targets: str, **changes):
+    """Made in the test: some configs warn that they leave something out of the file."""
+    return partial(config, target_modules=list(targets or LINEAR), **changes)
+
+
+def vera(*targets: str, **changes):
+    return made(peft.VeraConfig, *targets, r=16, projection_prng_key=11, **changes)
+
+
+def pvera(*targets: str, **changes):
+    return made(peft.PveraConfig, *targets, r=16, projection_prng_key=11, **changes)
+
+
+def randlora(*targets: str, **changes):
+    return made(peft.RandLoraConfig, *targets, **{"r": 10, "projection_prng_key": 11, "randlora_alpha": 2, **changes})
+
+
+def tinylora(*targets: str, **changes):
+    return made(peft.TinyLoraConfig, *targets, **{"r": 3, "u": 8, **changes})
+
+
+def fourierft(*targets: str, **changes):
+    return made(peft.FourierFTConfig, *targets, **{"n_frequency": 50, "scaling": 100.0, **changes})
+
+
+def waveft(*targets: str, **changes):
+    return made(peft.WaveFTConfig, *targets, **{"n_frequency": 200, "scaling": 2.0, **changes})
+
+
+def lokr(*targets: str, **changes):
+    return made(peft.LoKrConfig, *targets, **{"r": 2, "alpha": 5, **changes})
+
+
+def c3a(*targets: str, block_size: int = 16, **changes):
+    return made(peft.C3AConfig, *targets, block_size=block_size, **changes)
+
+
+def shira(**changes):
+    return made(peft.ShiraConfig, **changes)
+
+
+def frod(*targets: str, **changes):
+    return made(peft.FrodConfig, *targets, progressbar=False, **changes)
+
+
+# name -> (architecture, config)
+CASES = {
+    "vera": ("llama", vera()),
+    "vera-unsaved": ("llama", vera(**UNSAVED)),
+    "vera-some": ("qwen2", vera("v_proj", "down_proj", bias="vera_only", **UNSAVED)),
+    "vera-fused": ("phi3", vera(*FUSED, **UNSAVED)),
+    "vera-conv1d": ("gpt2", vera(*CONV1D, fan_in_fan_out=True, **UNSAVED)),
+    "vera-layer": ("llama", vera(layers_to_transform=[1], bias="all", **UNSAVED)),
+    "pvera": ("qwen2", pvera()),
+    "pvera-unsaved": ("llama", pvera(**UNSAVED)),
+    "randlora": ("llama", randlora()),
+    "randlora-unsaved": ("llama", randlora(**UNSAVED)),
+    "randlora-sparse": ("qwen2", randlora(sparse=True, bias="randlora_only", **UNSAVED)),
+    "randlora-very-sparse": ("qwen2", randlora(very_sparse=True, **UNSAVED)),
+    "randlora-conv1d": ("gpt2", randlora(*CONV1D, fan_in_fan_out=True)),
+    "randlora-fused": ("phi3", randlora(*FUSED, r=7, **UNSAVED)),
+    "tinylora": ("llama", tinylora()),
+    "tinylora-unsaved": ("qwen2", tinylora(bias="all", **UNSAVED)),
+    "tinylora-tied": ("llama", tinylora(weight_tying=0.5)),
+    "tinylora-one-vector": ("qwen2", tinylora(weight_tying=1.0, **UNSAVED)),
+    "tinylora-conv1d": ("gpt2", tinylora(*CONV1D, fan_in_fan_out=True)),
+    "fourierft": ("llama", fourierft()),
+    "fourierft-pattern": ("qwen2", fourierft(n_frequency_pattern={"q_proj": 7}, random_loc_seed=3, bias="all")),
+    "fourierft-conv1d": ("gpt2", fourierft(*CONV1D, fan_in_fan_out=True)),
+    "fourierft-fused": ("phi3", fourierft(*FUSED, init_weights=True)),
+    "waveft": ("llama", waveft()),
+    "waveft-db2": ("llama", waveft(wavelet_family="db2")),
+    "waveft-sym5": ("qwen2", waveft(wavelet_family="sym5", bias="waveft_only")),
+    "waveft-coif3": ("llama", waveft(wavelet_family="coif3")),
+    "waveft-db10": ("phi3", waveft(*FUSED, wavelet_family="db10")),
+    "waveft-plain": ("qwen2", waveft(use_idwt=False)),
+    "waveft-pattern": ("llama", waveft(n_frequency_pattern={"q_proj": 30})),
+    "waveft-proportional": ("llama", waveft(proportional_parameters=True)),
+    "waveft-conv1d": ("gpt2", waveft(*CONV1D, fan_in_fan_out=True)),
+    "lokr": ("llama", lokr()),
+    "lokr-whole": ("qwen2", lokr(r=8)),
+    "lokr-both": ("llama", lokr(r=1, decompose_both=True, decompose_factor=8)),
+    "lokr-factor": ("llama", lokr(r=3, decompose_factor=4)),
+    "lokr-patterns": ("qwen2", lokr(rank_pattern={"q_proj": 1}, alpha_pattern={"down_proj": 3})),
+    "lokr-fused": ("phi3", lokr(*FUSED)),
+    "c3a": ("llama", c3a()),
+    "c3a-bias": ("qwen2", made(peft.C3AConfig, block_size=32, bias="c3a_only")),
+    "c3a-pattern": ("llama", made(peft.C3AConfig, block_size=16, block_size_pattern={"q_proj": 32})),
+    "shira": ("llama", shira(r=4, random_seed=5)),
+    "shira-unseeded": ("qwen2", shira(r=4)),
+    "supertuning": ("llama", made(peft.SupertuningConfig, sparsity=0.9)),
+    "supertuning-lora": ("qwen2", made(peft.SupertuningConfig, sparsity=0.9, r=3, lora_alpha=5)),
+    "supertuning-unsaved": ("llama", made(peft.SupertuningConfig, sparsity=0.9, save_precomputed_indices=False)),
+    "supertuning-smallest": (
+        "llama", made(peft.SupertuningConfig, sparsity=0.8, select_top=False, save_precomputed_indices=False),
+    ),
+    "frod": ("llama", frod(sparse_rate=0.05)),
+    "frod-bias": ("qwen2", frod("q_proj", "down_proj", bias="frod_only")),
+}  # fmt: skip
+
+
+def _fill(name: str, parameter: torch.Tensor) -> None:
+    if "frod_lambda_l" in name:  # starts as the base's own
+        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    elif "tinylora_v" in name:
+        fill_normal(name, parameter, std=1.0)
+    else:
+        fill_normal(name, parameter, std=3.0 if "fourierft" in name or "c3a" in name else 0.3)
+
+
+pytestmark = [
+    # What PEFT leaves out of a file and draws again.
+    pytest.mark.filterwarnings("ignore:Specified to not"),
+    pytest.mark.filterwarnings("ignore:save_precomputed_indices=False"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_weights_are_pefts_forward(case: str, tmp_path: Path, record_property) -> None:
+    architecture, config = CASES[case]
+    error, effect = worst_errors(config(), tmp_path, architecture, _fill)
+    record_property("error", error)
+    assert effect > 0.01, "the adapter must do something"
+    assert error < 1e-4
+    assert error < 0.01 * effect
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+FILE = f"base_model.model.{Q0}"
+
+# name -> (config, changes of the config file, changes of the tensors, what the fault says)
+FAULTS = {
+    "vera-incomplete": (vera(), {}, {"base_model.vera_A": None}, "tensor 'base_model.vera_A' is missing"),
+    "vera-not-saved": (vera(**UNSAVED), {"save_projection": True}, {}, "tensor 'base_model.vera_"),
+    "vera-narrow": (vera(), {}, {"base_model.vera_A": torch.ones(16, 48)}, "has 48 features and the layer 64"),
+    "vera-key": (vera(), {"projection_prng_key": ...}, {}, "key 'projection_prng_key' is missing"),
+    "pvera-sampled": (pvera(), {"sample_at_inference": True}, {}, "'sample_at_inference' is True; allowed: False"),
+    "randlora-gamma": (randlora(), {}, {f"{FILE}.randlora_gamma": torch.ones(7, 63)}, "has shape (7, 63)"),
+    "tinylora-rank": (tinylora(), {}, {f"{FILE}.tinylora_B": torch.ones(64, 4)}, "'tinylora_A' has rank 3"),
+    "waveft-coif5": (waveft(), {"wavelet_family": "coif5"}, {}, "'wavelet_family' is 'coif5'; allowed: db1, db2"),
+    "fourierft-scaling": (fourierft(), {"scaling": None}, {}, "'scaling' is None"),
+    "lokr-conv": (lokr(), {}, {f"{FILE}.lokr_t2": torch.ones(2, 2, 1, 1)}, "lokr_t2' is not understood"),
+    "lokr-size": (lokr(r=8), {}, {f"{FILE}.lokr_w2": torch.ones(4, 8)}, "(32, 64) do not fit a weight"),
+    "lokr-factors": (lokr(), {}, {f"{FILE}.lokr_w2_b": torch.ones(3, 8)}, "which no product has"),
+    "c3a-size": (c3a(), {}, {f"{FILE}.c3a_kernel": torch.ones(4, 3, 16)}, "(64, 48) do"),
+    "shira-place": (
+        shira(r=1), {}, {f"{FILE}.shira_indices": torch.full((2, 128), 64)}, "in rows 64 to 64 of a layer",
+    ),
+    "shira-half": (
+        shira(r=1), {}, {f"{FILE}.shira_indices": torch.full((2, 128), 0.5)}, "values that are no integers",
+    ),
+    "frod-unsaved": (
+        frod(), {"save_projection": False}, {}, "'save_projection' is False; allowed: True",
+    ),
+    "frod-incomplete": (
+        frod(), {}, {"base_model.frod_V.self_attn_q_proj": None}, "is missing; the file is incomplete",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_cannot_be_served_is_refused(case: str, tmp_path: Path) -> None:
+    make, changes, tensors, message = FAULTS[case]
+    config = make()
+    config.target_modules = {Q0}
+    save_peft_adapter(tiny_model("llama"), config, tmp_path)
+    layout = linear_layout(tiny_model("llama"))
+    read_adapter(tmp_path, layout=layout)
+    edit_config(tmp_path, **changes)
+    edit_tensors(tmp_path, **tensors)
+    assert any(message in fault for fault in faults_of(tmp_path, layout=layout))
+
+
+def test_structured_matrices_count_their_own_bytes(tmp_path: Path) -> None:
+    """FRoD a whole matrix, SHiRA its values with their places, C3A its kernels."""
+    layout = linear_layout(tiny_model("llama"))
+    for number, (make, size) in enumerate((
+        (frod(Q0), 4 * 64 * 64),
+        (made(peft.ShiraConfig, Q0, r=4), 12 * 4 * (64 + 64)),
+        (made(peft.SupertuningConfig, Q0, sparsity=0.9), 12 * 409),
+        (made(peft.C3AConfig, Q0, block_size=16), 4 * 4 * 4 * 16),
+    )):  # fmt: skip
+        path = tmp_path / str(number)
+        save_peft_adapter(tiny_model("llama"), make(), path)
+        read_adapter(path, layout=layout, max_dense_bytes=size)
+        message = f"its dense matrices take {size} bytes, above the limit of {size - 1}"
+        assert message in the_fault(path, layout=layout, max_dense_bytes=size - 1)
+
+
+def drawn_again(model, config, path: Path) -> tuple[torch.nn.Module, dict[str, tuple]]:
+    """PEFT's model, and our terms of the folder it saved, by module."""
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = tiny_model("llama").to(model.dtype)
+    wrapped = save_filled(model, config, path)
+    modules = read_adapter(path, layout=linear_layout(plain)).modules
+    return wrapped, {name: resolve(terms.terms, ModelProbe(plain, base, name)) for name, terms in modules.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vera", "pvera", "randlora", "randlora-sparse", "tinylora"])
+def test_projections_are_drawn_again_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    make = {
+        "vera": vera(**UNSAVED),
+        "pvera": pvera(**UNSAVED),
+        "randlora": randlora(**UNSAVED),
+        "randlora-sparse": randlora(sparse=True, **UNSAVED),
+        "tinylora": tinylora(**UNSAVED),
+    }[name]
+    wrapped, terms = drawn_again(tiny_model("llama").to(dtype), make(), tmp_path)
+    module = "model.layers.1.mlp.down_proj"
+    theirs = wrapped.get_submodule(f"base_model.model.{module}")
+    (term,) = terms[module]
+    if name == "tinylora":
+        number = len(terms) - 1
+        assert torch.equal(drawn(3, 8, 42 + number, dtype), theirs.tinylora_P["default"].float())
+        return
+    kind = name.partition("-")[0]
+    down, up = (getattr(theirs, f"{kind}_{side}")["default"].float() for side in "AB")
+    if kind == "randlora":
+        ours = term.small.tensor, term.large.tensor
+        assert torch.equal(ours[0], down[:, 0])
+        assert torch.equal(ours[1], up.flatten(1))
+    else:
+        assert torch.equal(term.down.tensor, down[:16])
+        assert torch.equal(term.up.tensor, up)
+
+
+def test_a_thousand_vera_adapters_add_their_own_vectors_and_one_basis(tmp_path: Path) -> None:
+    """Every adapter read from its own file, projections in it; a thousand slots' contents of two files."""
+    layout, before = linear_layout(tiny_model("llama")), held_bytes()
+    contents = []
+    for number in range(2):
+        path = tmp_path / str(number)
+        save_peft_adapter(tiny_model("llama"), vera()(), path, seed=number)
+        modules = read_adapter(path, layout=layout).modules
+        shapes = {name: layout.shapes[name] for name in modules}
+        for _ in range(500):
+            contents += [
+                fold(terms.terms, Cut(slice(0, shapes[name][0]), slice(0, shapes[name][1]), torch.float32, CPU))
+                for name, terms in modules.items()
+            ]
+    own = sum(4 * tensor.numel() for part in contents for tensor in part.tensors())
+    basis = 4 * 16 * (96 + 96)
+    assert held_bytes() - before == basis
+    assert own == 4 * 1000 * sum(1 + 16 + out_features for out_features, _ in shapes.values())
+
+
+def test_a_share_lora_folder_is_a_lora_folder(tmp_path: Path) -> None:
+    """Its A is the same for all layers, and its file has it once for each."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+    shared = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
+
+    def fill(name: str, parameter: torch.Tensor) -> None:
+        if "lora_A" in name:
+            parameter.copy_(shared)
+        else:
+            fill_normal(name, parameter)
+
+    error, effect = worst_errors(config, tmp_path, "llama", fill)
+    assert error < 1e-4
+    assert error < 0.01 * effect
