@@ -34,8 +34,15 @@ def glora(weights="lora", coupled="lora", biases="constant", targets=LINEAR, **c
     return peft.GloraConfig(r=3, target_modules=targets, **paths, **changes)
 
 
+def _fill(name: str, parameter: torch.Tensor) -> None:
+    # Gains stay around 1: of 0 nothing is left to compare.
+    fill_normal(name, parameter)
+    if "boft_s" in name or "road_alpha" in name:
+        parameter.add_(1.0)
+
+
 # name -> (architecture, config)
-CASES = {
+_CASES = {
     "oft": ("llama", oft()),
     "oft-bias-all": ("qwen2", oft(bias="all", targets=["q_proj", "down_proj"])),
     "oft-bias-only": ("qwen2", oft(bias="oft_only", targets=["q_proj", "down_proj"])),
@@ -70,13 +77,7 @@ CASES = {
     "glora-fused": ("phi3", glora("vector", "vector", "vector", targets=FUSED)),
     "beft": ("qwen2", peft.BeftConfig(target_modules=["q_proj", "k_proj", "v_proj"])),
 }
-
-
-def _fill(name: str, parameter: torch.Tensor) -> None:
-    # Gains stay around 1: of 0 nothing is left to compare.
-    fill_normal(name, parameter)
-    if "boft_s" in name or "road_alpha" in name:
-        parameter.add_(1.0)
+CASES = {name: (*case, _fill) for name, case in _CASES.items()}
 
 
 class _BlockDiagonal:
@@ -98,8 +99,8 @@ def _many_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
 @pytest.mark.parametrize("case", CASES)
 def test_merged_weights_are_pefts_forward(case: str, tmp_path: Path, record_property) -> None:
-    architecture, config = CASES[case]
-    error, effect = worst_errors(config, tmp_path, architecture, _fill)
+    architecture, config, fill = CASES[case]
+    error, effect = worst_errors(config, tmp_path, architecture, fill)
     record_property("error", error)
     assert effect > 0.01, "the adapter must do something"
     assert error < 1e-4

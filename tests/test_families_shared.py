@@ -76,8 +76,17 @@ def frod(*targets: str, **changes):
     return made(peft.FrodConfig, *targets, progressbar=False, **changes)
 
 
+def _fill(name: str, parameter: torch.Tensor) -> None:
+    if "frod_lambda_l" in name:  # starts as the base's own
+        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    elif "tinylora_v" in name:
+        fill_normal(name, parameter, std=1.0)
+    else:
+        fill_normal(name, parameter, std=3.0 if "fourierft" in name or "c3a" in name else 0.3)
+
+
 # name -> (architecture, config)
-CASES = {
+_CASES = {
     "vera": ("llama", vera()),
     "vera-unsaved": ("llama", vera(**UNSAVED)),
     "vera-some": ("qwen2", vera("v_proj", "down_proj", bias="vera_only", **UNSAVED)),
@@ -130,15 +139,7 @@ CASES = {
     "frod": ("llama", frod(sparse_rate=0.05)),
     "frod-bias": ("qwen2", frod("q_proj", "down_proj", bias="frod_only")),
 }  # fmt: skip
-
-
-def _fill(name: str, parameter: torch.Tensor) -> None:
-    if "frod_lambda_l" in name:  # starts as the base's own
-        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-    elif "tinylora_v" in name:
-        fill_normal(name, parameter, std=1.0)
-    else:
-        fill_normal(name, parameter, std=3.0 if "fourierft" in name or "c3a" in name else 0.3)
+CASES = {name: (*case, _fill) for name, case in _CASES.items()}
 
 
 pytestmark = [
@@ -151,8 +152,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_merged_weights_are_pefts_forward(case: str, tmp_path: Path, record_property) -> None:
-    architecture, config = CASES[case]
-    error, effect = worst_errors(config(), tmp_path, architecture, _fill)
+    architecture, config, fill = CASES[case]
+    error, effect = worst_errors(config(), tmp_path, architecture, fill)
     record_property("error", error)
     assert effect > 0.01, "the adapter must do something"
     assert error < 1e-4
