@@ -6,7 +6,7 @@
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, TARGETS
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
-from flora_vllm.terms import Circulant, Term
+from flora_vllm.terms import Circulant, Offset, Term
 
 KERNEL = "c3a_kernel"
 
@@ -33,5 +33,6 @@ C3A = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: {KERNEL: Part((None, None, None)), **bias_parts(scope)},
     terms=and_biases(_terms),
+    kinds=(Circulant, Offset),
     note="as products of spectra",
 )

@@ -15,7 +15,7 @@ from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key,
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.projections import random_cells, sides
 from flora_vllm.formats.families.vera import SEED
-from flora_vllm.terms import Added, FromBase, Probe, Shared, Term
+from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Term
 
 SPECTRUM = "fourierft_spectrum"
 
@@ -67,5 +67,6 @@ FOURIERFT = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: {SPECTRUM: Part((None,)), **bias_parts(scope)},
     terms=and_biases(_terms),
+    kinds=(Added, Offset),
     note="waves held once per engine",
 )

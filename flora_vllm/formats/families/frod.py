@@ -12,7 +12,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, TARGETS, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
-from flora_vllm.terms import Dense, FromBase, Probe, Term
+from flora_vllm.terms import Dense, FromBase, Offset, Probe, Term
 
 LAMBDA_L, LAMBDA_S = "frod_lambda_l", "frod_lambda_s_values"
 V, S_INDICES, S_SIZE = "frod_V", "frod_s_indices", "frod_s_size"
@@ -83,5 +83,6 @@ FROD = Family(
         f"{S_SIZE}.*": Part((2,), dtypes=("I64",)),
     },
     terms=and_biases(_terms),
+    kinds=(Dense, Offset),
     note="a dense matrix for each module",
 )

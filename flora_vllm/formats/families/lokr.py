@@ -69,5 +69,6 @@ LOKR = Family(
     names=(W1, W1_A, W1_B, W2, W2_A, W2_B),
     parts=_parts,
     terms=_terms,
+    kinds=(Kron,),
     note="as two small products",
 )

@@ -6,9 +6,9 @@ PEFT multiplies them as they are (`peft/tuners/randlora/layer.py::get_scaled_bas
 the projections once for the adapter and, in vain, once more for each module.
 """
 
-import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -18,13 +18,11 @@ from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key,
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import largest_sides, sides
 from flora_vllm.formats.families.vera import SEED, saves_projection
-from flora_vllm.terms import Bases, FromBase, Probe, Shared, Term
+from flora_vllm.terms import Bases, FromBase, Offset, Probe, Shared, Term
 from flora_vllm.terms.shared import by_content
 
 RANDLORA_A, RANDLORA_B = "randlora_A", "randlora_B"
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
-
-_log = logging.getLogger(__name__)
 
 
 def _parts(scope: Scope) -> Mapping[str, Part]:
@@ -75,11 +73,6 @@ def _drawn(probe: Probe, config: Config) -> tuple[Shared, Shared]:
     sizes, rank, dtype = largest_sides(probe, config), config["r"], probe.dtype
     larger, smaller = max(sizes), min(sizes)
     kind = "very" if config.get("very_sparse") else "sparse" if config.get("sparse") else "dense"
-    if kind == "dense":
-        _log.warning(
-            "a RandLoRA adapter was saved without its projections; they are drawn in bfloat16, as PEFT does where the "
-            "machine has it. If it was trained on one that has not (a T4), save it again with save_projection=True"
-        )
     key = f"randlora {kind} {rank} {larger} {smaller} {config['projection_prng_key']} {dtype}"
 
     def as_kept(which: int) -> torch.Tensor:
@@ -132,5 +125,19 @@ RANDLORA = Family(
     shared_names=(RANDLORA_A, RANDLORA_B),
     shared_parts=_shared_parts,
     terms=and_biases(_terms),
+    kinds=(Bases, Offset),
     note="bases held once per engine",
+)
+
+RANDLORA_DRAWN = replace(
+    RANDLORA,
+    name="RANDLORA_DRAWN",
+    title="RandLoRA without its bases in the file",
+    peft_type="RANDLORA",
+    when=lambda config: not saves_projection(config) and not (config.get("sparse") or config.get("very_sparse")),
+    note="bases drawn again, as PEFT draws them in bfloat16",
+    caution=(
+        "its bases are drawn again in bfloat16, as PEFT does where the machine has it; if it was trained on a machine "
+        "without (a T4), save it again with save_projection=True"
+    ),
 )

@@ -45,4 +45,5 @@ SHIRA = Family(
     names=(WEIGHT, INDICES),
     parts=lambda _scope: {WEIGHT: Part(("n",)), INDICES: Part((2, "n"), dtypes=(*INTEGERS, "F32"))},
     terms=_terms,
+    kinds=(Sparse,),
 )

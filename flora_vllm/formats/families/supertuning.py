@@ -66,5 +66,6 @@ SUPERTUNING = Family(
     parts=_parts,
     ranks=lambda scope: (scope.config["r"],) if scope.config.get("r") is not None else (),
     terms=_terms,
+    kinds=(Sparse, Added),
     limit="lora",
 )

@@ -34,7 +34,7 @@ from flora_vllm.formats.families.osf import OSF
 from flora_vllm.formats.families.peanut import PEANUT
 from flora_vllm.formats.families.poly import POLY
 from flora_vllm.formats.families.psoft import PSOFT
-from flora_vllm.formats.families.randlora import RANDLORA
+from flora_vllm.formats.families.randlora import RANDLORA, RANDLORA_DRAWN
 from flora_vllm.formats.families.road import ROAD
 from flora_vllm.formats.families.shira import SHIRA
 from flora_vllm.formats.families.supertuning import SUPERTUNING
@@ -57,7 +57,7 @@ ROWS = (
     # rotations
     OFT_NEUMANN, OFT, BOFT, ROAD,
     # bases shared by all adapters
-    VERA, PVERA, RANDLORA, TINYLORA, FOURIERFT, WAVEFT,
+    VERA, PVERA, RANDLORA_DRAWN, RANDLORA, TINYLORA, FOURIERFT, WAVEFT,
     # structured, sparse and dense matrices
     LOKR, C3A, SHIRA, SUPERTUNING, FROD,
 )

@@ -24,7 +24,7 @@ from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key,
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import targets_in_order
 from flora_vllm.formats.families.vera import SEED, saves_projection
-from flora_vllm.terms import Added, FromBase, Probe, Term
+from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 from flora_vllm.terms.shared import by_content
 
 TINYLORA_A, TINYLORA_B, TINYLORA_P = "tinylora_A", "tinylora_B", "tinylora_P"
@@ -98,5 +98,6 @@ TINYLORA = Family(
     shared_names=(f"{TINYLORA_V}.*",),
     shared_parts=lambda config: {f"{TINYLORA_V}.*": Part((config["u"],))},
     terms=and_biases(_terms),
+    kinds=(Added, Offset),
     note="singular vectors held once per engine",
 )

@@ -16,7 +16,7 @@ from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import largest_sides
-from flora_vllm.terms import Added, FromBase, Probe, Shared, Term
+from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Term
 from flora_vllm.terms.shared import by_content
 
 VERA_A, VERA_B = "vera_A", "vera_B"
@@ -108,6 +108,7 @@ VERA = Family(
     shared_names=(VERA_A, VERA_B),
     shared_parts=_shared_parts,
     terms=and_biases(_terms),
+    kinds=(Added, Offset),
     note="projections held once per engine",
 )
 

@@ -13,7 +13,7 @@ from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.projections import random_cells, sides
 from flora_vllm.formats.families.vera import SEED
 from flora_vllm.formats.families.wavelets import LOW_PASS
-from flora_vllm.terms import Added, FromBase, Probe, Shared, Sparse, Term
+from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Sparse, Term
 
 SPECTRUM = "waveft_spectrum"
 
@@ -97,5 +97,6 @@ WAVEFT = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: {SPECTRUM: Part((None,)), **bias_parts(scope)},
     terms=and_biases(_terms),
+    kinds=(Added, Sparse, Offset),
     note="wavelets held once per engine",
 )
