@@ -18,7 +18,7 @@ from flora_vllm.formats import content_digest
 
 torch.set_num_threads(1)
 
-KEYS = {"family", "rank", "modules", "bytes", "digest", "servable", "faults"}
+KEYS = {"family", "rank", "modules", "bytes", "digest", "servable", "caution", "faults"}
 
 
 def inspect(*arguments: str | Path) -> int:
@@ -69,6 +69,7 @@ def test_json_of_a_good_adapter(saved: Path, capsys) -> None:
             "bytes": 2 * 4 * (64 + 64) * 4,
             "digest": content_digest(saved / "adapter"),
             "servable": True,
+            "caution": None,
             "faults": [],
         }
 
@@ -76,7 +77,7 @@ def test_json_of_a_good_adapter(saved: Path, capsys) -> None:
 def test_text_of_a_good_adapter(saved: Path, capsys) -> None:
     assert inspect(saved / "adapter") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert set(lines) == KEYS - {"faults"}
+    assert set(lines) == KEYS - {"faults", "caution"}
     assert (lines["family"], lines["rank"], lines["modules"], lines["servable"]) == ("LORA", "4", "2", "yes")
 
 

@@ -1,4 +1,7 @@
-"""`flora-vllm convert`: the command's arguments and body; the work is in training/fit.py and training/convert.py."""
+"""`flora-vllm convert`: the command's arguments and body.
+
+The work is in training/fit.py and training/convert.py, of --to-lora in formats/lora_writer.py.
+"""
 
 import argparse
 import math
@@ -20,24 +23,29 @@ examples:
   flora-vllm convert --from-lora ./SmolLM2-135M ./adapters/haiku ./adapters/haiku-flora --rank 8 --text poems.jsonl
   flora-vllm convert --from-lora ./SmolLM2-135M ./adapters/haiku ./haiku-flora --rank 4 --text poems.jsonl --distill 100
   flora-vllm convert --from-ia3 ./SmolLM2-135M ./adapters/poet-ia3 ./adapters/poet
+  flora-vllm convert --to-lora ./SmolLM2-135M ./adapters/haiku-pissa ./adapters/haiku
 
 LoRA adds to the weights, FLoRA multiplies them: the fit is an approximation, and often a poor one. What it loses is
 reported per layer, and with --text end to end, as the share of the LoRA's effect that is gone: 0 is the same adapter,
 1 is none at all. More than --max-lost and nothing is written. --distill then moves the factors towards the LoRA's
 answers on the text. IA3 converts exactly, or is refused: where it scales a bias, FLoRA can't follow.
+
+--to-lora writes a plain LoRA, exactly: for families that are low rank once the base is known (PiSSA, OLoRA, KaSA,
+PSOFT, OSF, AdaMSS, ...), whose loading would decompose every base weight each time. Others are refused.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Turn an adapter of another family into FLoRA."
+    parser.description = "Turn an adapter of another family into FLoRA, or one that comes to low rank into LoRA."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     family = parser.add_mutually_exclusive_group(required=True)
     family.add_argument("--from-lora", action="store_true", help="ADAPTER is LoRA")
     family.add_argument("--from-ia3", action="store_true", help="ADAPTER is IA3")
+    family.add_argument("--to-lora", action="store_true", help="ADAPTER is of any family; OUT is LoRA")
     parser.add_argument("base", metavar="BASE", help="model directory or hub id")
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write the FLoRA adapter to")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory, or directory#task")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write the new adapter to")
     parser.add_argument("--rank", type=int, default=4, help="FLoRA's rank for --from-lora (default: 4)")
     parser.add_argument("--text", type=Path, help="measure and weigh the fit on this text (as `train` reads it)")
     parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="steps after the fit; needs --text")
@@ -51,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """0 when OUT holds the adapter, 1 with the reason on stderr otherwise."""
     try:
         _check(args)
-        if args.from_ia3:
+        if args.to_lora:
+            _to_lora(args)
+        elif args.from_ia3:
             _from_ia3(args)
         else:
             _from_lora(args)
@@ -73,8 +83,8 @@ def _check(args: argparse.Namespace) -> None:
         faults.append(f"--lr is {args.lr}, must be above 0")
     if args.distill and args.text is None:
         faults.append("--distill learns from the LoRA's answers on a text; give --text")
-    if args.from_ia3 and args.text is not None:
-        faults.append("--text is for --from-lora; IA3 converts exactly or not at all")
+    if not args.from_lora and args.text is not None:
+        faults.append("--text is for --from-lora; what is converted exactly needs none")
     if faults:
         raise ConfigError("; ".join(faults))
 
@@ -87,6 +97,23 @@ def _read(args: argparse.Namespace, family: str) -> tuple["Adapter", "PreTrained
     if adapter.family != family:
         raise AdapterError(f"{args.adapter}: the adapter is {adapter.family}, not {family}")
     return adapter, *load_base(args.base)
+
+
+def _to_lora(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from flora_vllm.formats import read_adapter, split_task
+    from flora_vllm.formats.base_model import base_layout, open_base
+    from flora_vllm.formats.lora_writer import lora_factors, write_lora
+
+    base = open_base(args.base)
+    path, task = split_task(args.adapter)
+    adapter = read_adapter(path, layout=base_layout(base), task=task)
+    with tqdm(total=len(adapter.modules), unit="module", desc="converting", file=sys.stderr) as bar:
+        found = lora_factors(base, adapter, bar)
+    write_lora(args.out, found, args.base)
+    rank = max(len(down) for down, _ in found.pairs.values())
+    print(f"{len(found.pairs)} modules of {adapter.family} converted exactly to LoRA of rank {rank}: {args.out}")
 
 
 def _from_ia3(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show an adapter's family, rank, modules, size and digest, or everything wrong with it."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("dir", metavar="DIR", help="adapter directory")
+    parser.add_argument("dir", metavar="DIR", help="adapter directory, or directory#task")
     parser.add_argument("--base", metavar="MODEL", help="model directory or hub id whose shapes the adapter must fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -32,14 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 if the adapter can be served, 1 if not or if `--base` cannot be read."""
     # Imported here so that `--help` does not wait for torch.
-    from flora_vllm.formats import Examination, examine
+    from flora_vllm.formats import Examination, examine, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
 
+    path, task = split_task(args.dir)
     try:
-        found = examine(args.dir, layout=None if args.base is None else base_layout(open_base(args.base)))
+        layout = None if args.base is None else base_layout(open_base(args.base))
+        found = examine(path, layout=layout, task=task)
     except AdapterError as error:
         # The base model is at fault; what can be said without it still is.
-        alone = examine(args.dir)
+        alone = examine(path, task=task)
         found = Examination(None, (str(error), *alone.faults), alone.family, alone.digest)
     summary = summarise(found)
     if args.json:
@@ -60,12 +62,23 @@ def summarise(found: "Examination") -> dict[str, Any]:
         "bytes": None if adapter is None else adapter.nbytes,
         "digest": found.digest,
         "servable": adapter is not None,
+        "caution": _caution(found),
         "faults": list(found.faults),
     }
 
 
+def _caution(found: "Examination") -> str | None:
+    """What a user of this family must know."""
+    from flora_vllm.formats import FAMILIES
+
+    family = FAMILIES.get(found.family or "")
+    return (family.caution or None) if family is not None else None
+
+
 def _as_text(summary: dict[str, Any]) -> str:
     shown = {**summary, "modules": len(summary["modules"]), "servable": "yes" if summary["servable"] else "no"}
-    faults = shown.pop("faults")
+    faults, caution = shown.pop("faults"), shown.pop("caution")
     lines = [f"{key:9} {'unknown' if value is None else value}" for key, value in shown.items()]
+    if caution is not None:
+        lines.append(f"caution   {caution}")
     return "\n".join([*lines, *(f"  - {fault}" for fault in faults)])

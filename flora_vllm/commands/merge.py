@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("base", metavar="BASE", help="model directory or hub id")
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory, or directory#task")
     parser.add_argument("out", metavar="OUT", help="directory to write; must be absent or empty")
 
 
@@ -31,13 +31,14 @@ def run(args: argparse.Namespace) -> int:
     # Imported here so that `--help` does not wait for torch.
     from tqdm import tqdm
 
-    from flora_vllm.formats import read_adapter
+    from flora_vllm.formats import read_adapter, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
     from flora_vllm.formats.merge import merge_model
 
     try:
         base = open_base(args.base)
-        adapter = read_adapter(args.adapter, layout=base_layout(base))
+        path, task = split_task(args.adapter)
+        adapter = read_adapter(path, layout=base_layout(base), task=task)
         total = sum((base.directory / name).stat().st_size for name in base.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr) as bar:
             merge_model(base, adapter, Path(args.out), bar)

@@ -77,16 +77,20 @@ def _fold(term: Added, draft: Draft) -> None:
     draft.added.append(Pair(cut.input_side(term.down), up_OR, term.scale))
 
 
-def _merge(term: Added, merging: Merging) -> None:
-    dtype = merging.base_OI.dtype
-    out_features, in_features = merging.base_OI.shape
+def factors(term: Added, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down (R, I), up (O, R)) that alone say what the term does to a module of this size."""
     down = tensor_of(term.down)[:, :in_features].to(dtype)
     up = tensor_of(term.up)[:out_features].to(dtype)
     if term.mid is not None:
         up = up * term.mid.to(dtype) if term.mid.ndim == 1 else up @ term.mid.to(dtype)
     if term.out is not None:
         up = term.out.to(dtype)[:, None] * up
-    merging.sum_OI = merging.sum_OI + term.scale * (up @ down)
+    return down, term.scale * up
+
+
+def _merge(term: Added, merging: Merging) -> None:
+    down, up = factors(term, *merging.base_OI.shape, merging.base_OI.dtype)
+    merging.sum_OI = merging.sum_OI + up @ down
 
 
 ADDED = Kind(

@@ -1,0 +1,249 @@
+"""What the saved file of a family may be besides the plainest: pruned, converted, renamed, packed, of several tasks."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from families_support import ModelProbe, fill_normal, ours_merged, save_filled, worst_errors
+from formats_support import edit_config, edit_tensors, linear_layout, the_fault, tiny_model
+from peft.tuners.lora.variants import QALoraLinearVariant
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats import examine, read_adapter, split_task
+from flora_vllm.terms import Added, Dense, FromBase, merged, resolve
+
+torch.set_num_threads(1)
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+def error_of(path: Path, model: PreTrainedModel) -> float:
+    """Of the logits, against PEFT's own forward of the folder on `model`, which stays as it is."""
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours, theirs = tiny_model("llama"), tiny_model("llama")
+    theirs.load_state_dict(base)
+    ours.load_state_dict(ours_merged(model, base, read_adapter(path, layout=linear_layout(model))))
+    tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = peft.PeftModel.from_pretrained(theirs, str(path)).eval()(tokens).logits
+        assert (wanted - model(tokens).logits).abs().max() > 0.01
+        return float((ours(tokens).logits - wanted).abs().max())
+
+
+# PEFT takes a pruned factor for a lost shard.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:The following rank_pattern keys")
+def test_adalora_pruned_by_its_own_allocator_to_nothing_in_some_modules(tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=1, lora_alpha=5, tinit=1, tfinal=2, total_step=6, target_modules=LINEAR
+    )
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            fill_normal("", parameter.data)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
+    tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(4))
+    for step in range(6):
+        wrapped(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        wrapped.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    wrapped.save_pretrained(str(tmp_path))
+    model = tiny_model("llama")
+    terms = [module.terms for module in read_adapter(tmp_path, layout=linear_layout(model)).modules.values()]
+    ranks = sorted(sum(term.rank for term in module if isinstance(term, Added)) for module in terms)
+    assert ranks[0] == 0
+    assert ranks[-1] > 1
+    assert error_of(tmp_path, model) < 1e-5
+
+
+# PEFT warns of what the conversion undoes.
+@pytest.mark.filterwarnings("ignore:.*changes the base weights", "ignore:.*niter")
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_a_converted_start_is_plain_lora(start: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=LINEAR, init_lora_weights=start)
+    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    wrapped.save_pretrained(str(tmp_path / "start"))
+    edit_config(tmp_path / "start", init_lora_weights=True)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    wrapped.save_pretrained(str(tmp_path / "out"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model = tiny_model("llama")
+    adapter = read_adapter(tmp_path / "out", layout=linear_layout(model))
+    assert (adapter.family, adapter.rank) == ("LORA", 6)
+    assert error_of(tmp_path / "out", model) < 1e-5
+
+
+def test_bone_is_miss_under_other_names(tmp_path: Path) -> None:
+    config = peft.MissConfig(r=8, target_modules=["q_proj", "down_proj"])
+    error, _ = worst_errors(config, tmp_path)
+    assert error < 1e-5
+    layout = linear_layout(tiny_model("llama"))
+    miss = read_adapter(tmp_path, layout=layout)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name.replace("miss_block", "bone_block"): tensor for name, tensor in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    edit_config(tmp_path, peft_type="BONE", miss_dropout=..., mini_r=...)
+    bone = read_adapter(tmp_path, layout=layout)
+    assert bone.family == "BONE"
+    for module, terms in miss.modules.items():
+        for mine, same in zip(terms.tensors(), bone.modules[module].tensors(), strict=True):
+            assert torch.equal(mine, same)
+
+
+def test_qalora_pools_its_input(tmp_path: Path) -> None:
+    """PEFT has QALoRA on GPTQ layers only: its forward is asked directly."""
+    save_filled(tiny_model("llama"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]), tmp_path)
+    down, up = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.randn(64, 4)
+    prefix = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    edit_tensors(tmp_path, **{prefix.format(i, x): t.clone() for i in (0, 1) for x, t in (("A", down), ("B", up))})
+    edit_config(tmp_path, use_qalora=True, qalora_group_size=8)
+    model = tiny_model("llama")
+    (term,) = read_adapter(tmp_path, layout=linear_layout(model)).modules[Q0].of(Added)
+    weight, bias = merged(torch.zeros(64, 64), None, (term,))
+    assert bias is None
+    layer = SimpleNamespace(
+        lora_A={"default": SimpleNamespace(weight=down)},
+        lora_B={"default": SimpleNamespace(weight=up)},
+        lora_dropout={"default": torch.nn.Identity()},
+        scaling={"default": 6 / 4},
+        qalora_group_size={"default": 8},
+        training=False,
+        in_features=64,
+    )
+    x = torch.randn(2, 5, 64)
+    plain = torch.zeros(2, 5, 64)
+    theirs = QALoraLinearVariant.forward(layer, "default", x, plain)  # pyright: ignore[reportArgumentType]
+    ours = x @ weight.T
+    torch.testing.assert_close(ours - (x @ torch.zeros(64, 64)), theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_a_task_is_asked_for_by_name(tmp_path: Path) -> None:
+    config = peft.PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["q_proj"])
+    save_filled(tiny_model("llama"), config, tmp_path)
+    assert "it has 3 tasks; add one to its path as <path>#<task>: 0, 1, 2" in the_fault(tmp_path)
+    for task in ("3", "x", ""):
+        assert f"there is no task {task!r}; it has 0, 1, 2" in examine(tmp_path, task=task).faults[0]
+    first, second = (read_adapter(tmp_path, task=task).modules[Q0].terms[0] for task in ("0", "1"))
+    assert isinstance(first, Added)
+    assert isinstance(second, Added)
+    assert not torch.equal(first.down, second.down)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_task_of_a_family_without_tasks(tmp_path: Path) -> None:
+    save_filled(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    assert "there is no task '1'; LORA adapters have none" in examine(tmp_path, task="1").faults[0]
+
+
+def test_paths_with_tasks(tmp_path: Path) -> None:
+    named = tmp_path / "a#b"
+    named.mkdir()
+    assert split_task(str(named)) == (str(named), None)
+    assert split_task(f"{named}#1") == (str(named), "1")
+    assert split_task("adapters/poly#qa") == ("adapters/poly", "qa")
+    assert split_task("adapters/poly") == ("adapters/poly", None)
+    assert split_task("adapters/poly#") == ("adapters/poly#", None)
+
+
+def test_unilora_without_indices_needs_the_model(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_filled(model, peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=["q_proj"]), tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 1
+    assert "which modules it adapts depends on the base model" in the_fault(tmp_path)
+    model = tiny_model("llama")
+    adapter = read_adapter(tmp_path, layout=linear_layout(model))
+    assert sorted(adapter.modules) == [Q0, Q0.replace("0", "1")]
+    probe = ModelProbe(model, model.state_dict(), Q0)
+    probe.module = "language_model.layers.0.self_attn.q_proj"
+    with pytest.raises(AdapterError, match="save the adapter with save_indices=True"):
+        resolve(adapter.modules[Q0].terms, probe)
+
+
+def test_indices_outside_are_refused(tmp_path: Path) -> None:
+    config = peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=["q_proj"], save_indices=True)
+    save_filled(tiny_model("llama"), config, tmp_path / "unilora")
+    name = f"base_model.model.{Q0}.unilora_indices_A"
+    edit_tensors(tmp_path / "unilora", **{name: torch.full((2, 64), 50)})
+    assert "leave the 50 numbers of unilora_theta_d" in the_fault(tmp_path / "unilora")
+    config = peft.VBLoRAConfig(
+        r=2, num_vectors=20, vector_length=16, topk=2, target_modules=["q_proj"], save_only_topk_weights=True
+    )
+    save_filled(tiny_model("llama"), config, tmp_path / "vblora")
+    name = f"base_model.model.{Q0}.vblora_logits_A_topk_indices"
+    edit_tensors(tmp_path / "vblora", **{name: torch.full((2, 4, 2), 20, dtype=torch.uint8)})
+    assert "a bank of 20 does not have" in the_fault(tmp_path / "vblora")
+
+
+def test_limits_count_what_is_built(tmp_path: Path) -> None:
+    layout = linear_layout(tiny_model("llama"))
+    save_filled(tiny_model("llama"), peft.LoHaConfig(r=3, target_modules=["q_proj"]), tmp_path / "loha")
+    assert "with rank 9" in the_fault(tmp_path / "loha", max_lora_rank=8)
+    assert read_adapter(tmp_path / "loha", max_lora_rank=9).rank == 3
+    config = peft.MissConfig(r=8, target_modules=["q_proj"], init_weights="bat")
+    save_filled(tiny_model("llama"), config, tmp_path / "bat")
+    size = 2 * 4 * 64 * 64
+    assert f"{size} bytes, above the limit" in the_fault(tmp_path / "bat", layout=layout, max_dense_bytes=size - 1)
+    read_adapter(tmp_path / "bat", layout=layout, max_dense_bytes=size)
+
+
+def test_osf_is_dense_only_where_factors_are_larger(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    kinds = {}
+    for rank, name in ((32, "half"), (60, "few")):
+        config = peft.OSFConfig(target_modules=["q_proj"], effective_rank=rank)
+        save_filled(tiny_model("llama"), config, tmp_path / name)
+        (term,) = read_adapter(tmp_path / name, layout=linear_layout(model)).modules[Q0].terms
+        assert isinstance(term, FromBase)
+        (built,) = resolve((term,), ModelProbe(model, model.state_dict(), Q0))
+        kinds[name] = type(built), term.rank, term.dense_bytes
+    assert kinds == {"half": (Dense, 0, 4 * 64 * 64), "few": (Added, 8, 0)}
+
+
+def test_config_and_file_of_a_block_diagonal_lora_must_agree(tmp_path: Path) -> None:
+    blocks = peft.BdLoraConfig(["q_proj"], None, nblocks=2)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_bdlora=blocks)
+    save_filled(tiny_model("llama"), config, tmp_path)
+    layout = linear_layout(tiny_model("llama"))
+    assert read_adapter(tmp_path, layout=layout).family == "BDLORA"
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["use_bdlora"]
+    edit_config(tmp_path, use_bdlora={**saved, "nblocks": 4})
+    assert all("lora_A.weight' has shape (4, 32)" in fault for fault in examine(tmp_path, layout=layout).faults)
+    edit_config(tmp_path, use_bdlora=None)
+    assert all("lora_A.weight' has shape (4, 32)" in fault for fault in examine(tmp_path, layout=layout).faults)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("llama", {}), ("qwen2", {}), ("qwen2", {"use_dynamic_rank": True, "random_seed": 3})]
+)
+def test_adamss_finds_pefts_clusters(architecture: str, options: dict, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="AdaMSS's clusters need scikit-learn")
+    config = peft.AdamssConfig(
+        r=20, num_subspaces=3, subspace_rank=2, target_modules=["q_proj", "v_proj", "up_proj"], **options
+    )
+    error, effect = worst_errors(config, tmp_path, architecture)
+    assert effect > 0.01
+    assert error < 1e-5
+
+
+def test_adamss_whose_clusters_have_other_sizes_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="AdaMSS's clusters need scikit-learn")
+    config = peft.AdamssConfig(r=20, num_subspaces=2, subspace_rank=2, target_modules=["q_proj"])
+    save_filled(tiny_model("llama"), config, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first, second = (f"base_model.model.{Q0}.adamss_B.{i}" for i in (0, 1))
+    one, two = tensors[first], tensors[second]
+    edit_tensors(tmp_path, **{first: torch.cat([one, two[:1]]), second: two[1:]})
+    model = tiny_model("llama")
+    adapter = read_adapter(tmp_path, layout=linear_layout(model))
+    with pytest.raises(AdapterError, match=f"clusters of .{len(one)}, {len(two)}., the file has .{len(one) + 1}, "):
+        resolve(adapter.modules[Q0].terms, ModelProbe(model, model.state_dict(), Q0))
