@@ -23,9 +23,16 @@ class Probe(Protocol):
     """The base, as far as terms may ask for it: one module's, whole, whatever the tensor-parallel size."""
 
     module: str
-    # Every linear layer and embedding, in the order of the Hugging Face model, with its (O, I) or (rows, width).
-    modules: Mapping[str, tuple[int, int]]
-    dtype: torch.dtype  # of the base model's weights
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Every linear layer and embedding, in the Hugging Face model's order, with its (O, I) or (rows, width)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model's weights."""
+        ...
 
     def product(self, x_NI: torch.Tensor) -> torch.Tensor:
         """W x by rows, without bias: (N, O) float32."""
