@@ -25,6 +25,8 @@ PROMPT = support.prompt(13, seed=5)
 # Their tiny models have other sizes, or what is tested needs no engine.
 LEFT_OUT = ("conv1d", "gpt2")
 NEW = 4
+# Maps across ranks: blocks that a cut would go through, outputs whose sum no rank has.
+REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4", "glora-bias", "glora-vector", "glora-constant"}
 # PEFT computes in float32 too: what is compared is two roundings of the same sums, relative to what the adapter does.
 TOLERANCE = 1e-4
 
@@ -95,20 +97,55 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return served
 
 
-def test_every_adapter_is_pefts_forward(served: Served, record_property: Any) -> None:
+def errors_of(served: Served) -> dict[str, float]:
+    """Adapter -> largest difference of a logprob from PEFT's forward of its folder, over the whole answer."""
     worst: dict[str, float] = {}
     for name, path in served.paths.items():
         model = peft.PeftModel.from_pretrained(support.load(served.model), str(path)).eval()
-        for ask, answer in served.answers[name]:
+        for ask, answer in served.answers.get(name, ()):
             tokens = torch.tensor([[*ask.prompt, *answer.tokens]])
             with torch.no_grad():
                 whole = torch.log_softmax(model(tokens).logits[0].double(), -1)[len(ask.prompt) - 1 : -1]
             for place, row in zip(answer.logprobs, whole, strict=True):
                 error = max(abs(value - float(row[token])) for token, value in place.items())
                 worst[name] = max(worst.get(name, 0.0), error)
+    return worst
+
+
+def test_every_adapter_is_pefts_forward(served: Served, record_property: Any) -> None:
+    worst = errors_of(served)
+    assert set(worst) == set(served.paths)
     for name, error in worst.items():
         record_property(name, error)
     assert not {name: error for name, error in worst.items() if not error < TOLERANCE}
+
+
+def test_two_workers_serve_them_too_or_refuse_them_by_name(
+    tmp_path_factory: pytest.TempPathFactory, record_property: Any
+) -> None:
+    """Each rank holds its part, or no rank holds any; the base's answers to a load are the whole module's."""
+    folder = tmp_path_factory.mktemp("two")
+    served = Served(TINY_MODELS["qwen2"](folder / "model"))
+    for name, case in cases_of("qwen2").items():
+        if case.task is None:
+            save(served.model, case, folder / name)
+            served.paths[name] = folder / name
+    options = {"max_loras": len(served.paths), "max_lora_rank": 256, "max_flora_rank": 64, "max_num_seqs": 256}
+    refused: dict[str, str] = {}
+    with support.running(served.model, tensor_parallel_size=2, distributed_executor_backend="mp", **options) as engine:
+        for name, path in served.paths.items():
+            try:
+                engine.llm.llm_engine.add_lora(engine.request_for(path))
+            except Exception as error:  # noqa: BLE001 - the executor's own wrapper around a worker's AdapterError
+                refused[name] = str(error)
+        asks = [(name, Ask(PROMPT, path)) for name, path in served.paths.items() if name not in refused]
+        for (name, ask), answer in zip(asks, engine.ask([ask for _, ask in asks], NEW), strict=True):
+            served.answers.setdefault(name, []).append((ask, answer))
+    for name, error in (worst := errors_of(served)).items():
+        record_property(name, error)
+    assert not {name: error for name, error in worst.items() if not error < TOLERANCE}
+    assert all("--tensor-parallel-size" in message for message in refused.values()), refused
+    assert set(refused) == REFUSED_BY_TWO
 
 
 def test_alone_is_as_in_the_batch(served: Served) -> None:
