@@ -64,7 +64,7 @@ PARTS = (
     Part("commands", ("", "errors", "adapter", "formats", "ops", "options", "terms", "train_request", "training",
                       "plugin",
                       "demo.model_assets"),
-         ("torch", "tqdm", "peft", "transformers")),
+         ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip
 # Read by everything that serves; must not wait for, or need, any of these.
