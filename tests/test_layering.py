@@ -61,10 +61,9 @@ PARTS = (
     Part("commands.bootstrap"),
     Part("commands.cli", ("", "environment", "errors")),
     Part("commands.server_process", ("errors",), ("torch",)),
-    Part("commands", ("", "errors", "adapter", "formats", "ops", "options", "terms", "train_request", "training",
-                      "plugin",
-                      "demo.model_assets"),
-         ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib")),
+    Part("commands", ("", "commands.cli", "commands.server_process", "errors", "adapter", "formats", "ops", "options", "terms",
+                      "train_request", "training", "plugin", "demo.model_assets"),
+         ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib", "rich")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip
 # Read by everything that serves; must not wait for, or need, any of these.

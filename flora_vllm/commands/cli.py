@@ -7,11 +7,13 @@ A command's module offers `add_arguments(parser)`, which also sets the help text
 import argparse
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from flora_vllm import __version__
 from flora_vllm.environment import VARIABLES
@@ -27,6 +29,7 @@ class Command:
 
 COMMANDS = (
     Command("demo", "flora_vllm.demo.run", "serve a small model with several adapters and check what each request got"),
+    Command("serve", "flora_vllm.commands.serve", "vllm serve --enable-flora, set up for this machine"),
     Command(
         "doctor", "flora_vllm.commands.doctor", "say whether this installation can serve adapters, and if not, why"
     ),
@@ -36,10 +39,13 @@ COMMANDS = (
     Command("train", "flora_vllm.commands.train", "train an adapter that the server loads"),
     Command("cluster", "flora_vllm.cluster.command", "serve from many engines behind one endpoint"),
     Command("deploy", "flora_vllm.commands.deploy", "print a file for Docker, Compose, Kubernetes or Grafana"),
+    Command("top", "flora_vllm.commands.top", "watch a server's adapters, tokens and queue"),
+    Command("completion", "flora_vllm.commands.completion", "print a script for your shell"),
     Command("model", "flora_vllm.commands.model", "put a small offline model into a directory"),
     Command("bench", "flora_vllm.commands.bench", "run this repository's benchmarks"),
 )
 
+INDENT: Any = {"initial_indent": "  ", "subsequent_indent": "      "}
 EPILOG = """\
 examples:
   flora-vllm doctor
@@ -96,7 +102,7 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def environment_table() -> str:
-    lines = [f"  {name:26} {text}" for name, text in VARIABLES.items()]
+    lines = [textwrap.fill(f"{name}: {text}", 80, **INDENT) for name, text in VARIABLES.items()]
     return "\n".join(["", "environment variables:", *lines])
 
 
