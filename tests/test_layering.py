@@ -61,8 +61,8 @@ PARTS = (
     Part("commands.bootstrap"),
     Part("commands.cli", ("", "environment", "errors")),
     Part("commands.server_process", ("errors",), ("torch",)),
-    Part("commands", ("", "commands.cli", "commands.server_process", "errors", "adapter", "formats", "ops", "options", "terms",
-                      "train_request", "training", "plugin", "demo.model_assets"),
+    Part("commands", ("", "commands.cli", "commands.server_process", "errors", "adapter", "formats", "ops", "options",
+                      "terms", "train_request", "training", "plugin", "demo.model_assets"),
          ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib", "rich")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip
