@@ -8,7 +8,6 @@ The last line on stdout is one JSON object. Full runs append rows to results/clu
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -105,8 +104,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def smollm2() -> Path:
     from flora_vllm.demo.model_assets import fetch_smollm2
+    from flora_vllm.environment import cache_root
 
-    return fetch_smollm2(Path(os.environ.get("FLORA_CACHE") or Path(__file__).parent.parent / ".cache") / "smollm2")
+    return fetch_smollm2(cache_root() / "smollm2")
 
 
 def find(rows: list[dict], key: str, **fields: Any) -> Any:

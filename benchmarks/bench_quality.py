@@ -48,6 +48,7 @@ from quality_plan import (
 from quality_stats import summarise
 
 from flora_vllm.demo.model_assets import fetch_smollm2, fetch_whisper_base
+from flora_vllm.environment import cache_root
 from flora_vllm.errors import ConfigError
 from flora_vllm.train_request import RATES, Request
 from flora_vllm.training.checkpoint import training_directory
@@ -118,7 +119,7 @@ class Run:
 def main() -> int:
     options = _arguments()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    folder = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm")
+    folder = cache_root()
     with contextlib.ExitStack() as stack:
         adapters = folder / "quality" / "adapters"
         if options.quick:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from flora_vllm.commands.server_process import ServerProcess, engine_threads
 from flora_vllm.demo.model_assets import fetch_smollm2
+from flora_vllm.environment import cache_root
 
 POOL, SLOTS, CONCURRENCY = 64, 32, 16
 RANKS = (1, 2, 4, 8, 16, 32)
@@ -61,8 +62,7 @@ class Setup:
 
 def main() -> None:
     options = _arguments()
-    cache = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm")
-    setup = Setup(options, fetch_smollm2(cache / "smollm2"), read_lengths(options.lengths, options.scale))
+    setup = Setup(options, fetch_smollm2(cache_root() / "smollm2"), read_lengths(options.lengths, options.scale))
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flora-pools-")))

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from flora_vllm.commands.server_process import engine_threads
 from flora_vllm.demo.model_assets import fetch_smollm2
+from flora_vllm.environment import cache_root
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -46,8 +47,7 @@ PAUSE_S = 0.004
 
 def main() -> None:
     options = _arguments()
-    cache = Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm")
-    model = fetch_smollm2(cache / "smollm2")
+    model = fetch_smollm2(cache_root() / "smollm2")
     lengths = read_lengths(options.lengths, options.scale)
     with tempfile.TemporaryDirectory(prefix="flora-steps-") as folder:
         pools = {"base_only": {"": Path()}}

@@ -46,7 +46,9 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def cache_directory() -> Path:
     """Where models are kept between test runs: FLORA_CACHE or .cache of the repository."""
-    return Path(os.environ.get("FLORA_CACHE") or ROOT / ".cache")
+    from flora_vllm.environment import cache_root
+
+    return cache_root()
 
 
 @pytest.fixture(scope="session")

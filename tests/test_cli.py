@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class TestHelp:
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         text = capsys.readouterr().out
-        assert all(f"\n    {command.name} " in text for command in available())
+        assert all(re.search(rf"\n    {command.name}\s", text) for command in available())
         assert "vllm serve MODEL --enable-flora" in text
 
     @pytest.mark.parametrize("command", available(), ids=lambda command: command.name)
@@ -59,6 +60,11 @@ class TestHelp:
         with pytest.raises(SystemExit, match="2"):
             main(["dance"])
         assert "invalid choice: 'dance'" in capsys.readouterr().err
+
+    def test_the_environment_table_is_shown(self, capsys):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"])
+        assert "FLORA_CACHE: where models" in capsys.readouterr().out
 
     def test_version(self, capsys):
         with pytest.raises(SystemExit, match="0"):
@@ -96,6 +102,16 @@ class TestOutcome:
         assert main(["probe"]) == 1
         out, err = capsys.readouterr()
         assert (out, err) == ("", "flora-vllm: error: rank is 0, must be at least 1\n")
+
+    def test_debug_shows_where_our_error_was_found(self, command, capsys):
+        def run(args):
+            raise ConfigError("rank is 0")
+
+        command(run)
+        assert main(["--debug", "probe"]) == 1
+        error = capsys.readouterr().err
+        assert "Traceback" in error
+        assert error.endswith("flora-vllm: error: rank is 0\n")
 
     def test_interrupt_is_130(self, command, capsys):
         def run(args):

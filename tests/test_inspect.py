@@ -94,6 +94,19 @@ def test_all_faults_are_shown(adapter: Path, capsys) -> None:
     assert all(f"  - {fault}" in text for fault in found["faults"])
 
 
+def test_faults_of_one_kind_are_one_line(saved: Path, adapter: Path, capsys) -> None:
+    names = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight" for i in range(2)]
+    edit_tensors(adapter, **{name: torch.full((4, 64), torch.nan) for name in names})
+    _, found = json_of(capsys, adapter)
+    assert len(found["faults"]) == 2, "machines get all of them"
+    assert inspect(adapter) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    assert len(lines) == 1
+    assert lines[0].endswith("(and 1 more like it)")
+    assert names[0] in lines[0]
+    assert inspect_command.in_kinds(["a", "b", "a"]) == ["a (and 1 more like it)", "b"]
+
+
 def test_base_model_is_checked(saved: Path, adapter: Path, capsys) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     edit_tensors(adapter, **{name: torch.ones(63, 4)})

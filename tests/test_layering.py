@@ -28,6 +28,7 @@ class Part:
 # The longest prefix that fits a module names its part. A new module that fits none fails the test: add a row.
 PARTS = (
     Part("errors"),
+    Part("environment"),
     Part("options", ("errors",)),
     Part("ops.rare", (), ("torch",)),
     Part("ops.terms", ("ops.rare",), ("torch",)),
@@ -36,7 +37,7 @@ PARTS = (
     Part("formats", ("errors", "adapter", "terms"),
          ("torch", "numpy", "regex", "safetensors", "huggingface_hub", "sklearn", "transformers")),
     Part("ops.paths"),
-    Part("ops", ("errors", "ops.paths", "ops.rare", "ops.terms"), ("torch", "triton")),
+    Part("ops", ("environment", "errors", "ops.paths", "ops.rare", "ops.terms"), ("torch", "triton")),
     Part("slots", ("adapter", "ops.terms", "terms"), ("torch",)),
     Part("compact", ("ops.terms", "slots"), ("torch",)),
     Part("step", ("errors", "ops", "ops.terms"), ("torch",)),
@@ -56,14 +57,13 @@ PARTS = (
     Part("demo.model_conversion", (), ("numpy", "tokenizers", "torch", "transformers")),
     Part("demo.model_assets", ("errors", "demo.model_conversion"), ("safetensors", "torch")),
     Part("demo.adapters"),
-    Part("demo", ("errors", "commands.server_process", "demo.model_assets"), ("openai", "tqdm")),
+    Part("demo", ("environment", "errors", "commands.server_process", "demo.model_assets"), ("openai", "tqdm")),
     Part("commands.bootstrap"),
-    Part("commands.cli", ("", "errors")),
+    Part("commands.cli", ("", "environment", "errors")),
     Part("commands.server_process", ("errors",), ("torch",)),
-    Part("commands", ("", "errors", "adapter", "formats", "ops", "options", "terms", "train_request", "training",
-                      "plugin",
-                      "demo.model_assets"),
-         ("torch", "tqdm", "peft", "transformers")),
+    Part("commands", ("", "commands.cli", "commands.server_process", "errors", "adapter", "formats", "ops", "options",
+                      "terms", "train_request", "training", "plugin", "demo.model_assets"),
+         ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib", "rich")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip
 # Read by everything that serves; must not wait for, or need, any of these.

@@ -190,7 +190,7 @@ def test_without_torchs_headers_calls_go_through_python_and_it_is_said(op, tmp_p
     broken = tmp_path / "torch_op.cpp"
     broken.write_text("#include <no/such/header.h>")
     monkeypatch.setattr(native_build, "TORCH_OP", broken)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path))
     direct_calls._library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """An empty user cache, and a process that has built nothing yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path))
     for remembered in (native_build._load, native_build._digest):
         remembered.cache_clear()
         monkeypatch.setattr(native_build, remembered.__name__, remembered)

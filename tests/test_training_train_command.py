@@ -48,7 +48,12 @@ def test_trains_and_leaves_what_the_server_reads(method, base, data, tmp_path, c
     assert command(base, data, tmp_path / "out", "--method", method, "--steps", "12", *options) == 0
     adapter = read_adapter(tmp_path / "out")
     assert adapter.family == method.upper()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    card = {"README.md"} if method == "flora" else set()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        *card,
+    }
     printed = capsys.readouterr().out
     assert f"vllm serve {base} --enable-flora --lora-modules out={tmp_path / 'out'}" in printed
     rows = [json.loads(line) for line in (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()]

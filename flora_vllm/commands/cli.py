@@ -7,12 +7,16 @@ A command's module offers `add_arguments(parser)`, which also sets the help text
 import argparse
 import os
 import sys
+import textwrap
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from flora_vllm import __version__
+from flora_vllm.environment import VARIABLES
 from flora_vllm.errors import FloraError
 
 
@@ -25,6 +29,7 @@ class Command:
 
 COMMANDS = (
     Command("demo", "flora_vllm.demo.run", "serve a small model with several adapters and check what each request got"),
+    Command("serve", "flora_vllm.commands.serve", "vllm serve --enable-flora, set up for this machine"),
     Command(
         "doctor", "flora_vllm.commands.doctor", "say whether this installation can serve adapters, and if not, why"
     ),
@@ -33,10 +38,14 @@ COMMANDS = (
     Command("convert", "flora_vllm.commands.convert", "turn an adapter of another family into FLoRA"),
     Command("train", "flora_vllm.commands.train", "train an adapter that the server loads"),
     Command("cluster", "flora_vllm.cluster.command", "serve from many engines behind one endpoint"),
+    Command("deploy", "flora_vllm.commands.deploy", "print a file for Docker, Compose, Kubernetes or Grafana"),
+    Command("top", "flora_vllm.commands.top", "watch a server's adapters, tokens and queue"),
+    Command("completion", "flora_vllm.commands.completion", "print a script for your shell"),
     Command("model", "flora_vllm.commands.model", "put a small offline model into a directory"),
     Command("bench", "flora_vllm.commands.bench", "run this repository's benchmarks"),
 )
 
+INDENT: Any = {"initial_indent": "  ", "subsequent_indent": "      "}
 EPILOG = """\
 examples:
   flora-vllm doctor
@@ -56,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except FloraError as error:
+        if "--debug" in arguments[:1]:
+            traceback.print_exc()
         print(f"flora-vllm: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -72,9 +83,10 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flora-vllm",
         description="Serve FLoRA, LoRA, IA3 and HiRA adapters from stock vLLM, mixed in one batch.",
-        epilog=EPILOG,
+        epilog=EPILOG + environment_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--debug", action="store_true", help="show where an error was found; comes before COMMAND")
     parser.add_argument("--version", action="version", version=f"flora-vllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     asked_for = next((word for word in arguments if not word.startswith("-")), None)
@@ -87,6 +99,11 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser
+
+
+def environment_table() -> str:
+    lines = [textwrap.fill(f"{name}: {text}", 80, **INDENT) for name, text in VARIABLES.items()]
+    return "\n".join(["", "environment variables:", *lines])
 
 
 def available() -> list[Command]:

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_vllm.errors import AdapterError
@@ -14,7 +17,8 @@ EXAMPLES = """\
 examples:
   flora-vllm inspect ./adapters/haiku
   flora-vllm inspect ./adapters/haiku --base ./SmolLM2-135M   # check modules and shapes against a model too
-  flora-vllm inspect ./adapters/haiku --json | jq .faults
+  flora-vllm inspect ./adapters/haiku --json | jq .faults     # all of them, not one of each kind
+  flora-vllm inspect ./adapters/haiku --plot                  # haiku.png: norms by layer and module, rank spectrum
 
 Exit status: 0 if the adapter can be served, 1 if not; every reason is listed.
 """
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="adapter directory, or directory#task")
     parser.add_argument("--base", metavar="MODEL", help="model directory or hub id whose shapes the adapter must fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", nargs="?", const="", metavar="FILE", help="draw the factors (default: NAME.png here)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +49,11 @@ def run(args: argparse.Namespace) -> int:
         alone = examine(path, task=task)
         found = Examination(None, (str(error), *alone.faults), alone.family, alone.digest)
     summary = summarise(found)
+    if args.plot is not None and summary["servable"]:
+        from flora_vllm.commands.plot import draw
+
+        name = Path(args.dir).resolve().name
+        print(f"drawn: {draw(Path(args.dir), Path(args.plot or f'{name}.png'))}", file=sys.stderr)
     if args.json:
         json.dump(summary, sys.stdout)
         print()
@@ -81,4 +91,13 @@ def _as_text(summary: dict[str, Any]) -> str:
     lines = [f"{key:9} {'unknown' if value is None else value}" for key, value in shown.items()]
     if caution is not None:
         lines.append(f"caution   {caution}")
-    return "\n".join([*lines, *(f"  - {fault}" for fault in faults)])
+    return "\n".join([*lines, *(f"  - {line}" for line in in_kinds(faults))])
+
+
+def in_kinds(faults: Sequence[str]) -> list[str]:
+    """One line for all faults that differ in the module's name and in numbers only: an example and their count."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        without_names = re.sub(r"[\w-]+(\.[\w-]+){2,}", "*", fault)
+        kinds.setdefault(re.sub(r"\d+", "#", without_names), []).append(fault)
+    return [f"{same[0]}{f' (and {len(same) - 1} more like it)' if same[1:] else ''}" for same in kinds.values()]

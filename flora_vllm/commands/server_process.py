@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,8 @@ from flora_vllm.errors import FloraError
 READY_S = 600.0
 LOG_LINES = 25
 KV_CACHE_BYTES = 512 << 20
+# What libraries of vLLM say at the end of every process, and that means nothing.
+NOISE = re.compile(r"nanobind:|\s*- leaked|.*resource_tracker:|\s*warnings\.warn\(|\s*See https://nanobind|$")
 
 
 class ServerProcess:
@@ -42,7 +45,7 @@ class ServerProcess:
     ) -> None:
         self._quiet = quiet
         self._port = _free_port()
-        self._command = [*_vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(self._port)]
+        self._command = [*vllm_command(), "serve", str(model), "--host", "127.0.0.1", "--port", str(self._port)]
         self._command += ["--served-model-name", served_name] if served_name else []
         self._command += ["--enforce-eager"] if eager else []
         self._command += ["--enable-flora"] if flora else []
@@ -68,7 +71,7 @@ class ServerProcess:
     def __enter__(self) -> "ServerProcess":
         self._say(f"starting: {' '.join(self._command)}")
         self._process = subprocess.Popen(
-            self._command, stdout=self._log, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+            self._command, stdout=self._log, stderr=subprocess.STDOUT, env=server_environment(), start_new_session=True
         )
         try:
             self._wait_until_ready(self._process)
@@ -108,6 +111,7 @@ class ServerProcess:
 
     def _end_of_log(self) -> str:
         lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for line in lines if not NOISE.match(line)]
         return f"the end of {self._log.name}:\n" + "\n".join(lines[-LOG_LINES:])
 
     def _stop(self) -> None:
@@ -130,7 +134,8 @@ class ServerProcess:
             print(text, file=sys.stderr, flush=True)
 
 
-def _vllm() -> list[str]:
+def vllm_command() -> list[str]:
+    """What runs `vllm` of this Python's environment."""
     beside = Path(sys.executable).with_name("vllm")
     command = str(beside) if beside.exists() else shutil.which("vllm")
     return [command] if command else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -150,7 +155,7 @@ def engine_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-def _environment() -> dict[str, str]:
+def server_environment() -> dict[str, str]:
     """Ours where the user has not set it: vLLM would otherwise pin every CPU engine to the first core."""
     defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -7,7 +7,6 @@ the base model and every other adapter do; each request's answer in the mixed ba
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 
 from flora_vllm.commands.server_process import ServerProcess
 from flora_vllm.demo.model_assets import fetch_smollm2
+from flora_vllm.environment import cache_root
 from flora_vllm.errors import ConfigError
 
 ADAPTERS = Path(__file__).with_name("adapters")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     import openai
 
     samples = _samples()
-    model = Path(args.model) if args.model else fetch_smollm2(_cache() / "smollm2")
+    model = Path(args.model) if args.model else fetch_smollm2(cache_root() / "smollm2")
     with ServerProcess(model, {name: ADAPTERS / name for name in samples}, served_name="base") as server:
         client = openai.OpenAI(base_url=server.url, api_key="none", timeout=600)
         failures = _show(client, ["base", *samples], args.prompt, samples)
@@ -66,10 +66,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"the server runs at {server.url} until Ctrl-C; model names: base, {', '.join(samples)}")
             server.wait()
     return 1 if failures else 0
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm")
 
 
 def _samples() -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.card import CARD_NAME, card_for
 from flora_vllm.formats.families.flora import FLORA_A, FLORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from flora_vllm.formats.names import PREFIX
@@ -60,7 +61,7 @@ def write_flora(
     faults = examine_files(files, None, Limits()).faults
     if faults:
         raise adapter_error(os.fspath(path), faults)
-    publish(Path(path), files)
+    publish(Path(path), {**files, CARD_NAME: card_for(path, base_model, max(ranks.values()))})
     return Path(path)
 
 

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from flora_vllm.environment import cache_root
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.paths import PATHS, PathChoice
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
@@ -93,19 +94,13 @@ def calibrate(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "torch": torch.__version__,
     }
-    file = cache_dir() / "dispatch" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    file = cache_root() / "dispatch" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     known = _read_constants(file, key)
     if known is None:
         weight_OI = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
         known = _measure(make, weight_OI.to(device, dtype))
         _write_constants(file, key, known)
     return DispatchRule(path, *known)
-
-
-def cache_dir() -> Path:
-    """Where builds and measurements are kept between runs: $XDG_CACHE_HOME or ~/.cache, then flora_vllm."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "flora_vllm"
 
 
 def cpu_name() -> str:

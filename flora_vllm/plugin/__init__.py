@@ -5,6 +5,7 @@
     hooks.py          the table of vLLM symbols we rely on; versions; checked before anything is replaced
     install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
     flags.py          command-line flags and their way into the engine's config
+    mistakes.py       a user's mistake is told in one line
     attach.py         which layers of a model can be adapted, and how
     manager.py        worker side: adapters in host memory, slots, the step's mapping
     encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are

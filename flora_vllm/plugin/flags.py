@@ -10,7 +10,7 @@ from typing import Any
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.options import add_flags, flags_of, given
-from flora_vllm.plugin import encoder_rows
+from flora_vllm.plugin import encoder_rows, mistakes
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import KEY, FloraOptions, options_of
 
@@ -74,12 +74,14 @@ class _Suggestion(argparse.Action):
 
 
 def _fold(args: argparse.Namespace) -> argparse.Namespace:
+    mistakes.tell_in_one_line()
     on_command_line = given(FloraOptions, args)
     if not getattr(args, "enable_flora", False):
         if on_command_line:
             flags = flags_of(FloraOptions, on_command_line)
             raise ConfigError(f"{flags} given without --enable-flora; add --enable-flora or leave them out")
         return args
+    mistakes.check_lora_modules(getattr(args, "lora_modules", None))
     folded = argparse.Namespace(**vars(args))
     config = dict(getattr(args, "additional_config", None) or {})
     config[KEY] = {**config.get(KEY, {}), **on_command_line}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import hooks
+from flora_vllm.plugin import hooks, mistakes
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -33,6 +33,7 @@ def install_all() -> None:
 
 def install_worker_side() -> None:
     """What a process needs that runs the model; also called where the engine's config arrives."""
+    mistakes.log_in_one_line()
     _once("op", lambda: importlib.import_module("flora_vllm.layers"))
     _once("worker manager", _replace_worker_manager)
     _once("experts", _build_experts_without_lora)

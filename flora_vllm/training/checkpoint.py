@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.training.config import FloraConfig
 
 STATE_NAME = "state.pt"
 LOG_NAME = "log.jsonl"
@@ -102,6 +103,7 @@ def publish_adapter(model: PeftModel, out: Path, adapter_name: str, dtype: torch
 
     Raises AdapterError if OUT holds anything but an earlier version.
     """
+    from flora_vllm.formats.card import CARD_NAME, card_for
     from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
     from flora_vllm.formats.writer import publish
 
@@ -114,4 +116,6 @@ def publish_adapter(model: PeftModel, out: Path, adapter_name: str, dtype: torch
         CONFIG_NAME: bytearray(json.dumps(values, indent=2, sort_keys=True).encode()),
         WEIGHTS_NAME: bytearray(save(tensors, metadata={"format": "pt"})),
     }
+    if isinstance(config, FloraConfig):
+        content[CARD_NAME] = card_for(out, base, max(config.r, *config.rank_pattern.values(), 1))
     publish(out, content)

@@ -4,12 +4,14 @@ Two fields matter to training only and are saved beside C1's own: `flora_dropout
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import TaskType
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.formats.card import CARD_NAME, card_for
 from flora_vllm.training.peft_type import add_peft_type
 
 REDUCTIONS = ("mean", "sum")
@@ -86,3 +88,9 @@ class FloraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; sets are sorted so that the same adapter gives the same file."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, and the section of the model card that says how such an adapter is loaded and served."""
+        super().save_pretrained(save_directory, **kwargs)
+        rank = max(self.r, *self.rank_pattern.values(), 1)
+        Path(save_directory, CARD_NAME).write_bytes(card_for(save_directory, self.base_model_name_or_path, rank))

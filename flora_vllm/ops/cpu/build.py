@@ -26,8 +26,9 @@ from pathlib import Path
 
 import torch
 
+from flora_vllm.environment import cache_root
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops.dispatch import cache_dir, cpu_name
+from flora_vllm.ops.dispatch import cpu_name
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def load_torch_op() -> ctypes.CDLL:
     """The library that takes torch's calls (csrc/torch_op.cpp). Raises ConfigError or OSError if it cannot be built."""
     compiler = _compiler()
     parts = (_run(compiler, "--version"), torch.__version__, *_COMPILE_TORCH, TORCH_OP.read_text())
-    folder = cache_dir() / "native" / _hash(parts)
+    folder = cache_root() / "native" / _hash(parts)
     libraries = (f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu")
     return ctypes.CDLL(str(_built(compiler, (*_COMPILE_TORCH, str(TORCH_OP)), folder, "torch_op.so", libraries)))
 
@@ -84,7 +85,7 @@ def build_name() -> str:
 def _load(arch: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         compiler = _compiler()
-        folder = cache_dir() / "native" / _digest(compiler, arch)
+        folder = cache_root() / "native" / _digest(compiler, arch)
         flags = (*_COMPILE, f"-march={arch}", str(SOURCES / "linear.cpp"))
         try:
             return ctypes.CDLL(str(_built(compiler, flags, folder, "flora.so", ()))), None

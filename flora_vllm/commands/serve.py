@@ -1,0 +1,143 @@
+"""`flora-vllm serve MODEL …`: `vllm serve MODEL --enable-flora …` with settings that fit this machine.
+
+With --restart a server that has served and then ends is started again, with the adapters that it had by then. One
+that never came up is not: the same command would fail again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from flora_vllm.commands.server_process import server_environment, vllm_command
+
+EXAMPLES = """\
+examples:
+  flora-vllm serve MODEL --max-loras 16 --lora-modules poems=./poems
+  flora-vllm serve MODEL --restart --flora-adapter-root ./adapters
+  flora-vllm serve MODEL --help=FLoRA          # the options of adapters; `vllm serve --help` has all
+
+Every other option is vLLM's and is passed on. On a CPU the engine gets all cores but one, which the HTTP server needs,
+and is not pinned to one core, unless OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND say otherwise.
+"""
+WATCH_S = 2.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve a model and adapters of every family: vllm serve MODEL --enable-flora, set up for here."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--restart", action="store_true", help="start a server that died again, with its adapters")
+    parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    parser.add_argument("options", metavar="OPTIONS", nargs=argparse.REMAINDER, help="options of `vllm serve`")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The server's exit status; 130 after Ctrl-C."""
+    options = [word for word in args.options if word != "--restart"]
+    command = [*vllm_command(), "serve", args.model, "--enable-flora", *options]
+    if not (args.restart or len(options) < len(args.options)):
+        sys.stdout.flush()
+        os.execvpe(command[0], command, server_environment())
+    return Supervisor(command).run()
+
+
+class Supervisor:
+    """Runs `command` again and again until it is told to stop or the server never comes up."""
+
+    def __init__(self, command: Sequence[str], watch_s: float = WATCH_S, first_pause_s: float = FIRST_PAUSE_S) -> None:
+        self._command, self._watch_s, self._first_pause_s = list(command), watch_s, first_pause_s
+        self._url = f"http://127.0.0.1:{_value_of(self._command, '--port') or 8000}"
+        self._adapters: dict[str, str] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told: int | None = None
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        pause_s = self._first_pause_s
+        while True:
+            started = time.monotonic()
+            status, has_served = self._serve_once()
+            if self._told is not None:
+                return 130 if self._told == signal.SIGINT else status
+            if not has_served:
+                _say(f"the server ended with status {status} before it served; not started again")
+                return status or 1
+            pause_s = self._first_pause_s if time.monotonic() - started > LONGEST_PAUSE_S else pause_s
+            _say(
+                f"the server ended with status {status}; again in {pause_s:.0f} s with {len(self._adapters)} adapter(s)"
+            )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _serve_once(self) -> tuple[int, bool]:
+        """Run the server to its end: its status, and whether it ever answered."""
+        has_served = False
+        # Ctrl-C reaches this process alone, which passes it on once.
+        with subprocess.Popen(self._with_adapters(), env=server_environment(), start_new_session=True) as process:
+            self._process = process
+            while process.poll() is None:
+                adapters = self._listed()
+                if adapters is not None:
+                    has_served, self._adapters = True, adapters
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(self._watch_s)
+            self._process = None
+            return process.returncode, has_served
+
+    def _with_adapters(self) -> list[str]:
+        """The command with the adapters that the last server had; those whose directory is gone are left out."""
+        if not self._adapters:
+            return self._command
+        there = {name: path for name, path in self._adapters.items() if Path(path).is_dir()}
+        for name in self._adapters.keys() - there.keys():
+            _say(f"adapter {name}: {self._adapters[name]} is gone; serving without it")
+        kept, words = [], iter(self._command)
+        for word in words:
+            if word == "--lora-modules":
+                word = next((w for w in words if w.startswith("-")), "")
+            kept += [word] if word else []
+        return [*kept, "--lora-modules", *(f"{name}={path}" for name, path in there.items())] if there else kept
+
+    def _listed(self) -> dict[str, str] | None:
+        """Name -> directory of the adapters that the server has; None if it does not answer."""
+        request = urllib.request.Request(f"{self._url}/v1/models")
+        key = _value_of(self._command, "--api-key") or os.environ.get("VLLM_API_KEY")
+        if key:
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                cards = json.load(response)["data"]
+        except (urllib.error.URLError, OSError, ValueError, KeyError):
+            return None
+        return {card["id"]: card["root"] for card in cards if card.get("parent")}
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self._told = number
+        if self._process is None:
+            raise SystemExit(128 + number)
+        self._process.send_signal(number)
+
+
+def _value_of(command: Sequence[str], flag: str) -> str | None:
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _say(text: str) -> None:
+    print(f"flora-vllm serve: {text}", file=sys.stderr, flush=True)
