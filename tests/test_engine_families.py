@@ -78,9 +78,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     served = Served(TINY_MODELS[request.param](folder / "model"))
     for name, case in cases_of(request.param).items():
-        if case.task is None:
-            save(served.model, case, folder / name)
-            served.paths[name] = folder / name
+        save(served.model, case, folder / name)
+        served.paths[name] = folder / (name if case.task is None else f"{name}#{case.task}")
     prompts = {name: support.prompt(5 + i % 17, seed=i) for i, name in enumerate(served.paths)}
     asks = [(name, Ask(PROMPT, path)) for name, path in served.paths.items()]
     asks += [(name, Ask(prompts[name], path)) for name, path in served.paths.items()]
@@ -101,11 +100,13 @@ def errors_of(served: Served) -> dict[str, float]:
     """Adapter -> largest difference of a logprob from PEFT's forward of its folder, over the whole answer."""
     worst: dict[str, float] = {}
     for name, path in served.paths.items():
-        model = peft.PeftModel.from_pretrained(support.load(served.model), str(path)).eval()
+        folder, _, task = str(path).partition("#")
+        model = peft.PeftModel.from_pretrained(support.load(served.model), folder).eval().base_model
+        chosen = {"task_ids": torch.tensor([int(task)])} if task else {}
         for ask, answer in served.answers.get(name, ()):
             tokens = torch.tensor([[*ask.prompt, *answer.tokens]])
             with torch.no_grad():
-                whole = torch.log_softmax(model(tokens).logits[0].double(), -1)[len(ask.prompt) - 1 : -1]
+                whole = torch.log_softmax(model(tokens, **chosen).logits[0].double(), -1)[len(ask.prompt) - 1 : -1]
             for place, row in zip(answer.logprobs, whole, strict=True):
                 error = max(abs(value - float(row[token])) for token, value in place.items())
                 worst[name] = max(worst.get(name, 0.0), error)

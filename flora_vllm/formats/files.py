@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.limits import MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES
+from flora_vllm.formats.tasks import digest_of_task, split_task
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,8 +42,12 @@ def read_files(path: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of both files' names and bytes: the same as `read_adapter(path).digest`. Raises AdapterError."""
-    return read_files(path).digest
+    """Hex SHA-256 of both files' names and bytes: the same as `read_adapter(path).digest`. Raises AdapterError.
+
+    Of `directory#task` it is another for each task.
+    """
+    directory, task = split_task(os.fspath(path))
+    return digest_of_task(read_files(directory).digest, task)
 
 
 def digest_of(files: dict[str, bytearray]) -> str:

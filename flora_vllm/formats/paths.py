@@ -32,12 +32,6 @@ def resolve_under(root: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     return directory
 
 
-def split_task(path: str) -> tuple[str, str | None]:
-    """(directory, task) of `directory#task`; a directory whose own name has a # is taken as it is."""
-    directory, mark, task = path.rpartition("#")
-    return (directory, task) if mark and directory and task and not Path(path).is_dir() else (path, None)
-
-
 def _real(path: Path, text: str) -> Path:
     try:
         return Path(os.path.realpath(path))

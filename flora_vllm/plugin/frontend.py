@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats import content_digest, resolve_under
+from flora_vllm.formats import content_digest, resolve_under, split_task
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, split_identity
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -180,13 +180,16 @@ async def _admit(self: Any, name: str, path: str, base_model_name: str | None, c
 
 
 def _resolve(path: str, root: str | None) -> str:
+    directory, task = split_task(path)
     if root is not None:
-        return str(resolve_under(root, path))
-    return importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(path)
+        found = str(resolve_under(root, directory))
+    else:
+        found = importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(directory)
+    return found if task is None else f"{found}#{task}"
 
 
 def _is_missing(self: Any, path: str) -> bool:
-    return not Path(path).exists() and _adapter_root(self) is None
+    return not Path(split_task(path)[0]).exists() and _adapter_root(self) is None
 
 
 def _adapter_root(self: Any) -> str | None:

@@ -22,6 +22,7 @@ from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
@@ -54,9 +55,10 @@ class AdapterLoader:
         """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
+        directory, task = split_task(path)
         if copy.is_dir() and not fresh:
-            return self._read(name, copy, None, path)[1]
-        files, terms = self._read(name, _local(path), digest, path)
+            return self._read(name, copy, None, path, task)[1]
+        files, terms = self._read(name, _local(directory), digest, path, task)
         self._keep(copy, files, name)
         self._retired.pop(adapter_id, None)
         return terms
@@ -69,11 +71,11 @@ class AdapterLoader:
             oldest, _ = self._retired.popitem(last=False)
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
-    def _read(self, name: str, path: Path, digest: str | None, shown: str):
+    def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
         files, faults = collect_files(path)
-        found = examine_files(files, self._layout, self._limits)
+        found = examine_files(files, self._layout, self._limits, task)
         faults = [*faults, *found.faults]
-        if digest is not None and not faults and not digest_of(dict(files)).startswith(digest):
+        if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
             faults.append("the directory changed after the server read it; load it again")
         where = f"{name!r} ({shown})"
         # Ranks ask the base together, and keep an adapter together or not at all.
