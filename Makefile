@@ -11,7 +11,7 @@ BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test test-cluster lint format bench serve
+.PHONY: setup model demo test test-cluster lint table format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -37,6 +37,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# README's table of families, from the rows.
+table: setup
+	@$(BIN)/python -c "from pathlib import Path; from flora_vllm.formats.family_table import write_into; write_into(Path('README.md'))"
 
 format: setup
 	$(BIN)/ruff check --fix --select I .

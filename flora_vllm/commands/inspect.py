@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None and summary["servable"]:
         from flora_vllm.commands.plot import draw
 
-        name = Path(args.dir).resolve().name
-        print(f"drawn: {draw(Path(args.dir), Path(args.plot or f'{name}.png'))}", file=sys.stderr)
+        name = Path(path).resolve().name
+        print(f"drawn: {draw(Path(path), Path(args.plot or f'{name}.png'))}", file=sys.stderr)
     if args.json:
         json.dump(summary, sys.stdout)
         print()

@@ -29,6 +29,9 @@ from flora_vllm.formats.writer import publish
 from flora_vllm.terms import Added, Dense, Offset, Term, merged, resolve
 from flora_vllm.terms.added import factors
 
+# The kinds of terms that a LoRA with biases can say.
+BECOMES_LORA = frozenset((Added, Dense, Offset))
+
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
@@ -49,7 +52,7 @@ def lora_factors(base: BaseModel, adapter: Adapter, progress: Progress) -> LoraF
     for module, terms in adapter.modules.items():
         probe = FileProbe(base, module)
         resolved = resolve(terms.terms, probe)
-        others = sorted({type(term).__name__ for term in resolved if not isinstance(term, Added | Dense | Offset)})
+        others = sorted({type(term).__name__ for term in resolved if type(term) not in BECOMES_LORA})
         bias = probe.bias()
         offsets = [term for term in resolved if isinstance(term, Offset)]
         if others:

@@ -46,6 +46,7 @@ def in_order(model: torch.nn.Module) -> Mapping[str, tuple[int, int]]:
         elif isinstance(module, torch.nn.Embedding):
             shapes[name] = (module.num_embeddings, module.embedding_dim)
         elif type(module).__name__ == "Conv1D":
-            rows, columns = module.weight.shape  # pyright: ignore[reportCallIssue]
-            shapes[name] = (int(columns), int(rows))
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor), "transformers' Conv1D has a weight"
+            shapes[name] = (weight.shape[1], weight.shape[0])
     return shapes

@@ -196,7 +196,7 @@ def _allowed(axis: str | int | None, ranks: tuple[int, ...], sizes: Mapping[str,
         return (axis,)
     if axis == "R":
         return ranks or None
-    return (sizes[axis],) if axis in sizes else None
+    return (sizes[axis],) if axis is not None and axis in sizes else None
 
 
 def _axis_text(axis: str | int | None, known: tuple[int, ...] | None) -> str:

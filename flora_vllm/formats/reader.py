@@ -160,7 +160,7 @@ def _examine_config(
     name, family = family_of(raw)
     if family is None:
         asked = shown(raw.get("peft_type") if name is None else name)
-        reason = f" ({REFUSED[name]})" if name in REFUSED else ""
+        reason = f" ({REFUSED[name]})" if name is not None and name in REFUSED else ""
         return name, None, nothing, [
             f"{CONFIG_NAME}: family {asked} is not supported yet{reason}; supported: {', '.join(FAMILIES)}"
         ]  # fmt: skip

@@ -89,7 +89,8 @@ def factors(term: Added, out_features: int, in_features: int, dtype: torch.dtype
 
 
 def _merge(term: Added, merging: Merging) -> None:
-    down, up = factors(term, *merging.base_OI.shape, merging.base_OI.dtype)
+    out_features, in_features = merging.base_OI.shape
+    down, up = factors(term, out_features, in_features, merging.base_OI.dtype)
     merging.sum_OI = merging.sum_OI + up @ down
 
 

@@ -11,7 +11,7 @@ import torch
 
 from flora_vllm.formats.config_keys import only
 from flora_vllm.formats.families.family import ModuleFile, Part, Scope
-from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, bias_terms, lora_parts, low_rank
+from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, LORA_NAMES, bias_terms, lora_parts, low_rank
 from flora_vllm.terms import Added, FromBase, Gain, Offset, Probe, Term
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -50,7 +50,7 @@ DORA = replace(
     peft_type="LORA",
     when=lambda config: config.get("use_dora") is True,
     keys={**LORA_KEYS, "use_dora": only(True), "lora_bias": only(False)},
-    names=(*LORA.names, MAGNITUDE),
+    names=(*LORA_NAMES, MAGNITUDE),
     parts=_parts,
     terms=_terms,
     kinds=(Added, Gain, Offset),

@@ -29,6 +29,7 @@ from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, 
 from flora_vllm.terms import Added, Offset, Term
 
 LORA_A, LORA_B, LORA_B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+LORA_NAMES = (LORA_A, LORA_B, LORA_B_BIAS, *BIAS_NAMES)
 # What the variational sampler and the compressed backward pass of training leave in the file; nothing reads it.
 _OF_TRAINING = ("lora_monteclora_sampler.*", "lora_velora_embed")
 
@@ -125,7 +126,7 @@ LORA = Family(
     name="LORA",
     title="LoRA, rsLoRA, rank and alpha patterns, biases",
     keys={**LORA_KEYS, "monteclora_config": ANYTHING, "velora_config": ANYTHING},
-    names=(LORA_A, LORA_B, LORA_B_BIAS, *BIAS_NAMES, *_OF_TRAINING),
+    names=(*LORA_NAMES, *_OF_TRAINING),
     alone=frozenset(BIAS_NAMES),
     parts=_parts,
     ranks=pattern_rank,

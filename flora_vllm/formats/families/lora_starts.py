@@ -17,7 +17,7 @@ import torch
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import Key, only
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
-from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, bias_terms, lora_parts, low_rank
+from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, LORA_NAMES, bias_terms, lora_parts, low_rank
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 
 LORA_DIAG = "lora_diag"
@@ -77,11 +77,11 @@ def _row(
         peft_type="LORA",
         when=when,
         keys={**LORA_KEYS, **keys},
-        names=(*LORA.names, *names),
+        names=(*LORA_NAMES, *names),
         parts=parts,
         terms=_less(lost),
         kinds=(Added, Offset),
-        note="decomposes every base weight at load: `flora-vllm convert --to-lora` does it once",
+        note="decomposes every base weight at load",
     )
 
 

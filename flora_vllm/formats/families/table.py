@@ -80,7 +80,17 @@ REFUSED: Mapping[str, str] = {
     ),
     "LILY": "its output for a token depends on the other requests in the batch",
     "XLORA": "it needs a second pass of the whole model for every step",
+    "LN_TUNING": "it replaces norms; linear layers alone can be adapted yet",
+    "TRAINABLE_TOKENS": "it replaces rows of the embedding, which cannot be adapted yet",
+    "SHADOW": "it runs a model of its own beside the base",
 }
+
+# Variants that a config names and a row's keys refuse: README's words for them.
+REFUSED_VARIANTS: Mapping[str, str] = dict.fromkeys(
+    ("CorDA", "LoRA-GA", "LoftQ", "PiSSA with `pissa_niter_*`"),
+    "training changed the base in a way that no file tells; PEFT saves it as LoRA with "
+    "`path_initial_model_for_weight_conversion`",
+)
 
 
 def family_of(config: Mapping[str, Any]) -> tuple[str | None, Family | None]:
