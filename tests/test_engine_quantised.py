@@ -4,6 +4,7 @@ The oracle is transformers' model whose every linear layer calls plain vLLM's qu
 engine, with the adapter's equation written out around that call. No weight is ever dequantised.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Served:
-    import vllm._custom_ops  # loads the build for this CPU
+    importlib.import_module("vllm._custom_ops")  # loads the build for this CPU
 
     if request.param == 4 and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip("vLLM's build for this CPU has no 4-bit product")
