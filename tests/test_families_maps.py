@@ -63,6 +63,7 @@ _CASES = {
     "oft-layer": ("llama", oft(layers_to_transform=[1])),
     "boft": ("llama", boft()),
     "boft-bias": ("qwen2", boft(bias="boft_only")),
+    "boft-fused": ("phi3", boft(FUSED)),
     "boft-count": ("qwen2", boft(boft_block_size=0, boft_block_num=8)),
     "boft-2-stages": ("llama", boft(boft_n_butterfly_factor=2)),
     "boft-3-stages": ("qwen2", boft(boft_n_butterfly_factor=3, boft_block_size=8)),

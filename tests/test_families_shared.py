@@ -16,9 +16,12 @@ from formats_support import (
     the_fault,
     tiny_model,
 )
+from tqdm import tqdm
 
 from flora_vllm.formats import read_adapter
+from flora_vllm.formats.base_model import base_layout, open_base
 from flora_vllm.formats.families.tinylora import drawn
+from flora_vllm.formats.merge import merge_model
 from flora_vllm.terms import Cut, fold, resolve
 from flora_vllm.terms.shared import held_bytes
 
@@ -68,8 +71,8 @@ def c3a(*targets: str, block_size: int = 16, **changes):
     return made(peft.C3AConfig, *targets, block_size=block_size, **changes)
 
 
-def shira(**changes):
-    return made(peft.ShiraConfig, **changes)
+def shira(*targets: str, **changes):
+    return made(peft.ShiraConfig, *targets, **changes)
 
 
 def frod(*targets: str, **changes):
@@ -94,6 +97,7 @@ _CASES = {
     "vera-conv1d": ("gpt2", vera(*CONV1D, fan_in_fan_out=True, **UNSAVED)),
     "vera-layer": ("llama", vera(layers_to_transform=[1], bias="all", **UNSAVED)),
     "pvera": ("qwen2", pvera()),
+    "pvera-conv1d": ("gpt2", pvera(*CONV1D, fan_in_fan_out=True)),
     "pvera-unsaved": ("llama", pvera(**UNSAVED)),
     "randlora": ("llama", randlora()),
     "randlora-unsaved": ("llama", randlora(**UNSAVED)),
@@ -127,8 +131,10 @@ _CASES = {
     "lokr-fused": ("phi3", lokr(*FUSED)),
     "c3a": ("llama", c3a()),
     "c3a-bias": ("qwen2", made(peft.C3AConfig, block_size=32, bias="c3a_only")),
+    "c3a-fused": ("phi3", c3a(*FUSED)),
     "c3a-pattern": ("llama", made(peft.C3AConfig, block_size=16, block_size_pattern={"q_proj": 32})),
     "shira": ("llama", shira(r=4, random_seed=5)),
+    "shira-fused": ("phi3", shira(*FUSED, r=4)),
     "shira-unseeded": ("qwen2", shira(r=4)),
     "supertuning": ("llama", made(peft.SupertuningConfig, sparsity=0.9)),
     "supertuning-lora": ("qwen2", made(peft.SupertuningConfig, sparsity=0.9, r=3, lora_alpha=5)),
@@ -137,6 +143,7 @@ _CASES = {
         "llama", made(peft.SupertuningConfig, sparsity=0.8, select_top=False, save_precomputed_indices=False),
     ),
     "frod": ("llama", frod(sparse_rate=0.05)),
+    "frod-conv1d": ("gpt2", frod(*CONV1D, fan_in_fan_out=True)),
     "frod-bias": ("qwen2", frod("q_proj", "down_proj", bias="frod_only")),
 }  # fmt: skip
 CASES = {name: (*case, _fill) for name, case in _CASES.items()}
@@ -278,6 +285,22 @@ def test_a_thousand_vera_adapters_add_their_own_vectors_and_one_basis(tmp_path: 
     basis = 4 * 16 * (96 + 96)
     assert held_bytes() - before == basis
     assert own == 4 * 1000 * sum(1 + 16 + out_features for out_features, _ in shapes.values())
+
+
+@pytest.mark.parametrize("case", ["vera-unsaved", "tinylora-conv1d", "supertuning-unsaved"])
+def test_a_base_in_files_answers_what_a_family_asks(case: str, tmp_path: Path) -> None:
+    """The order of its modules, its dtype and its weights, for a merge."""
+    architecture, make, fill = CASES[case]
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    theirs = save_filled(model, make(), tmp_path / "adapter", fill)
+    base = open_base(str(tmp_path / "base"))
+    adapter = read_adapter(tmp_path / "adapter", layout=base_layout(base))
+    merge_model(base, adapter, tmp_path / "merged", tqdm(disable=True))
+    ours = type(model).from_pretrained(tmp_path / "merged").eval()
+    tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert float((ours(tokens).logits - theirs(tokens).logits).abs().max()) < 1e-4
 
 
 def test_a_share_lora_folder_is_a_lora_folder(tmp_path: Path) -> None:

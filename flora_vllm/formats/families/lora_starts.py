@@ -2,7 +2,7 @@
 
 Training began from a base that had lost a part of itself: PiSSA its largest singular components, OLoRA the leading
 columns of its QR factors, KaSA its smallest singular components. The served base still has that part, so it is taken
-off as a second low-rank term; products of singular or QR factors do not depend on the signs a library chose.
+off as a second low-rank term; as a projection of W it does not depend on the signs that a library chose.
 PEFT rounds the reduced base to the base's dtype, here the part is taken off exactly. Files that PEFT saved with
 `path_initial_model_for_weight_conversion` are plain LoRA and say so.
 Sources: `peft/tuners/lora/layer.py::pissa_init, olora_init`, `peft/tuners/lora/variants.py::KasaLinearVariant`.
@@ -18,6 +18,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import Key, only
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, LORA_NAMES, bias_terms, lora_parts, low_rank
+from flora_vllm.formats.families.singular import largest_part, smallest_part
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 
 LORA_DIAG = "lora_diag"
@@ -26,21 +27,20 @@ LORA_DIAG = "lora_diag"
 Lost = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
 
 
-def largest_components(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    left, sizes, right = torch.linalg.svd(weight_OI, full_matrices=False)
-    return left[:, :rank] * sizes[:rank], right[:rank]
+def _largest(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return largest_part(weight_OI, rank)
 
 
-def smallest_components(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _smallest(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     if rank >= min(weight_OI.shape):
         raise AdapterError(f"rank {rank} leaves nothing of a base weight of shape {tuple(weight_OI.shape)}")
-    left, sizes, right = torch.linalg.svd(weight_OI, full_matrices=False)
-    return left[:, -rank:] * sizes[-rank:], right[-rank:]
+    return smallest_part(weight_OI, rank)
 
 
 def _leading_columns(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    left, right = torch.linalg.qr(weight_OI)
-    return left[:, :rank] * scale, right[:rank]
+    """`Q_r R_r` of W's QR factors: what the first r columns span."""
+    columns = torch.linalg.qr(weight_OI[:, :rank].double())[0].float()
+    return columns * scale, columns.T @ weight_OI
 
 
 def _less(lost: Lost) -> Callable[[ModuleFile], tuple[Term, ...]]:
@@ -69,6 +69,7 @@ def _row(
     keys: Mapping[str, Key],
     parts: Callable[[Scope], Mapping[str, Part]] = lora_parts,
     names: tuple[str, ...] = (),
+    note: str = "decomposes every base weight at load",
 ) -> Family:
     return replace(
         LORA,
@@ -81,14 +82,14 @@ def _row(
         parts=parts,
         terms=_less(lost),
         kinds=(Added, Offset),
-        note="decomposes every base weight at load",
+        note=note,
     )
 
 
 PISSA = _row(
     "PISSA",
     "PiSSA, unconverted",
-    largest_components,
+    _largest,
     lambda config: config.get("init_lora_weights") == "pissa",
     {"init_lora_weights": only("pissa"), "lora_bias": only(False)},
 )
@@ -104,13 +105,14 @@ OLORA = _row(
     _leading_columns,
     lambda config: _is_olora(config.get("init_lora_weights")),
     {"init_lora_weights": Key("'olora'", _is_olora), "lora_bias": only(False)},
+    note="reads every base weight at load",
 )
 
 # Its regularisation weighs in training only.
 KASA = _row(
     "KASA",
     "KaSA",
-    smallest_components,
+    _smallest,
     lambda config: bool(config.get("kasa_config")),
     {"kasa_config": Key("an object", lambda value: isinstance(value, dict)), "fan_in_fan_out": only(False)},
     lambda scope: {**lora_parts(scope), LORA_DIAG: Part(("R",))},

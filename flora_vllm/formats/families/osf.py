@@ -10,6 +10,7 @@ import torch
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, TARGETS
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
+from flora_vllm.formats.families.singular import smallest_part
 from flora_vllm.terms import Added, Dense, FromBase, Probe, Term
 
 OSF_U, OSF_S, OSF_V = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
@@ -25,9 +26,8 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
     as_factors = 2 * count * (out_features + in_features) < out_features * in_features
 
     def build(probe: Probe) -> tuple[Term, ...]:
-        u, s, v = torch.linalg.svd(probe.weight(), full_matrices=False)
-        down = torch.cat([right, v[-count:]])
-        up = torch.cat([left * sizes, -(u[:, -count:] * s[-count:])], 1)
+        lost_up, lost_down = smallest_part(probe.weight(), count)
+        down, up = torch.cat([right, lost_down]), torch.cat([left * sizes, -lost_up], 1)
         return (Added(down, up) if as_factors else Dense(up @ down),)
 
     return (

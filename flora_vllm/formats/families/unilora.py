@@ -5,7 +5,8 @@ Which one is drawn once for the whole adapter, in the order of the Hugging Face 
 (`peft/tuners/unilora/model.py::generate_index, _assign_unilora_indices_and_scales`).
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,7 @@ from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 THETA = "unilora_theta_d"
 INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"
 SCALES_A, SCALES_B = "unilora_scales_A", "unilora_scales_B"
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def _saved(config: Config) -> bool:
@@ -54,31 +56,36 @@ def drawn_indices(total: int, length: int, seed: int) -> tuple[torch.Tensor, tor
     return indices, torch.where(counts > 0, counts.float().rsqrt(), torch.zeros(length))
 
 
-def _adapted(targets: Targets, probe: Probe) -> Iterator[tuple[str, int, int]]:
-    return ((name, *shape) for name, shape in probe.modules.items() if targets.select(name))
+@lru_cache(maxsize=4)
+def _places(selection: str, modules: tuple[tuple[str, tuple[int, int]], ...], rank: int) -> tuple[dict[str, int], int]:
+    """Where each adapted module's numbers start in the draw, and how many there are; `selection`: Targets as JSON."""
+    targets, places, total = Targets.from_config(json.loads(selection)), {}, 0
+    for name, (out_features, in_features) in modules:
+        if targets.select(name):
+            places[name] = total
+            total += rank * (out_features + in_features)
+    return places, total
 
 
 def _drawn(module: ModuleFile, theta: torch.Tensor) -> Term:
-    config = module.config
-    rank, targets = config["r"], Targets.from_config(config)
+    config, rank = module.config, module.config["r"]
+    selection = json.dumps({key: config.get(key) for key in _SELECTING})
 
     def build(probe: Probe) -> tuple[Term, ...]:
-        adapted = list(_adapted(targets, probe))
-        total = sum(rank * (out_features + in_features) for _, out_features, in_features in adapted)
+        places, total = _places(selection, tuple(probe.modules.items()), rank)
+        if probe.module not in places:
+            raise AdapterError(
+                f"module {probe.module!r} is not among the {len(places)} that the config selects in the Hugging Face "
+                "model; save the adapter with save_indices=True"
+            )
         indices, scales = drawn_indices(total, theta.shape[0], config["proj_seed"])
         # PEFT keeps the scales in the base's dtype.
         values = theta * scales.to(probe.dtype).float()
-        start = 0
-        for name, out_features, in_features in adapted:
-            middle, end = start + rank * in_features, start + rank * (in_features + out_features)
-            if name == probe.module:
-                down = values[indices[start:middle]].view(rank, in_features)
-                return (Added(down, values[indices[middle:end]].view(out_features, rank)),)
-            start = end
-        raise AdapterError(
-            f"module {probe.module!r} is not among the {len(adapted)} that the config selects in the Hugging Face "
-            "model; save the adapter with save_indices=True"
-        )
+        out_features, in_features = probe.modules[probe.module]
+        start = places[probe.module]
+        middle, end = start + rank * in_features, start + rank * (in_features + out_features)
+        down = values[indices[start:middle]].view(rank, in_features)
+        return (Added(down, values[indices[middle:end]].view(out_features, rank)),)
 
     return FromBase(build, (theta,), rank, (module.scope.out_features, module.scope.in_features))
 
