@@ -105,10 +105,12 @@ def _to_lora(args: argparse.Namespace) -> None:
     from flora_vllm.formats import read_adapter, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
     from flora_vllm.formats.lora_writer import lora_factors, write_lora
+    from flora_vllm.formats.reader import warn_of
 
     base = open_base(args.base)
     path, task = split_task(args.adapter)
     adapter = read_adapter(path, layout=base_layout(base), task=task)
+    warn_of(adapter.family, args.adapter)
     with tqdm(total=len(adapter.modules), unit="module", desc="converting", file=sys.stderr) as bar:
         found = lora_factors(base, adapter, bar)
     write_lora(args.out, found, args.base)

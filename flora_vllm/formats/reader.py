@@ -6,6 +6,7 @@ family's row names, or a fault.
 """
 
 import itertools
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from flora_vllm.formats.names import not_understood, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
 from flora_vllm.terms import check_fit
+
+logger = logging.getLogger(__name__)
 
 # A message with more lines helps nobody and would be sent over HTTP.
 MAX_FAULTS = 100
@@ -77,6 +80,12 @@ def read_adapter(
     if found.adapter is None:
         raise adapter_error(os.fspath(path), found.faults)
     return found.adapter
+
+
+def warn_of(family: str, where: str) -> None:
+    """Log what the user of an adapter of this family must know, if there is something."""
+    if FAMILIES[family].caution:
+        logger.warning("adapter %s is %s: %s", where, FAMILIES[family].title, FAMILIES[family].caution)
 
 
 def examine(

@@ -21,7 +21,7 @@ from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.ranks import Limits
-from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.reader import examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
@@ -81,6 +81,7 @@ class AdapterLoader:
         # Ranks ask the base together, and keep an adapter together or not at all.
         if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
+        warn_of(found.adapter.family, where)
         try:
             layers, error = self._cut(where, found.adapter), None
         except AdapterError as failure:
