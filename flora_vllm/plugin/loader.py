@@ -94,12 +94,15 @@ class AdapterLoader:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
-        numbers = sum(tensor.numel() for terms in modules.values() for tensor in terms.tensors())
+        own = {id(tensor): tensor for terms in modules.values() for tensor in terms.tensors()}
+        numbers = sum(tensor.numel() for tensor in own.values())
+        inputs: dict[tuple, torch.Tensor] = {}
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
         for name, layout in self._attached.layouts.items():
             try:
                 dtype = self._attached.dtypes[name]
-                terms = layer_terms(layout, modules, dtype, self._attached.biases[name], self._device, arenas[dtype])
+                bias = self._attached.biases[name]
+                terms = layer_terms(layout, modules, dtype, bias, self._device, arenas[dtype], inputs)
             except AdapterError as error:
                 faults.append(f"layer {name!r}: {error}")
                 continue
