@@ -119,7 +119,7 @@ TENSOR_CASES: dict[str, tuple[dict, str]] = {
     "unknown": ({"base_model.model.x.flora_C.weight": torch.ones(1)}, "is not understood"),
     "no-prefix": (
         {"model.x.flora_A.weight": torch.ones(1)},
-        "'model.x.flora_A.weight' in place of 'base_model.model.x.",
+        "'model.x.flora_A.weight' in place of 'base_model.model.model.x.",
     ),
     "lora": ({f"base_model.model.{Q0}.lora_A.weight": torch.ones(2, 6)}, "belongs to another family"),
     "head": ({"base_model.model.lm_head.weight": torch.ones(4, 6)}, "whole weights beside the adapter"),

@@ -52,7 +52,7 @@ def _without_wrappers(name: str) -> str:
 
 def _without_adapter_name(family: Family, name: str) -> str:
     """`….lora_A.<adapter>.weight` as `….lora_A.weight`, `….ia3_l.<adapter>` as `….ia3_l`."""
-    for part in sorted((*family.names, *family.shared_names), key=len, reverse=True):
+    for part in sorted({*family.names, *family.shared_names} - family.alone, key=len, reverse=True):
         stem, dot, end = part.rpartition(".")
         if not dot or end not in ("weight", "bias") or not stem:
             stem, end = part, ""
