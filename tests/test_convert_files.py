@@ -9,7 +9,7 @@ import torch
 from formats_support import edit_config, save_peft_adapter, the_fault, tiny_model
 from safetensors.torch import load_file, save_file
 from test_families_authors import LAYOUT, Q, V, check, lora, mtl_output, mtl_tensors, output, random
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel
 
 from flora_vllm.commands import convert as convert_command
 from flora_vllm.errors import adapter_error
@@ -174,14 +174,14 @@ def test_lora_recycle_file(tmp_path: Path, capsys) -> None:
     assert convert("--repair", file, out) == 0
     assert "left out fc_32in_5out" in capsys.readouterr().out
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
-    model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).eval()
+    towers = {"vision_config": {**sizes, "image_size": 8, "patch_size": 4}, "text_config": sizes}
+    model = CLIPModel(CLIPConfig(**towers)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = peft.PeftModel.from_pretrained(model, str(out)).merge_and_unload().state_dict()
     adapter = read_adapter(out)
     assert len(adapter.modules) == 4
     for number in range(4):
-        name = f"encoder.layers.{number // 2}.self_attn.{'qv'[number % 2]}_proj"
-        name = next(key.removesuffix(".weight") for key in before if key.endswith(f"{name}.weight"))
+        name = f"vision_model.encoder.layers.{number // 2}.self_attn.{'qv'[number % 2]}_proj"
         a, b = tensors[f"w_a_{number:03d}"], tensors[f"w_b_{number:03d}"]
         change = torch.stack([torch.stack([row @ column for column in a.T]) for row in b])
         assert torch.allclose(state[f"{name}.weight"] - before[f"{name}.weight"], change, atol=1e-5)
