@@ -4,13 +4,16 @@ Pickles can run code, so `torch.load` gets weights_only and nothing here is used
 """
 
 import json
+import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flora_vllm.errors import AdapterError
@@ -29,6 +32,18 @@ _WRAPPED_IN = ("state_dict", "module", "model", "model_state_dict")
 _RECYCLED = re.compile(r"w_([ab])_(\d+)")
 _RECYCLED_HEAD = re.compile(r"fc_\d+in_\d+out")
 _FUSED = re.compile(r"\.lora_B_[qkv](_w)?\Z")
+# What reading a damaged file, or one with more than tensors, has been seen to raise, and their kin.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +119,7 @@ def _load(file: Path) -> tuple[Tensors, list[str]]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise AdapterError(f"{file} does not exist") from None
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle fails in any way
+    except _DAMAGED as error:
         first = str(error).strip().splitlines()[:1]
         raise AdapterError(
             f"{file}: it holds more than tensors, or is damaged ({''.join(first)[:200]}); nothing in it was run. "
