@@ -6,6 +6,7 @@ have changed or gone. The copies live in a private temporary directory that ends
 """
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import weakref
@@ -157,7 +158,8 @@ def model_layout(attached: Attached, rename: Callable[[str], str]) -> ModelLayou
     for layout in attached.layouts.values():
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
-    return ModelLayout(shapes, attached.refused, rename)
+    # Asked several times for each of an adapter's hundreds of modules.
+    return ModelLayout(shapes, attached.refused, functools.lru_cache(maxsize=1 << 16)(rename))
 
 
 def _renamer(model: torch.nn.Module) -> Callable[[str], str]:
