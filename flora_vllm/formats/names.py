@@ -32,8 +32,6 @@ def split_name(family: Family, name: str) -> tuple[str | None, str] | None:
 
 _WRAPS = r"(?:\.(?:base_layer|original_module|modules_to_save(?:\.default)?))?"
 _SAVED = re.compile(rf"{re.escape(PREFIX)}((?:.+\.)?(?:{'|'.join(SAVED_WHOLE)})){_WRAPS}\.weight\Z")
-    rf"{re.escape(PREFIX)}((?:.+\.)?(?:{'|'.join(SAVED_WHOLE)}))(?:\.(?:base_layer|original_module|modules_to_save(?:\.default)?))?\.weight\Z"
-)
 
 
 def saved_module(name: str) -> str | None:
