@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from flora_vllm.plugin.hooks import Hook, parameter_fault, source_fault
+from flora_vllm.plugin.hook_table import Hook
+from flora_vllm.plugin.hooks import parameter_fault, source_fault
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _NOT_TO_BE_HAD: dict[str, str] = {}  # asked for once: pip waits long for an index that does not answer

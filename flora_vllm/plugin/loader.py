@@ -43,10 +43,11 @@ class AdapterLoader:
         self._limits = limits
         self._base = base
         self._device = base.device
-        self._layout = model_layout(attached, _renamer(model))
+        self._layout = model_layout(attached, _renamer(model, attached))
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
+        self._names: dict[int, str] = {}  # whose the copies are
 
     def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, CompactLayers]:
         """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
@@ -56,10 +57,11 @@ class AdapterLoader:
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
         directory, task = split_task(path)
-        if copy.is_dir() and not fresh:
+        if not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir():
             return self._read(name, copy, None, path, task)[1]
         files, terms = self._read(name, _local(directory), digest, path, task)
         self._keep(copy, files, name)
+        self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
         return terms
 
@@ -69,6 +71,7 @@ class AdapterLoader:
             self._retired[adapter_id] = None
         while len(self._retired) > RETIRED_COPIES:
             oldest, _ = self._retired.popitem(last=False)
+            self._names.pop(oldest, None)
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
@@ -156,18 +159,29 @@ def model_layout(attached: Attached, rename: Callable[[str], str]) -> ModelLayou
     return ModelLayout(shapes, attached.refused, rename)
 
 
-def _renamer(model: torch.nn.Module) -> Callable[[str], str]:
-    """A checkpoint's module path -> the engine's, by the model's own weight mapper."""
+def _renamer(model: torch.nn.Module, attached: Attached) -> Callable[[str], str]:
+    """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
+    by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
+    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return str
     renames = getattr(mapper, "get_rename_mapper", None)
     if renames is not None:
         mapper = renames()
+    known = {part.module for layout in attached.layouts.values() for part in layout.slices} | attached.refused.keys()
+    endings: dict[str, list[str]] = {}
+    for name in known:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            endings.setdefault(".".join(parts[i:]), []).append(name)
 
     def rename(module: str) -> str:
-        mapped = mapper._map_name(f"{module}.weight")
-        return module if mapped is None else mapped.removesuffix(".weight")
+        mapped = module
+        if mapper is not None:
+            mapped = (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+        if mapped in known:
+            return mapped
+        longer = endings.get(mapped) or endings.get(module) or []
+        return longer[0] if len(longer) == 1 else mapped
 
     return rename
 

@@ -28,6 +28,8 @@ from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
+from flora_vllm.plugin.step_faults import note_on_outputs
+from flora_vllm.plugin.trial import layers_elsewhere
 from flora_vllm.step import GraphSteps
 
 logger = logging.getLogger(__name__)
@@ -86,11 +88,13 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # Slot -> adapter, for what every step asks. vLLM's cache answers without a touch of its order only by copying
         # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
+        self._vllm_config = vllm_config
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
         if self.rows.has_encoder:
             run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
+        note_on_outputs()
         _managers.add(self)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
@@ -108,11 +112,21 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.device,
             SlotLimits(self.lora_slots, self.options.max_rank, self.lora_config.max_lora_rank),
             self._match_target_modules,
+            self._elsewhere,
         )
-        self._guard_logits()
+        # A row space without adapted layers is never asked for.
+        steps = [*map(self.rows.step_of, self.attached.layers)]
+        self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
         if self.options.graph_rows:
             self.rows.tokens.graphs = self._graph_steps()
         logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
+
+    def _elsewhere(self, layers: Mapping[str, Any]) -> Mapping[str, str]:
+        """Those layers that do not run on a step's rows. An encoder runs on rows of its own, which a run of the model
+        on tokens alone does not show."""
+        if self.rows.has_encoder:
+            return {}
+        return layers_elsewhere(layers, self.model, self._vllm_config, self.device)
 
     def _graph_steps(self) -> GraphSteps:
         """Raises ConfigError if a layer cannot be captured: a graph without it would leave its adapters out."""
@@ -142,20 +156,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         most = max((adapter.rows for adapter in self._registered_adapters.cache.values()), default=1)
         return num_tokens * most <= graphs.row_budget
 
-    def _guard_logits(self) -> None:
-        """Nothing may be sampled from a step whose adapter tokens ran past the op."""
-        compute_logits = getattr(self.model, "compute_logits", None)
-        if compute_logits is None:
-            return
-
-        steps = [step for step in self.rows.steps.values() if step in map(self.rows.step_of, self.attached.layers)]
-
-        def verified(*args: Any, **kwargs: Any) -> Any:
-            for step in steps:
-                step.verify()
-            return compute_logits(*args, **kwargs)
-
-        self.model.compute_logits = verified
+    def take_fault(self) -> str | None:
+        """Why the step that has just run did not serve its adapter tokens; None if it did."""
+        faults = [step.take_fault() for step in self._verified_steps]
+        return next((fault for fault in faults if fault is not None), None)
 
     def activate_adapter(self, lora_id: int) -> bool:
         if lora_id in self._active_adapters:
@@ -249,7 +253,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     def add_adapter(self, lora_request: Any) -> bool:
         adapter_id = lora_request.lora_int_id
         if lora_request.load_inplace or self._adapter_manager.get_adapter(adapter_id) is None:
-            adapter = self._load_adapter(lora_request)  # first, so that a faulty one leaves the old one in place
+            # First, so that a faulty one leaves the old one in place.
+            adapter = self._load_adapter(lora_request, fresh=lora_request.load_inplace)
             self._adapter_manager.remove_adapter(adapter_id)
             self._admit(adapter)
         self._adapter_manager.activate_adapter(adapter_id)
