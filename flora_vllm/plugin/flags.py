@@ -133,8 +133,6 @@ def _after_config(config: Any) -> None:
         # vLLM's own LoRA, padded to the largest rank, saves memory and work so.
         logger.info("--fully-sharded-loras has no effect: an adapter takes what its own rank needs, nothing is padded")
         config.lora_config.fully_sharded_loras = False
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise ConfigError("adapters are not served with pipeline parallelism yet; use --tensor-parallel-size instead")
     if config.model_config.is_encoder_decoder:
         encoder_rows.prepare_config(config)
     if options.graph_rows and (faults := _graph_faults(config)):

@@ -10,11 +10,12 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
@@ -43,7 +44,7 @@ class AdapterLoader:
         self._limits = limits
         self._base = base
         self._device = base.device
-        self._layout = model_layout(attached, _renamer(model, attached))
+        self._layout = model_layout(attached, model)
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
@@ -150,16 +151,30 @@ class AdapterLoader:
             raise AdapterError(f"adapter {name!r} cannot be kept in {self._root}: {error.strerror}") from error
 
 
-def model_layout(attached: Attached, rename: Callable[[str], str]) -> ModelLayout:
-    """What a checkpoint may address in this model, by the names of the checkpoint's modules."""
+def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
+    """What a checkpoint may address in this model, on whichever pipeline stage, by the names of the checkpoint."""
     shapes: dict[str, tuple[int, int]] = {}
     for layout in attached.layouts.values():
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
-    return ModelLayout(shapes, attached.refused, rename)
+    refused = dict(attached.refused)
+    for more_shapes, more_refused in _of_other_stages((shapes, refused)):
+        shapes |= more_shapes
+        refused |= more_refused
+    return ModelLayout(shapes, refused, _renamer(model, shapes.keys() | refused.keys()))
 
 
-def _renamer(model: torch.nn.Module, attached: Attached) -> Callable[[str], str]:
+def _of_other_stages(own: Any) -> list[Any]:
+    """The same of every stage of the pipeline; nothing where there is one."""
+    group = get_pp_group()
+    if group.world_size == 1:
+        return []
+    found = [None] * group.world_size
+    torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+    return found
+
+
+def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
     """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
     by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
     (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant."""
@@ -167,7 +182,6 @@ def _renamer(model: torch.nn.Module, attached: Attached) -> Callable[[str], str]
     renames = getattr(mapper, "get_rename_mapper", None)
     if renames is not None:
         mapper = renames()
-    known = {part.module for layout in attached.layouts.values() for part in layout.slices} | attached.refused.keys()
     endings: dict[str, list[str]] = {}
     for name in known:
         parts = name.split(".")

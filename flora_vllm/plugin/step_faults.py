@@ -27,14 +27,21 @@ _MARK = "flora-vllm: "  # what such an error's reason begins with, on its way to
 def note_on_outputs() -> None:
     """Have the workers of this process note on a step's output why it may not be used."""
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+    pipeline = importlib.import_module("vllm.distributed").get_pp_group
 
     def noting(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             output = original(self, *args, **kwargs)
             manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
+            is_last = pipeline().is_last_rank
             # A step in two parts (run the model, then sample) is judged with its second.
-            if output is not None and hasattr(manager, "take_fault") and (fault := manager.take_fault()) is not None:
+            if (output is None and is_last) or not hasattr(manager, "take_fault"):
+                return output
+            fault = manager.take_fault()
+            if fault is not None and not is_last:
+                raise StepError(fault)  # what it hands on cannot be marked, and must not be used
+            if fault is not None:
                 _note(output, fault)
             return output
 
