@@ -27,7 +27,7 @@ from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.probe import EngineBase, all_agree
+from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, resolve
 
@@ -60,7 +60,12 @@ class AdapterLoader:
         directory, task = split_task(path)
         if not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir():
             return self._read(name, copy, None, path, task)[1]
-        files, terms = self._read(name, _local(directory), digest, path, task)
+        try:
+            (files, terms), error = self._read(name, _local(directory), digest, path, task), None
+        except AdapterError as failure:
+            (files, terms), error = ({}, (0, CompactLayers({}))), failure
+        if not stages_agree(error is None):
+            raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
         self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
@@ -129,6 +134,8 @@ class AdapterLoader:
             place = self._layout.rename(module)
             if not terms.of(FromBase):
                 modules[place] = terms
+                continue
+            if not self._base.holds(place):
                 continue
             try:
                 modules[place] = ModuleTerms(resolve(terms.terms, self._base.probe(module, place)))
