@@ -15,8 +15,8 @@ from typing import Any
 from flora_vllm.errors import HookError
 from flora_vllm.plugin.hook_table import COMMON_HOOKS, HOOKS, Hook
 
-RUN_VERSIONS = ("0.32",)  # every test runs on these
-READ_VERSIONS = ("0.31", "0.33")  # hooks verified, engine not run
+RUN_VERSIONS = ("0.32", "0.33")  # engines run on these; every test on the first
+READ_VERSIONS = ("0.31",)  # hooks verified, engine not run
 ALLOW_OTHER = "FLORA_ALLOW_UNTESTED_VLLM"
 
 
