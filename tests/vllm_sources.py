@@ -1,8 +1,8 @@
 """Sources of vLLM versions that are not installed, and a check of the hook table that reads them without importing.
 
-They come from the package index once, as Python files, below FLORA_CACHE (default `.cache` of the repository). Where the
-index cannot be reached the tests that need them are skipped, aloud. A version of which there is a source distribution
-can also be run: its Python over the compiled parts of the installed CPU build (`runnable_package`).
+They come from the package index once, as Python files, below FLORA_CACHE (default `.cache` of the repository). Where
+the index cannot be reached the tests that need them are skipped, aloud. A version of which there is a source
+distribution can also be run: its Python over the compiled parts of the installed CPU build (`runnable_package`).
 """
 
 import ast
