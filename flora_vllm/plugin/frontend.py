@@ -15,7 +15,8 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
-from flora_vllm.plugin import preload
+from flora_vllm.plugin import preload, uploads
+from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.preload import options_of_engine
@@ -37,6 +38,7 @@ def install() -> None:
     if offers(_ADMISSION):
         serving.admit_lora = _admit_offered
     preload.install()
+    uploads.install()
     _register_resolver()
 
 
@@ -83,7 +85,7 @@ async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_
         refused = await self._check_load_lora_adapter_request(request)
         if refused is not None:
             return refused
-        confined = not _is_operators(self, request.lora_name, request.lora_path)
+        confined = not (_is_operators(self, request.lora_name, request.lora_path) or is_handed(request.lora_path))
         result = await _admit(self, request.lora_name, request.lora_path, base_model_name, confined)
     if isinstance(result, str):
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."

@@ -200,6 +200,7 @@ _ENGINES = (
     Hook(f"{_OUTPUT}:OutputProcessor.process_outputs", ("self", "engine_core_outputs")),
     Hook(f"{_OUTPUT}:RequestOutputCollector.put", ("self", "output")),
     Hook("vllm.entrypoints.llm:LLM._run_engine", ("self",)),
+    Hook("vllm.entrypoints.llm:LLM._run_tiling_engine", ("self",)),
     Hook(
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         ("self", "scheduler_output", "model_runner_output"),
@@ -249,6 +250,8 @@ _SERVER = (
     Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_path"),
     Hook("vllm.entrypoints.serve.lora.protocol:UnloadLoRAAdapterRequest.lora_name"),
     Hook("vllm.entrypoints.openai.models.protocol:LoRAModulePath.path"),
+    Hook("vllm.entrypoints.serve.lora.api_router:attach_router", ("app",)),
+    Hook("vllm.envs:VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
     Hook("vllm.utils.counter:AtomicCounter.inc", ("self", "num")),
     Hook("vllm.lora.resolver:LoRAResolver.resolve_lora", ("self", "base_model_name", "lora_name")),
     Hook("vllm.lora.resolver:LoRAResolverRegistry"),

@@ -25,6 +25,7 @@ from flora_vllm.plugin import install
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
+from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
@@ -227,8 +228,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         return model
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
-        request = lora_request
-        rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
+        with on_disk(lora_request) as request:  # trainers in this process hand tensors over
+            rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
         return LoadedAdapter(request.lora_int_id, rank, layers)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats import content_digest
+from flora_vllm.plugin.handed import on_disk, plain
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -78,14 +79,15 @@ def _wrap_sync(engine: Any) -> None:
     def add_lora(self: Any, lora_request: Any) -> Any:
         if options_of_engine(self) is None:
             return load(self, lora_request)
-        request = lora_request if _identified.get() else _identify(self, lora_request)
-        try:
-            result = load(self, request)
-        except Exception as error:  # see refusals.py
-            message = None if offers(INVALID) else refusal(error)
-            if message is None:
-                raise
-            raise AdapterError(message) from error
+        with on_disk(lora_request) as given:
+            request = given if _identified.get() else _identify(self, given)
+            try:
+                result = load(self, request)
+            except Exception as error:  # see refusals.py
+                message = None if offers(INVALID) else refusal(error)
+                if message is None:
+                    raise
+                raise AdapterError(message) from error
         _known(self)[request.lora_int_id] = request.lora_name
         return result
 
@@ -113,10 +115,9 @@ def _wrap_async(engine: Any) -> None:
     async def add_lora(self: Any, lora_request: Any) -> Any:
         if options_of_engine(self) is None:
             return await load(self, lora_request)
-        request = lora_request
-        if not _identified.get():
-            request = await asyncio.to_thread(_identify, self, lora_request)
-        result = await load(self, request)
+        with on_disk(lora_request) as given:
+            request = given if _identified.get() else await asyncio.to_thread(_identify, self, given)
+            result = await load(self, request)
         _known(self)[request.lora_int_id] = request.lora_name
         return result
 
@@ -176,7 +177,7 @@ def _identify(engine: Any, request: Any) -> Any:
 
 
 def _copy(request: Any, name: str, *, load_inplace: bool) -> Any:
-    return importlib.import_module("msgspec.structs").replace(request, lora_name=name, load_inplace=load_inplace)
+    return plain(request, lora_name=name, load_inplace=load_inplace)
 
 
 def _renamed(args: tuple, kwargs: dict, wanted: Any, name: str) -> tuple[tuple, dict]:

@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from typing import Any
 
+from flora_vllm.plugin.handed import plain
 from flora_vllm.plugin.identity import plain_name
 
 # One scrape apart, and all engines of a data-parallel group.
@@ -32,8 +33,7 @@ def name_metrics() -> None:
         self.flora_identity = self.lora_name
         if self.lora_name is not None and plain_name(self.lora_name) != self.lora_name:
             self.lora_name = plain_name(self.lora_name)
-            replace = importlib.import_module("msgspec.structs").replace
-            self.lora_request = replace(self.lora_request, lora_name=self.lora_name)
+            self.lora_request = plain(self.lora_request, lora_name=self.lora_name)
 
     initialise.__wrapped__ = init  # pyright: ignore[reportFunctionMemberAccess]
     state.__init__ = initialise

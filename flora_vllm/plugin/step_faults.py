@@ -100,17 +100,22 @@ def install_request_side() -> None:
 
     processor.process_outputs = process_outputs
     llm: Any = importlib.import_module("vllm.entrypoints.llm").LLM
-    run = llm._run_engine
+    llm._run_engine = _raising(llm._run_engine)
+    llm._run_tiling_engine = _raising(llm._run_tiling_engine)  # pooling requests have a loop of their own
+
+
+def _raising(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The offline LLM's loop over its engine's steps; raises the first fault when all requests are done."""
 
     @functools.wraps(run)
-    def run_engine(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_all(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = run(self, *args, **kwargs)
         errors = self.llm_engine.output_processor.__dict__.pop(_OFFLINE, [])
         if errors:
             raise errors[0]
         return outputs
 
-    llm._run_engine = run_engine
+    return run_all
 
 
 def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: str) -> list[Any]:
