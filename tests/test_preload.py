@@ -1,6 +1,7 @@
 """An engine's adapters are known by their content: reloads, names and ids, offline and on the asynchronous engine."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from engine_support import Answer, Ask, Engine
 
 import flora_vllm
-from flora_vllm.plugin import preload
+from flora_vllm.plugin import handed, preload
 from flora_vllm.plugin.identity import split_identity
 
 pytestmark = support.ENGINE_MARKS
@@ -92,6 +93,36 @@ def test_one_id_for_two_names_is_refused(engine, adapters):
 def test_what_cannot_be_had_from_the_hub_is_refused_by_name(engine):
     with pytest.raises(flora_vllm.AdapterError, match="'nobody/nothing' cannot be served"):
         _ask(engine, _request("absent", 75, Path("nobody/nothing")))
+
+
+def _handed(name: str, number: int, source: Path, **changes: Any) -> Any:
+    """A request as trainers make them: a subclass of vLLM's with the tensors on it, and a path that means nothing."""
+    import msgspec
+    from safetensors.torch import load_file
+    from vllm.lora.request import LoRARequest
+
+    class TensorLoRARequest(LoRARequest):
+        peft_config: dict = msgspec.field(default=None)
+        lora_tensors: dict = msgspec.field(default=None)
+
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["target_modules"] = set(config["target_modules"])
+    return TensorLoRARequest(
+        name, number, "no_such_path", peft_config=config | changes,
+        lora_tensors=load_file(source / "adapter_model.safetensors"), load_inplace=True,
+    )  # fmt: skip
+
+
+def test_tensors_on_a_request_are_served_and_replaced(engine, adapters):
+    for name in ("lora", "flora-4", "lora"):
+        wanted = engine.ask([Ask(PROMPT, adapters[name])], tokens=6)[0]
+        answer, output = _ask(engine, _handed("live", 76, adapters[name]))
+        assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
+        assert output.lora_request.lora_name == "live"
+    with pytest.raises(flora_vllm.AdapterError, match=r"'live' .*\n.*no_such_key"):
+        _ask(engine, _handed("live", 76, adapters["lora"], no_such_key=3))
+    assert support.difference(_ask(engine, _request("live", 76, Path("no_such_path")))[0], answer) < 1e-4
+    assert not any(handed._root().iterdir())
 
 
 class _AsyncEngine:

@@ -1,4 +1,4 @@
-"""More than one server process and more than one engine: each knows the adapters, or vLLM's own refusal says why not."""
+"""More than one server process and more than one engine: each knows the adapters, or vLLM's own refusal says why."""
 
 import json
 import subprocess
