@@ -19,7 +19,8 @@ from flora_vllm.plugin import preload, uploads
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
-from flora_vllm.plugin.preload import options_of_engine
+from flora_vllm.plugin.preload import NAMED, options_of_engine
+from flora_vllm.plugin.published import identity_of
 from flora_vllm.plugin.refusals import refusal
 
 _POLL_S = 0.1
@@ -121,12 +122,11 @@ async def _resolve_lora(original: Any, self: Any, lora_name: str) -> Any:
 
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _UNLOADS = f"{_SERVING}._release_lora"  # patches/0003
-_NAMED = "vllm.lora.request:LoRARequest.served_name"  # patches/0008
 _ADMISSION = f"{_SERVING}.admit_lora"  # patches/0011
 # Method -> ours, and what vLLM would have to offer to make it needless.
 _REPLACEMENTS = {
-    "model_name": (_model_name, _NAMED),
-    "show_available_models": (_show_available_models, _NAMED),
+    "model_name": (_model_name, NAMED),
+    "show_available_models": (_show_available_models, NAMED),
     "load_lora_adapter": (_load_lora_adapter, _ADMISSION),
     "unload_lora_adapter": (_unload_lora_adapter, _UNLOADS),
     "resolve_lora": (_resolve_lora, _ADMISSION),
@@ -196,7 +196,7 @@ async def _identify(self: Any, request: Any, confined: bool) -> None:
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
-    if offers(_NAMED):
+    if offers(NAMED):
         request.served_name = name
 
 
@@ -232,7 +232,7 @@ async def _release_when_idle(self: Any, request: Any) -> None:
 def _in_flight(engine: Any, lora_name: str) -> bool:
     processor = getattr(engine, "output_processor", None)
     states = processor.request_states.values() if processor is not None else ()
-    return any(state.flora_identity == lora_name for state in states)
+    return any(identity_of(state) == lora_name for state in states)
 
 
 def _in_background(self: Any, coroutine: Any) -> None:

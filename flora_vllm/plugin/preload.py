@@ -11,8 +11,9 @@ import contextlib
 import functools
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 from flora_vllm.errors import AdapterError, adapter_error
@@ -23,6 +24,7 @@ from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.refusals import INVALID, refusal
 
+NAMED = "vllm.lora.request:LoRARequest.served_name"  # patches/0008
 _identified: ContextVar[bool] = ContextVar("flora_identified", default=False)
 
 
@@ -58,9 +60,63 @@ def _first_line(error: Exception) -> str:
 
 
 def install() -> None:
-    """Wraps add_request, add_lora and remove_lora of vLLM's two engines; inert without FLoRA."""
-    _wrap_sync(importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine)
-    _wrap_async(importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM)
+    """Has vLLM's two engines ask before they add a request or load an adapter; inert without FLoRA."""
+    sync_engine: Any = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
+    async_engine: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
+    if offers("vllm.v1.engine.async_llm:AsyncLLM.lora_gate"):  # patches/0009
+        sync_engine.lora_gate = SimpleNamespace(admit=_admit, load=_load, forget=_forget)
+        async_engine.lora_gate = SimpleNamespace(admit=_admit_async, load=_load_async, forget=_forget)
+        return
+    _wrap_sync(sync_engine)
+    _wrap_async(async_engine)
+
+
+def _admit(engine: Any, request: Any) -> Any:
+    """The request's adapter as the engine knows it, loaded."""
+    if options_of_engine(engine) is None:
+        return request
+    if _must_load(engine, request):
+        engine.add_lora(request)
+    return _copy(request, _name_of(engine, request), load_inplace=False)
+
+
+async def _admit_async(engine: Any, request: Any) -> Any:
+    if options_of_engine(engine) is None:
+        return request
+    if _must_load(engine, request):
+        await engine.add_lora(request)
+    return _copy(request, _name_of(engine, request), load_inplace=False)
+
+
+def _load(engine: Any, lora_request: Any, load: Callable[[Any], Any]) -> Any:
+    """`load`, told the adapter's identity."""
+    if options_of_engine(engine) is None:
+        return load(lora_request)
+    with on_disk(lora_request) as given:
+        request = given if _identified.get() else _identify(engine, given)
+        try:
+            result = load(request)
+        except Exception as error:  # see refusals.py
+            message = refusal(error)
+            if offers(INVALID) or message is None:
+                raise
+            raise AdapterError(message) from error
+    _known(engine)[request.lora_int_id] = request.lora_name
+    return result
+
+
+async def _load_async(engine: Any, lora_request: Any, load: Callable[[Any], Any]) -> Any:
+    if options_of_engine(engine) is None:
+        return await load(lora_request)
+    with on_disk(lora_request) as given:
+        request = given if _identified.get() else await asyncio.to_thread(_identify, engine, given)
+        result = await load(request)
+    _known(engine)[request.lora_int_id] = request.lora_name
+    return result
+
+
+def _forget(engine: Any, lora_id: int) -> None:
+    _known(engine).pop(lora_id, None)
 
 
 def _wrap_sync(engine: Any) -> None:
@@ -68,32 +124,18 @@ def _wrap_sync(engine: Any) -> None:
 
     @functools.wraps(add)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        wanted = _adapter_of(self, args, kwargs)
+        wanted = _adapter_of(args, kwargs)
         if wanted is not None:
-            if _must_load(self, wanted):
-                self.add_lora(wanted)
-            args, kwargs = _renamed(args, kwargs, wanted, _name_of(self, wanted))
+            args, kwargs = _with(args, kwargs, wanted, _admit(self, wanted))
         return add(self, *args, **kwargs)
 
     @functools.wraps(load)
     def add_lora(self: Any, lora_request: Any) -> Any:
-        if options_of_engine(self) is None:
-            return load(self, lora_request)
-        with on_disk(lora_request) as given:
-            request = given if _identified.get() else _identify(self, given)
-            try:
-                result = load(self, request)
-            except Exception as error:  # see refusals.py
-                message = None if offers(INVALID) else refusal(error)
-                if message is None:
-                    raise
-                raise AdapterError(message) from error
-        _known(self)[request.lora_int_id] = request.lora_name
-        return result
+        return _load(self, lora_request, functools.partial(load, self))
 
     @functools.wraps(remove)
     def remove_lora(self: Any, lora_id: int) -> Any:
-        _known(self).pop(lora_id, None)
+        _forget(self, lora_id)
         return remove(self, lora_id)
 
     engine.add_request, engine.add_lora, engine.remove_lora = add_request, add_lora, remove_lora
@@ -104,26 +146,18 @@ def _wrap_async(engine: Any) -> None:
 
     @functools.wraps(add)
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        wanted = _adapter_of(self, args, kwargs)
+        wanted = _adapter_of(args, kwargs)
         if wanted is not None:
-            if _must_load(self, wanted):
-                await self.add_lora(wanted)
-            args, kwargs = _renamed(args, kwargs, wanted, _name_of(self, wanted))
+            args, kwargs = _with(args, kwargs, wanted, await _admit_async(self, wanted))
         return await add(self, *args, **kwargs)
 
     @functools.wraps(load)
     async def add_lora(self: Any, lora_request: Any) -> Any:
-        if options_of_engine(self) is None:
-            return await load(self, lora_request)
-        with on_disk(lora_request) as given:
-            request = given if _identified.get() else await asyncio.to_thread(_identify, self, given)
-            result = await load(self, request)
-        _known(self)[request.lora_int_id] = request.lora_name
-        return result
+        return await _load_async(self, lora_request, functools.partial(load, self))
 
     @functools.wraps(remove)
     async def remove_lora(self: Any, lora_id: int) -> Any:
-        _known(self).pop(lora_id, None)
+        _forget(self, lora_id)
         return await remove(self, lora_id)
 
     engine.add_request, engine.add_lora, engine.remove_lora = add_request, add_lora, remove_lora
@@ -140,10 +174,8 @@ def _name_of(engine: Any, request: Any) -> str:
     return request.lora_name if known is None else known
 
 
-def _adapter_of(engine: Any, args: tuple, kwargs: dict) -> Any:
-    """The LoRARequest among add_request's arguments, if this engine serves FLoRA."""
-    if options_of_engine(engine) is None:
-        return None
+def _adapter_of(args: tuple, kwargs: dict) -> Any:
+    """The LoRARequest among add_request's arguments."""
     lora_request = importlib.import_module("vllm.lora.request").LoRARequest
     candidates = itertools.chain(args, kwargs.values(), [getattr(a, "lora_request", None) for a in args])
     return next((value for value in candidates if isinstance(value, lora_request)), None)
@@ -177,12 +209,14 @@ def _identify(engine: Any, request: Any) -> Any:
 
 
 def _copy(request: Any, name: str, *, load_inplace: bool) -> Any:
-    return plain(request, lora_name=name, load_inplace=load_inplace)
+    changes = {"lora_name": name, "load_inplace": load_inplace}
+    if offers(NAMED):
+        changes["served_name"] = plain_name(name)
+    return plain(request, **changes)
 
 
-def _renamed(args: tuple, kwargs: dict, wanted: Any, name: str) -> tuple[tuple, dict]:
-    """The arguments with the adapter under its identity; a request that vLLM made of them is the engine's to change."""
-    request = _copy(wanted, name, load_inplace=False)
+def _with(args: tuple, kwargs: dict, wanted: Any, request: Any) -> tuple[tuple, dict]:
+    """The arguments with `request` for `wanted`; a request that vLLM made of them is the engine's to change."""
     for argument in args:
         if getattr(argument, "lora_request", None) is wanted:
             argument.lora_request = request

@@ -11,7 +11,9 @@ from collections import OrderedDict
 from typing import Any
 
 from flora_vllm.plugin.handed import plain
+from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import plain_name
+from flora_vllm.plugin.preload import NAMED
 
 # One scrape apart, and all engines of a data-parallel group.
 KEPT_SERIES = 64
@@ -19,12 +21,17 @@ KEPT_SERIES = 64
 
 def name_events() -> None:
     """KV-cache events carry the plain name; the engine's own keys use `lora_name`, not `name`."""
+    if offers(NAMED):
+        return
     lora_request = importlib.import_module("vllm.lora.request").LoRARequest
     lora_request.name = property(lambda self: plain_name(self.lora_name))
 
 
 def name_metrics() -> None:
-    """A request's state, from which metrics and outputs are made, has the plain name; `flora_identity` the engine's."""
+    """A request's state, from which metrics and outputs are made, has the plain name."""
+    _bound_series()
+    if offers(NAMED):
+        return
     state = importlib.import_module("vllm.v1.engine.output_processor").RequestState
     init = state.__init__
 
@@ -37,7 +44,13 @@ def name_metrics() -> None:
 
     initialise.__wrapped__ = init  # pyright: ignore[reportFunctionMemberAccess]
     state.__init__ = initialise
-    _bound_series()
+
+
+def identity_of(state: Any) -> str | None:
+    """The identity of the adapter of a request's state."""
+    if hasattr(state, "flora_identity"):
+        return state.flora_identity
+    return None if state.lora_request is None else state.lora_request.lora_name
 
 
 class NewestSeries:
