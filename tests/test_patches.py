@@ -23,12 +23,14 @@ LORA_OPS = "vllm/lora/ops/torch_ops/lora_ops.py"
 # Where a fix of vLLM's own stands in the place of ours, the diff no longer applies: that is how it is seen.
 FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
-# the route that takes an adapter's files.
+# the route that takes an adapter's files, the sleep that would lose slots.
 WITHOUT_DIFF = {
     "vllm.entrypoints.llm:LLM._run_engine",
     "vllm.entrypoints.llm:LLM._run_tiling_engine",
     "vllm.entrypoints.serve.lora.api_router:attach_router",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+    "vllm.v1.engine.async_llm:AsyncLLM.sleep",
+    "vllm.v1.engine.llm_engine:LLMEngine.sleep",
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
     "vllm.v1.metrics.loggers:PrometheusStatLogger.__init__",
 }

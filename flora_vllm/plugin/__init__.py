@@ -20,6 +20,7 @@
     refusals.py       our refusal of an adapter, found in an engine's error
     frontend.py       server side: names and identities, load, unload, resolvers
     handed.py         adapters given as tensors or files instead of by a path
+    sleeping.py       the sleep that would lose adapters
     uploads.py        the route that takes an adapter's files
     published.py      metrics and events: the names that clients use
     speech.py         the adapter's part in vLLM's speech server

@@ -15,7 +15,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
-from flora_vllm.plugin import preload, uploads
+from flora_vllm.plugin import preload, sleeping, uploads
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
@@ -40,6 +40,7 @@ def install() -> None:
         serving.admit_lora = _admit_offered
     preload.install()
     uploads.install()
+    sleeping.install()
     _register_resolver()
 
 

@@ -188,6 +188,8 @@ _ENGINES = (
     Hook(f"{_ASYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),
     Hook(f"{_ASYNC}.add_lora", ("self", "lora_request")),
     Hook(f"{_ASYNC}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_ASYNC}.sleep", ("self", "level")),
+    Hook(f"{_SYNC}.sleep", ("self", "level")),
     Hook(f"{_ASYNC}.__init__", ("self", "vllm_config"), sets=("vllm_config", "output_processor")),
     Hook(f"{_SYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),
     Hook(f"{_SYNC}.add_lora", ("self", "lora_request")),
