@@ -98,7 +98,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "unknown key": (_unknown_key, ("flora_magic",)),
     "torn": (_torn, ("adapter_model.safetensors",)),
     "FLoRA rank": (lambda path, _: _flora(path, rank=5), ("rank 5", "limit 4", "--max-flora-rank")),
-    "LoRA rank": (_peft(target_modules=["q_proj"], r=16), ("rank 16", "limit 8", "is greater than max_lora_rank 8", "--max-lora-rank")),
+    "LoRA rank": (
+        _peft(target_modules=["q_proj"], r=16),
+        ("rank 16", "limit 8", "is greater than max_lora_rank 8", "--max-lora-rank"),
+    ),
     "empty": (lambda path, _: path.mkdir(), ("adapter_config.json",)),
     "absent": (lambda *_: None, ("does not exist",)),
 }
