@@ -131,6 +131,7 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Served:
+    import vllm._custom_ops  # loads the build for this CPU
 
     if request.param == 4 and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip("vLLM's build for this CPU has no 4-bit product")
