@@ -133,13 +133,13 @@ def test_rows_of_the_encoder_must_be_the_mappings(world, engine, kind, layer):
     try:
         manager.set_adapter_mapping(LoRAMapping((number,) * 3, (number,)))
         _called_directly(engine, layer, 4)
-        assert "never said whose" in manager.take_fault()
+        assert "never said whose" in manager.take_fault().reason
         manager.set_adapter_mapping(LoRAMapping((number,) * 4, (number,), type=LoRAMappingType[kind]))
-        assert "ran without reaching" in manager.take_fault()
+        assert "ran without reaching" in manager.take_fault().reason
         _called_directly(engine, layer, 4)
         for rows in (3, 5):
             _called_directly(engine, layer, rows)
-            assert f"{rows} rows in a step of 4" in manager.take_fault()
+            assert f"{rows} rows in a step of 4" in manager.take_fault().reason
         manager.set_adapter_mapping(LoRAMapping((0,) * 3, (0,)))
         _called_directly(engine, layer, 5)
     finally:

@@ -101,7 +101,7 @@ class Runner:
 
     def verify(self) -> None:
         if (fault := self.manager.take_fault()) is not None:
-            raise StepError(fault)
+            raise StepError(fault.reason)
 
     def check(self, ids: Sequence[int], output: tuple[torch.Tensor, ...]) -> None:
         """The step's output may be used, and is right in every row; rows of padding are base rows."""

@@ -16,7 +16,7 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.errors import ConfigError
+from flora_vllm.errors import AdapterError, ConfigError
 from flora_vllm.formats.model_order import modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.dispatch import NEVER
@@ -29,7 +29,7 @@ from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
-from flora_vllm.plugin.step_faults import note_on_outputs
+from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
 from flora_vllm.plugin.trial import layers_elsewhere
 from flora_vllm.step import GraphSteps
 
@@ -89,6 +89,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # Slot -> adapter, for what every step asks. vLLM's cache answers without a touch of its order only by copying
         # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
+        self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
         self._vllm_config = vllm_config
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -157,10 +158,18 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         most = max((adapter.rows for adapter in self._registered_adapters.cache.values()), default=1)
         return num_tokens * most <= graphs.row_budget
 
-    def take_fault(self) -> str | None:
+    def leave_out(self, adapter_id: int, reason: str) -> None:
+        """In the step that comes the adapter cannot be had: its tokens are base tokens, and its requests fail."""
+        self._left_out[adapter_id] = reason
+
+    def take_fault(self) -> StepFault | None:
         """Why the step that has just run did not serve its adapter tokens; None if it did."""
         faults = [step.take_fault() for step in self._verified_steps]
-        return next((fault for fault in faults if fault is not None), None)
+        left_out, self._left_out = self._left_out, {}
+        for fault in faults:
+            if fault is not None:
+                return StepFault(fault)
+        return StepFault("; ".join(left_out.values()), frozenset(left_out)) if left_out else None
 
     def activate_adapter(self, lora_id: int) -> bool:
         if lora_id in self._active_adapters:
@@ -198,7 +207,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.rows.steps[mapping.type.name].rehearse(len(mapping.index_mapping))
             return
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
-        slots = {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
+        slots = dict.fromkeys(self._left_out, 0)
+        slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
         self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
 
     def remove_all_adapters(self) -> None:
@@ -243,7 +253,11 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             if self._adapter_manager.get_adapter(request.lora_int_id) is None:
-                self._admit(self._load_adapter(request, fresh=False))
+                try:
+                    self._admit(self._load_adapter(request, fresh=False))
+                except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
+                    self._adapter_manager.leave_out(request.lora_int_id, str(error))
+                    continue
             self._adapter_manager.activate_adapter(request.lora_int_id)
 
     def _admit(self, adapter: LoadedAdapter) -> None:

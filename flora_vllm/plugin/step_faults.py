@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ logger = logging.getLogger(__name__)
 _FAULT = "_flora_fault"  # on a step's output, on its way from the worker to the scheduler
 _OFFLINE = "_flora_errors"  # of requests that nobody waits for in a queue, on the output processor
 _MARK = "flora-vllm: "  # what such an error's reason begins with, on its way to the request
+
+
+@dataclass(frozen=True)
+class StepFault:
+    """Why a step's output may not be used, for the requests of these adapters (by id); None: of any adapter."""
+
+    reason: str
+    adapters: frozenset[int] | None = None
 
 
 @functools.cache
@@ -40,7 +49,7 @@ def note_on_outputs() -> None:
                 return output
             fault = manager.take_fault()
             if fault is not None and not is_last:
-                raise StepError(fault)  # what it hands on cannot be marked, and must not be used
+                raise StepError(fault.reason)  # what it hands on cannot be marked, and must not be used
             if fault is not None:
                 _note(output, fault)
             return output
@@ -50,7 +59,7 @@ def note_on_outputs() -> None:
     worker.execute_model, worker.sample_tokens = noting(worker.execute_model), noting(worker.sample_tokens)
 
 
-def _note(output: Any, fault: str) -> None:
+def _note(output: Any, fault: StepFault) -> None:
     """Mark a step's output, or what will make it once the device is done."""
     if not hasattr(output, "get_output"):
         setattr(output, _FAULT, fault)
@@ -72,11 +81,11 @@ def install_scheduler_side() -> None:
 
     @functools.wraps(update)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        fault: str = getattr(model_runner_output, _FAULT, "")
-        failed = [] if not fault else _fail(self, scheduler_output.num_scheduled_tokens, fault)
+        fault: StepFault | None = getattr(model_runner_output, _FAULT, None)
+        failed = [] if fault is None else _fail(self, scheduler_output.num_scheduled_tokens, fault)
         outputs = update(self, scheduler_output, model_runner_output)
         for request in failed:
-            _deliver(outputs, request, fault)
+            _deliver(outputs, request, "" if fault is None else fault.reason)
         return outputs
 
     scheduler.update_from_output = update_from_output
@@ -118,25 +127,30 @@ def _raising(run: Callable[..., Any]) -> Callable[..., Any]:
     return run_all
 
 
-def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: str) -> list[Any]:
-    """Finish the step's requests that use an adapter; before the scheduler would take their tokens."""
+def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> list[Any]:
+    """Finish the step's requests that the fault is of; before the scheduler would take their tokens."""
     status = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ERROR
     known = [scheduler.requests[name] for name in scheduled if name in scheduler.requests]
-    failing = [request.request_id for request in known if request.lora_request is not None]
+    failing = [
+        request.request_id
+        for request in known
+        if request.lora_request is not None
+        and (fault.adapters is None or request.lora_request.lora_int_id in fault.adapters)
+    ]
     blocks = {block for name in failing for group in scheduler.kv_cache_manager.get_block_ids(name) for block in group}
     scheduler.kv_cache_manager.evict_blocks(blocks)
     failed = scheduler.finish_requests(failing, status)
-    logger.error("%d requests of a step with adapters were ended with an error: %s", len(failed), fault)
+    logger.error("%d requests of a step with adapters were ended with an error: %s", len(failed), fault.reason)
     return failed
 
 
-def _deliver(outputs: dict[int, Any], request: Any, fault: str) -> None:
+def _deliver(outputs: dict[int, Any], request: Any, reason: str) -> None:
     engine = importlib.import_module("vllm.v1.engine")
     output = engine.EngineCoreOutput(
         request_id=request.request_id,
         new_token_ids=[],
         finish_reason=request.get_finished_reason(),
-        stop_reason=_MARK + fault,
+        stop_reason=_MARK + reason,
         events=request.take_events(),
         trace_headers=request.trace_headers,
     )
