@@ -50,8 +50,12 @@ class AdapterLoader:
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._names: dict[int, str] = {}  # whose the copies are
 
-    def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, CompactLayers]:
+    def load(
+        self, adapter_id: int, lora_name: str, path: str, *, fresh: bool, in_step: bool
+    ) -> tuple[int, CompactLayers]:
         """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
+
+        `in_step`: within a step, where pipeline stages cannot wait for each other.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
         """
@@ -64,7 +68,7 @@ class AdapterLoader:
             (files, terms), error = self._read(name, _local(directory), digest, path, task), None
         except AdapterError as failure:
             (files, terms), error = ({}, (0, CompactLayers({}))), failure
-        if not stages_agree(error is None):
+        if error is not None if in_step else not stages_agree(error is None):
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
         self._names[adapter_id] = lora_name

@@ -237,9 +237,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         self._loader = AdapterLoader(manager.attached, limits, model, base)
         return model
 
-    def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
+    def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
         with on_disk(lora_request) as request:  # trainers in this process hand tensors over
-            rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
+            number, name, path = request.lora_int_id, request.lora_name, request.lora_path
+            rank, layers = self._loader.load(number, name, path, fresh=fresh, in_step=in_step)
         return LoadedAdapter(request.lora_int_id, rank, layers)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
@@ -254,7 +255,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             if self._adapter_manager.get_adapter(request.lora_int_id) is None:
                 try:
-                    self._admit(self._load_adapter(request, fresh=False))
+                    self._admit(self._load_adapter(request, fresh=False, in_step=True))
                 except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
                     self._adapter_manager.leave_out(request.lora_int_id, str(error))
                     continue
