@@ -68,7 +68,8 @@ class AdapterLoader:
             (files, terms), error = self._read(name, _local(directory), digest, path, task), None
         except AdapterError as failure:
             (files, terms), error = ({}, (0, CompactLayers({}))), failure
-        if error is not None if in_step else not stages_agree(error is None):
+        is_kept = error is None if in_step else stages_agree(error is None)
+        if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
         self._names[adapter_id] = lora_name
