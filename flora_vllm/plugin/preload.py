@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats import content_digest
+from flora_vllm.formats import content_digest, split_task
 from flora_vllm.plugin.handed import on_disk, plain
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
@@ -46,8 +46,10 @@ def identified() -> Iterator[None]:
 def absolute_path(path: str) -> str:
     """Where an adapter lies on this machine, fetched from the hub if `path` is no directory. Raises AdapterError."""
     find = importlib.import_module("vllm.lora.utils").get_adapter_absolute_path
+    directory, task = split_task(path)
     try:
-        return find(path)
+        found = find(directory)
+        return found if task is None else f"{found}#{task}"
     except Exception as error:
         raise adapter_error(
             repr(path),
