@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers

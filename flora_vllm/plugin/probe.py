@@ -9,11 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size
 
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.slots import SliceLayout

@@ -36,7 +36,7 @@ class StepFault:
 def note_on_outputs() -> None:
     """Have the workers of this process note on a step's output why it may not be used."""
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
-    pipeline = importlib.import_module("vllm.distributed").get_pp_group
+    pipeline = importlib.import_module("vllm.distributed.parallel_state").get_pp_group
 
     def noting(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

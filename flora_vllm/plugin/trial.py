@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import set_forward_context
 
 logger = logging.getLogger(__name__)
