@@ -20,7 +20,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "o_proj"
 TOLERANCE = 1e-5  # of probabilities and of a unit vector's elements
 
 
-def _saved(base: transformers.PreTrainedModel, path: Path, config: peft.PeftConfig) -> transformers.PreTrainedModel:
+def _saved(base: transformers.PreTrainedModel, path: Path, config: peft.PeftConfig) -> Any:
     """PEFT's model with random factors, saved at `path`; a head that PEFT saves of its own is left out of the file."""
     torch.manual_seed(3)
     model = peft.get_peft_model(base, config).eval()

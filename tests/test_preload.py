@@ -102,8 +102,8 @@ def _handed(name: str, number: int, source: Path, **changes: Any) -> Any:
     from vllm.lora.request import LoRARequest
 
     class TensorLoRARequest(LoRARequest):
-        peft_config: dict = msgspec.field(default=None)
-        lora_tensors: dict = msgspec.field(default=None)
+        peft_config: Any = msgspec.field(default=None)
+        lora_tensors: Any = msgspec.field(default=None)
 
     config = json.loads((source / "adapter_config.json").read_text())
     config["target_modules"] = set(config["target_modules"])

@@ -78,7 +78,7 @@ def plain(request: Any, **changes: Any) -> Any:
 def _files_of(request: Any, tensors: Mapping[str, Any]) -> tuple[bytes, bytes]:
     from safetensors.torch import save
 
-    config = getattr(request, "peft_config", None)
+    config: Any = getattr(request, "peft_config", None)
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping) or not isinstance(tensors, Mapping):
         raise adapter_error(

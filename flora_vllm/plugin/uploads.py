@@ -24,7 +24,7 @@ class TooLargeError(AdapterError):
 
 def install() -> None:
     """Every server app that gets vLLM's load route also gets ours in front of it."""
-    router = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
+    router: Any = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
     attach = router.attach_router
 
     def attach_router(app: Any) -> None:
