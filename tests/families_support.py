@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats_support import linear_layout, tiny_model
+from formats_support import tiny_model
 from peft import PeftConfig, get_peft_model
-from transformers import PreTrainedModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flora_vllm.adapter import Adapter
 from flora_vllm.formats import FAMILIES, read_adapter
+from flora_vllm.formats.base_model import base_layout, open_base
+from flora_vllm.formats.merge import merge_model
 from flora_vllm.formats.model_order import in_order
 from flora_vllm.ops.reference import reference_linear
 from flora_vllm.ops.terms import group_by_slot
@@ -32,6 +35,7 @@ class ModelProbe:
     def __init__(self, model: PreTrainedModel, state: Mapping[str, torch.Tensor], module: str) -> None:
         self.module = module
         self.modules = in_order(model)
+        self.shape = self.modules[module]
         weight = state[f"{module}.weight"].float()
         conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
         self._weight_OI = weight.T if conv1d else weight
@@ -95,6 +99,13 @@ def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapte
     return state
 
 
+def load(directory: Path) -> PreTrainedModel:
+    """Every tensor of the model must be in the files, and no other."""
+    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model.eval()
+
+
 def worst_errors(
     config: PeftConfig,
     path: Path,
@@ -111,20 +122,19 @@ def worst_errors(
     from peft import PeftModel
 
     model = tiny_model(architecture, **changes)
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_filled(model, config, path, fill)
+    model.save_pretrained(path / "base")
+    save_filled(model, config, path / "adapter", fill)
     tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(3))
-    plain = tiny_model(architecture, **changes)
-    plain.load_state_dict(base)
-    adapter = read_adapter(path, layout=linear_layout(plain), task=task)
+    plain = load(path / "base")
     with torch.no_grad():
         before = plain(tokens).logits
-    ours = tiny_model(architecture, **changes)
-    state = ours_merged(plain, base, adapter)
-    extra = {name for name in state if name not in base}
-    assert not extra, f"the base has no {extra}"
-    ours.load_state_dict(state)
-    theirs = PeftModel.from_pretrained(plain, str(path)).eval()
+    # As `flora-vllm merge` does it, and what any engine would load.
+    base = open_base(str(path / "base"))
+    adapter = read_adapter(path / "adapter", layout=base_layout(base), task=task)
+    with tqdm(disable=True) as progress:
+        merge_model(base, adapter, path / "merged", progress)
+    ours = load(path / "merged")
+    theirs = PeftModel.from_pretrained(plain, str(path / "adapter")).eval()
     with torch.no_grad():
         wanted = (
             theirs(tokens) if task is None else theirs.base_model(tokens, task_ids=torch.full((2,), int(task)))

@@ -267,3 +267,16 @@ def test_runs_alone_and_silently_when_there_is_nothing_to_do(machine):
     assert first.returncode == 0, first.stderr
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert second.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("  Downloading http://mirror.example/a/b/torch-2.whl (180.5 MB)", "Downloading torch-2.whl (180.5 MB)"),
+        ("  Using cached /somewhere/else/vllm.whl (1.2 GB)", "Using cached vllm.whl (1.2 GB)"),
+        ("  Downloading http://mirror.example/regex.whl (0.3 MB)", None),
+        ("Collecting numpy", None),
+    ],
+)
+def test_where_files_come_from_is_not_shown(line: str, shown: str | None) -> None:
+    assert bootstrap.shorten(line) == shown

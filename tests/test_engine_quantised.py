@@ -4,6 +4,7 @@ The oracle is transformers' model whose every linear layer calls plain vLLM's qu
 engine, with the adapter's equation written out around that call. No weight is ever dequantised.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import flora_vllm
 from flora_vllm.adapter import ModuleTerms
+from flora_vllm.ops.rare import Turned
 from flora_vllm.ops.terms import group_by_slot
-from flora_vllm.terms import Added, Gain, Product
+from flora_vllm.terms import Added, Gain, Product, Turn, resolve
 
 pytestmark = support.ENGINE_MARKS
 
@@ -31,6 +33,8 @@ PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 PEFT_CONFIGS = {
     "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
     "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
+    "oft": peft.OFTConfig(r=0, oft_block_size=16, target_modules=["q_proj", "k_proj", "down_proj"]),
     "hira": peft.HiraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"]),
 }
 FLORA_RANKS = (1, 5, 8)
@@ -84,14 +88,31 @@ def _packed(whole_OI: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
+class Around:
+    """`terms.Probe`, as far as these adapters ask: the quantised product itself, and its norms."""
+
+    def __init__(self, base: Callable[[torch.Tensor], torch.Tensor], rows: slice, x_TI: torch.Tensor) -> None:
+        self._base, self._rows, self.dtype, self._in_features = base, rows, x_TI.dtype, x_TI.shape[1]
+        self.shape = (rows.stop - rows.start, self._in_features)
+
+    def product(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return self._base(x_NI.to(self.dtype))[:, self._rows].float()
+
+    def squared_row_norms(self) -> torch.Tensor:
+        return self.product(torch.eye(self._in_features)).square().sum(0)
+
+
 def adapted(
     base: Callable[[torch.Tensor], torch.Tensor], rows: slice, x_TI: torch.Tensor, terms: ModuleTerms | None
 ) -> torch.Tensor:
-    """g ∘ [s Σ_j b_j ∘ W(a_j ∘ x) + s U(V x)] of output features `rows`, float32, W only through `base`."""
-    y_TO = base(x_TI)[:, rows].float()
+    """g ∘ [s Σ_j b_j ∘ W(a_j ∘ turn x) + s U(V x)] of output features `rows`, float32, W only through `base`."""
     if terms is None:
-        return y_TO
-    plain_TO = y_TO
+        return base(x_TI)[:, rows].float()
+    terms = ModuleTerms(resolve(terms.terms, Around(base, rows, x_TI)))
+    whole_TI = x_TI
+    for turn in terms.of(Turn):
+        x_TI = Turned(turn.blocks.float(), turn.order).apply(x_TI)
+    plain_TO = y_TO = base(x_TI)[:, rows].float()
     if terms.of(Product):
         y_TO = torch.zeros_like(plain_TO)
     for product in terms.of(Product):
@@ -102,7 +123,7 @@ def adapted(
         for a_I, b_O in zip(product.input, b_OR.T, strict=True):
             y_TO = y_TO + product.scale * b_O * base(a_I.to(x_TI.dtype) * x_TI)[:, rows]
     for low in terms.of(Added):
-        y_TO = y_TO + low.scale * (x_TI.float() @ low.down.T) @ low.up.T
+        y_TO = y_TO + low.scale * (whole_TI.float() @ low.down.T) @ low.up.T
     for gain in terms.of(Gain):
         y_TO = y_TO * gain.gain
     return y_TO
@@ -131,7 +152,7 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Served:
-    import vllm._custom_ops  # loads the build for this CPU
+    importlib.import_module("vllm._custom_ops")  # loads the build for this CPU
 
     if request.param == 4 and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip("vLLM's build for this CPU has no 4-bit product")
@@ -167,7 +188,7 @@ def _layer_errors(engine: support.Engine, adapters: Sequence[Path | None], dtype
         layout = manager.attached.layouts[name]
         assert layer.kernel.implementation == "torch", "a quantised base shows no weight"
         x_TI = torch.randn(len(slots), layout.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
-        y_TO = layer.kernel.forward(x_TI, None, group_by_slot(slots)).float()
+        y_TO = layer._shell.forward(x_TI, None, group_by_slot(slots)).float()
         wanted = torch.cat(
             [
                 torch.cat(

@@ -86,15 +86,16 @@ def test_bone_is_miss_under_other_names(tmp_path: Path) -> None:
     config = peft.MissConfig(r=8, target_modules=["q_proj", "down_proj"])
     error, _ = worst_errors(config, tmp_path)
     assert error < 1e-5
+    folder = tmp_path / "adapter"
     layout = linear_layout(tiny_model("llama"))
-    miss = read_adapter(tmp_path, layout=layout)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    miss = read_adapter(folder, layout=layout)
+    tensors = load_file(folder / "adapter_model.safetensors")
     save_file(
         {name.replace("miss_block", "bone_block"): tensor for name, tensor in tensors.items()},
-        tmp_path / "adapter_model.safetensors",
+        folder / "adapter_model.safetensors",
     )
-    edit_config(tmp_path, peft_type="BONE", miss_dropout=..., mini_r=...)
-    bone = read_adapter(tmp_path, layout=layout)
+    edit_config(folder, peft_type="BONE", miss_dropout=..., mini_r=...)
+    bone = read_adapter(folder, layout=layout)
     assert bone.family == "BONE"
     for module, terms in miss.modules.items():
         for mine, same in zip(terms.tensors(), bone.modules[module].tensors(), strict=True):

@@ -1,5 +1,6 @@
 """Every kind of term, folded for a rank and run, does what it does merged: whole, and cut in two either way."""
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ from flora_vllm.terms.from_base import FromBase
 torch.set_num_threads(1)
 
 # No two sides alike, and cuts that fall inside the blocks of a Kronecker product and of a circulant matrix.
-O, I = 48, 32
+O, I = 48, 32  # noqa: E741 - the shape letters
 ROWS, COLUMNS = (0, 20, O), (0, 12, I)
 CPU = torch.device("cpu")
 
@@ -86,8 +87,8 @@ def parts(cut: str) -> list[tuple[slice, slice]]:
     if cut == "whole":
         return [(slice(0, O), slice(0, I))]
     if cut == "rows":
-        return [(slice(a, b), slice(0, I)) for a, b in zip(ROWS, ROWS[1:], strict=False)]
-    return [(slice(0, O), slice(a, b)) for a, b in zip(COLUMNS, COLUMNS[1:], strict=False)]
+        return [(slice(a, b), slice(0, I)) for a, b in itertools.pairwise(ROWS)]
+    return [(slice(0, O), slice(a, b)) for a, b in itertools.pairwise(COLUMNS)]
 
 
 def folded(terms: Sequence[Term], bias_O: torch.Tensor | None, cut: str) -> list[SliceTerms]:

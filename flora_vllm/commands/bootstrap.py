@@ -347,7 +347,9 @@ def shorten(line: str) -> str | None:
     text = line.strip()
     if size := re.search(r"\((\d+(?:\.\d+)?) ([MG]B)\)", text):
         is_large = size[2] == "GB" or float(size[1]) >= 20
-        return text if is_large else None
+        # The file's name alone: where it comes from is the machine's own affair.
+        words = [word.rpartition("/")[2] for word in text.split()]
+        return " ".join(words) if is_large else None
     if text.startswith(("Installing collected", "Building", "Successfully installed")):
         return f"{text.split(':')[0]} ({text.count(',') + 1} packages)" if "collected" in text else text[:60]
     return text if text.startswith("ERROR") else None

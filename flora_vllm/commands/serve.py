@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.restart or len(options) < len(args.options)):
         sys.stdout.flush()
         os.execvpe(command[0], command, server_environment())
+        raise AssertionError("exec returned")
     return Supervisor(command).run()
 
 

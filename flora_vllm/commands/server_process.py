@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -69,7 +70,7 @@ class ServerProcess:
         return self._process.pid
 
     def __enter__(self) -> "ServerProcess":
-        self._say(f"starting: {' '.join(self._command)}")
+        self._say(f"starting: {shlex.join(self._command)}")
         self._process = subprocess.Popen(
             self._command, stdout=self._log, stderr=subprocess.STDOUT, env=server_environment(), start_new_session=True
         )
@@ -96,11 +97,12 @@ class ServerProcess:
                 raise FloraError(f"the server ended with status {process.returncode}; {self._end_of_log()}")
             if time.monotonic() - start > READY_S:
                 raise FloraError(f"the server was not ready after {READY_S:.0f} s; {self._end_of_log()}")
-            if time.monotonic() - said > 5:
+            # One line that is written over and over, or where none can be, a new one twice a minute.
+            if time.monotonic() - said > (0.9 if sys.stderr.isatty() else 30):
                 said = time.monotonic()
-                self._say(f"  vLLM is starting, {said - start:.0f} s")
+                self._say(f"  vLLM is starting, {said - start:.0f} s", end="\r" if sys.stderr.isatty() else "\n")
             time.sleep(0.25)
-        self._say(f"  ready after {time.monotonic() - start:.0f} s")
+        self._say(f"  ready after {time.monotonic() - start:.0f} s    ")
 
     def _answers(self) -> bool:
         try:
@@ -129,9 +131,9 @@ class ServerProcess:
             os.killpg(process.pid, signal.SIGKILL)
         self._log.close()
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, end: str = "\n") -> None:
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True, end=end)
 
 
 def vllm_command() -> list[str]:

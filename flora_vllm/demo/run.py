@@ -36,6 +36,18 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
+BEGIN = """\
+This serves one small model and {count} adapters ({names}) from one vLLM server, asks all of them at once, and checks
+that every request got its own. It takes about two minutes; what vLLM says goes to a file."""
+# In a clone the commands are not on the path: they lie in .venv/bin.
+NEXT = """
+What to try next (in a clone with `. .venv/bin/activate` first):
+  flora-vllm demo --keep                                        # the same server, left running for your own requests
+  flora-vllm inspect {adapters}/perl                            # what an adapter is
+  flora-vllm serve {model} --lora-modules perl={adapters}/perl
+  flora-vllm train {model} YOUR_TEXT.jsonl ./mine               # an adapter of your own, and the line that serves it
+  flora-vllm --help
+"""
 EXAMPLES = """\
 examples:
   flora-vllm demo
@@ -56,16 +68,24 @@ def run(args: argparse.Namespace) -> int:
     import openai
 
     samples = _samples()
+    print(BEGIN.format(count=len(samples), names=", ".join(samples)), flush=True)
     model = Path(args.model) if args.model else fetch_smollm2(cache_root() / "smollm2")
     with ServerProcess(model, {name: ADAPTERS / name for name in samples}, served_name="base") as server:
         client = openai.OpenAI(base_url=server.url, api_key="none", timeout=600)
         failures = _show(client, ["base", *samples], args.prompt, samples)
         print()
-        print("every check held" if not failures else "FAILED:\n" + "\n".join(f"  - {f}" for f in failures))
+        print("Every check held." if not failures else "FAILED:\n" + "\n".join(f"  - {f}" for f in failures))
         if args.keep and not failures:
             print(f"the server runs at {server.url} until Ctrl-C; model names: base, {', '.join(samples)}")
             server.wait()
+    if not failures and not args.keep:
+        print(NEXT.format(model=_shown(model.resolve()), adapters=_shown(ADAPTERS)))
     return 1 if failures else 0
+
+
+def _shown(path: Path) -> str:
+    """Short where it can be."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _samples() -> dict[str, str]:

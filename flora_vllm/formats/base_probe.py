@@ -23,6 +23,11 @@ class FileProbe:
         return modules_in_order(self._base.directory)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self._base.records[f"{self._name}.weight"].shape
+        return (columns, rows) if self._base.stores_in_out else (rows, columns)
+
+    @property
     def dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self._base.records[f"{self._name}.weight"].dtype]
 

@@ -4,6 +4,9 @@ Some families number their modules (TinyLoRA, UniLoRA): what a file means then d
 checkpoint's files nor an engine's packed layers keep. The class is built without memory for its weights.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +18,23 @@ from flora_vllm.errors import AdapterError
 
 
 @lru_cache(maxsize=4)
-def modules_in_order(directory: Path) -> Mapping[str, tuple[int, int]]:
+def modules_in_order(directory: Path | str) -> Mapping[str, tuple[int, int]]:
     """Module path -> (O, I), embeddings (rows, width). Raises AdapterError if transformers cannot build the model."""
     from transformers import AutoConfig
 
     return modules_of(AutoConfig.from_pretrained(directory))
+
+
+def modules_elsewhere(directory: str) -> Mapping[str, tuple[int, int]]:
+    """The same in a process of its own, for one in which transformers' classes are no longer what they were."""
+    code = (
+        "import json, sys; from flora_vllm.formats.model_order import modules_in_order; "
+        "json.dump(modules_in_order(sys.argv[1]), sys.stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AdapterError(f"the modules of {directory} cannot be listed: {done.stderr.strip()[-300:]}")
+    return {name: (rows, columns) for name, (rows, columns) in json.loads(done.stdout).items()}
 
 
 def modules_of(config: Any) -> Mapping[str, tuple[int, int]]:

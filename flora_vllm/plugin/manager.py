@@ -8,7 +8,7 @@ vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never writt
 import functools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.errors import AdapterError, ConfigError
-from flora_vllm.formats.model_order import modules_of
+from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
@@ -221,6 +221,13 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         return LoadedAdapter(lora_id, rank, {}, is_stand_in=True)
 
 
+def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str, tuple[int, int]]]:
+    """What lists the modules of the Hugging Face model. vLLM's Transformers backend has changed its classes."""
+    if type(model).__module__.startswith("vllm.model_executor.models.transformers"):
+        return functools.partial(modules_elsewhere, config.model)
+    return functools.partial(modules_of, config.hf_config)
+
+
 class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     """Loads adapters for one worker. A request's adapter is loaded before the request is queued (frontend), so a
     faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original."""
@@ -232,8 +239,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         model = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
-        config = vllm_config.model_config.hf_config
-        base = EngineBase(manager.attached, manager.device, functools.partial(modules_of, config))
+        base = EngineBase(manager.attached, manager.device, _lister_of(model, vllm_config.model_config))
         self._loader = AdapterLoader(manager.attached, limits, model, base)
         return model
 

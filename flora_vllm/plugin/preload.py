@@ -99,8 +99,8 @@ def _load(engine: Any, lora_request: Any, load: Callable[[Any], Any]) -> Any:
         try:
             result = load(request)
         except Exception as error:  # see refusals.py
-            message = refusal(error)
-            if offers(INVALID) or message is None:
+            message = None if offers(INVALID) else refusal(error)
+            if message is None:
                 raise
             raise AdapterError(message) from error
     _known(engine)[request.lora_int_id] = request.lora_name
@@ -207,12 +207,17 @@ def _identify(engine: Any, request: Any) -> Any:
     name = identity(request.lora_name, digest)
     if request.lora_name == identity(plain_name(request.lora_name), digest):
         name = request.lora_name
-    return _copy(request, name, load_inplace=known is not None and known != name)
+    return _copy(request, name, load_inplace=request.load_inplace if known is None else known != name)
+
+
+@functools.cache
+def _has_served_name() -> bool:
+    return offers(NAMED)
 
 
 def _copy(request: Any, name: str, *, load_inplace: bool) -> Any:
     changes = {"lora_name": name, "load_inplace": load_inplace}
-    if offers(NAMED):
+    if _has_served_name():
         changes["served_name"] = plain_name(name)
     return plain(request, **changes)
 

@@ -91,6 +91,7 @@ class LayerProbe:
         self._kernel = attached.layers[layer].kernel
         fused = place == self._layout.module
         self._size = self._layout.full_out_features if fused else parts[0][0].full_size
+        self.shape = (self._size, self._layout.full_in_features)
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:

@@ -30,6 +30,11 @@ class Probe(Protocol):
         ...
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the module."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the base model's weights."""
         ...

@@ -57,7 +57,7 @@ def _of_weight(module: ModuleFile) -> tuple[Term, ...]:
         return ()
     out_features, in_features = module.scope.out_features, module.scope.in_features
     if out_features is None or in_features is None:
-        return (FromBase(lambda probe: _by_output(gain, shift, *probe.modules[probe.module]), (gain, shift), 1),)
+        return (FromBase(lambda probe: _by_output(gain, shift, *probe.shape), (gain, shift), 1),)
     return _by_output(gain, shift, out_features, in_features)
 
 

@@ -38,7 +38,7 @@ def _terms(module: ModuleFile, block: torch.Tensor) -> tuple[Term, ...]:
         return (_folded(block, scope.out_features, scope.in_features),)
 
     def build(probe: Probe) -> tuple[Term, ...]:
-        return (_folded(block, *probe.weight().shape),)
+        return (_folded(block, *probe.shape),)
 
     return (FromBase(build, (block,), block.shape[0]),)
 

@@ -100,7 +100,7 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
         return repeated(module.scope.in_features)
 
     def build(probe: Probe) -> tuple[Term, ...]:
-        return repeated(probe.modules[probe.module][1])
+        return repeated(probe.shape[1])
 
     return (FromBase(build, (upper_DN,)),)
 

@@ -30,7 +30,7 @@ def largest_sides(probe: Probe, config: Config) -> tuple[int, int]:
 
 def sides(probe: Probe) -> tuple[int, int]:
     """(O, I) of the probe's own module."""
-    return probe.modules[probe.module]
+    return probe.shape
 
 
 @lru_cache(maxsize=16)

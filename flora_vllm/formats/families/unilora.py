@@ -81,7 +81,7 @@ def _drawn(module: ModuleFile, theta: torch.Tensor) -> Term:
         indices, scales = drawn_indices(total, theta.shape[0], config["proj_seed"])
         # PEFT keeps the scales in the base's dtype.
         values = theta * scales.to(probe.dtype).float()
-        out_features, in_features = probe.modules[probe.module]
+        out_features, in_features = probe.shape
         start = places[probe.module]
         middle, end = start + rank * in_features, start + rank * (in_features + out_features)
         down = values[indices[start:middle]].view(rank, in_features)
