@@ -208,7 +208,7 @@ def _built(
     faults = []
     shared = _views(data, tensors.shared)
     for module, records in sorted(tensors.modules.items()):
-        shape = None if layout is None else layout.shapes.get(layout.rename(module))
+        shape = None if layout is None else layout.shape_of(module)
         scope = scope_of(config.values, module, shape, records, task)
         try:
             terms = family.terms(ModuleFile(scope, _views(data, records), shared))

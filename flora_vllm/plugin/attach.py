@@ -190,7 +190,17 @@ def _layout(
         slices.append(SliceLayout(child, sizes[i], start, fused_start, sum(full_sizes[j] for j in origin.span)))
     sums = row and module.tp_size > 1
     first = not sums or module.tp_rank == 0
-    return LinearLayout(name, local_in, in_start, module.input_size, tuple(slices), sum(full_sizes), sums, first)
+    return LinearLayout(
+        name,
+        local_in,
+        in_start,
+        module.input_size,
+        tuple(slices),
+        sum(full_sizes),
+        sums,
+        first,
+        isinstance(module, QKVParallelLinear),
+    )
 
 
 def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:

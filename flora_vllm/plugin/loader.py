@@ -110,6 +110,10 @@ class AdapterLoader:
         numbers = sum(tensor.numel() for terms in modules.values() for tensor in terms.tensors())
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
         for name, layout in self._attached.layouts.items():
+            parts = [part.module for part in layout.slices if part.module != layout.module]
+            if layout.module in modules and (twice := modules.keys() & {*parts}):
+                faults.append(f"layer {name!r} has tensors as a whole and as {sorted(twice)}; keep those of one")
+                continue
             try:
                 dtype = self._attached.dtypes[name]
                 terms = layer_terms(layout, modules, dtype, self._attached.biases[name], self._device, arenas[dtype])
@@ -170,10 +174,17 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
     refused = dict(attached.refused)
-    for more_shapes, more_refused in _of_other_stages((shapes, refused)):
+    # The parts of queries, keys and values are not laid out in one way by all checkpoints; other parts are.
+    fused = {
+        layout.module: (layout.full_out_features, layout.full_in_features)
+        for layout in attached.layouts.values()
+        if layout.module not in shapes and not layout.holds_qkv
+    }
+    for more_shapes, more_refused, more_fused in _of_other_stages((shapes, refused, fused)):
         shapes |= more_shapes
         refused |= more_refused
-    return ModelLayout(shapes, refused, _renamer(model, shapes.keys() | refused.keys()))
+        fused |= more_fused
+    return ModelLayout(shapes, refused, _renamer(model, {*shapes, *refused, *fused}), fused)
 
 
 def _of_other_stages(own: Any) -> list[Any]:
