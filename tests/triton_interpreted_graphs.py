@@ -166,8 +166,9 @@ def runner(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     monkeypatch.setattr(
         importlib.import_module("flora_vllm.plugin.attach"), "calibrated_rule", lambda *_: DispatchRule("stacked")
     )
-    alone = SimpleNamespace(rank_in_group=0, world_size=1)
-    monkeypatch.setattr(importlib.import_module("vllm.distributed.parallel_state"), "_TP", alone)
+    alone = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True, is_last_rank=True)
+    for group in ("_TP", "_PP"):
+        monkeypatch.setattr(importlib.import_module("vllm.distributed.parallel_state"), group, alone)
     monkeypatch.setattr(config, "additional_config", {"flora": {"graph_rows": BUDGET}})
     install.install_worker_side()
     # Those of other tests, if they are still there.
