@@ -1,6 +1,7 @@
 """What an adapted linear costs: our op against vLLM's linear, its LoRA and the paper's stacking, mix by mix.
 
     python benchmarks/bench_ops.py --quick      bfloat16, two layer shapes, under four minutes
+    python benchmarks/bench_ops.py --families   every family's step and loads, two minutes; appends too
     python benchmarks/bench_ops.py              all shapes and ranks; appends to benchmarks/results/ops.jsonl
 
 One pinned thread. Every call meets a cold W: it rotates over copies that together exceed the last cache. Candidates of
@@ -290,10 +291,17 @@ def keys(medians: dict, shapes) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="bfloat16, 576x1536 and 2048x2048; writes no rows")
+    parser.add_argument("--families", action="store_true", help="every family's step and loads instead; writes rows")
     parser.add_argument("--float32", action="store_true", help="float32 as well; the summary stays bfloat16's")
     options = parser.parse_args()
     quick = options.quick
     torch.set_num_threads(1)
+    if options.families:
+        import ops_families
+
+        with torch.inference_mode():
+            harness.finish(ops_families.run())
+        return
     shapes = SHAPES[:2] if quick else SHAPES
     dtypes = [torch.bfloat16, torch.float32] if options.float32 else [torch.bfloat16]
     with torch.inference_mode():

@@ -10,6 +10,7 @@
 They refine a standard error, carry only a message and therefore pickle: they cross process and Ray borders.
 """
 
+import re
 from collections.abc import Sequence
 
 
@@ -40,13 +41,15 @@ class StepError(FloraError, RuntimeError):
 # A message goes over HTTP and into logs. Bytes of UTF-8.
 MAX_MESSAGE_BYTES = 8 << 10
 _MAX_FAULT_BYTES = 2 << 10
+# A module's or tensor's name; the start of a word only, so that a long one is looked at once.
+_DOTTED = re.compile(r"(?<![\w-])[\w-]++(?:\.[\w-]++){2,}+")
 
 
 def adapter_error(where: str, faults: Sequence[str]) -> AdapterError:
-    """One message for the faults of the adapter at `where`: all of them if they fit into MAX_MESSAGE_BYTES."""
+    """One message for the faults of the adapter at `where`: all kinds of them if they fit into MAX_MESSAGE_BYTES."""
     count = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}"
     head = f"adapter {bounded(where, _MAX_FAULT_BYTES)} cannot be served ({count}):"
-    lines = [f"\n  - {bounded(fault, _MAX_FAULT_BYTES)}" for fault in faults]
+    lines = [f"\n  - {line}" for line in in_kinds([bounded(fault, _MAX_FAULT_BYTES) for fault in faults])]
     # Room for the line that says how many are left out.
     left = MAX_MESSAGE_BYTES - len(head.encode()) - 64
     shown = 0
@@ -54,6 +57,14 @@ def adapter_error(where: str, faults: Sequence[str]) -> AdapterError:
         shown += 1
     rest = f"\n  - and {len(lines) - shown} more, left out of this message" if shown < len(lines) else ""
     return AdapterError(head + "".join(lines[:shown]) + rest)
+
+
+def in_kinds(faults: Sequence[str]) -> list[str]:
+    """One line for all faults that differ in the module's name and in numbers only: an example and their count."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(re.sub(r"\d+", "#", _DOTTED.sub("*", fault)), []).append(fault)
+    return [f"{same[0]}{f' (and {len(same) - 1} more like it)' if same[1:] else ''}" for same in kinds.values()]
 
 
 def bounded(text: str, most_bytes: int = MAX_MESSAGE_BYTES) -> str:

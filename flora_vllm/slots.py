@@ -65,18 +65,21 @@ def layer_terms(
     bias_O: torch.Tensor | None = None,
     device: torch.device | None = None,
     arena: Arena | None = None,
+    inputs: dict[tuple, torch.Tensor] | None = None,
 ) -> LayerTerms | None:
     """The slot contents of one layer, on the host, or None if the adapter leaves the whole layer alone.
 
     `bias_O`: this rank's base bias, also one that the layer's caller adds later. `device`: where factors that adapters
-    share are kept. `arena`: where factors are written. Raises AdapterError where this rank cannot hold a term.
+    share are kept. `arena`: where factors are written. `inputs`: the input sides that the adapter's other layers
+    wrote, for factors that they share; one dict an adapter, whose `modules` outlive it. Raises AdapterError where this
+    rank cannot hold a term.
     """
     fused = modules.get(layout.module)
     parts = [modules.get(s.module) if fused is None else fused for s in layout.slices]
     if not any(parts):
         return None
     columns = slice(layout.in_start, layout.in_start + layout.in_features)
-    inputs: dict[int, torch.Tensor] = {}  # a fused module's slices share their input side
+    inputs = {} if inputs is None else inputs  # a fused module's slices share their input side, too
     contents: list[SliceTerms | None] = []
     begin = 0
     for part, terms in zip(layout.slices, parts, strict=True):

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from flora_vllm.adapter import ModelLayout
-from flora_vllm.errors import MAX_MESSAGE_BYTES, AdapterError
+from flora_vllm.errors import MAX_MESSAGE_BYTES, AdapterError, in_kinds
 from flora_vllm.formats import examine, read_adapter
 from flora_vllm.formats.ranks import Limits
 
@@ -118,7 +118,7 @@ def faults_of(path: Path, **options: Any) -> tuple[str, ...]:
     assert str(path) in str(caught.value)
     message = str(caught.value)
     assert len(message.encode()) <= MAX_MESSAGE_BYTES
-    missing = [fault for fault in found.faults if fault not in message]
+    missing = [line for line in in_kinds(found.faults) if line not in message]
     assert not missing or f"and {len(missing)} more, left out of this message" in message
     return found.faults
 

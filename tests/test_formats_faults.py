@@ -117,7 +117,10 @@ TENSOR_CASES: dict[str, tuple[dict, str]] = {
     "nan": ({A.format(V0): torch.full((2, 6), torch.nan)}, f"tensor '{A.format(V0)}' has 12 NaN or Inf of 12 values"),
     "inf": ({B.format(V0): torch.tensor([[1, torch.inf]] * 4)}, "has 4 NaN or Inf of 8 values"),
     "unknown": ({"base_model.model.x.flora_C.weight": torch.ones(1)}, "is not understood"),
-    "no-prefix": ({"model.x.flora_A.weight": torch.ones(1)}, "is not understood"),
+    "no-prefix": (
+        {"model.x.flora_A.weight": torch.ones(1)},
+        "'model.x.flora_A.weight' in place of 'base_model.model.model.x.",
+    ),
     "lora": ({f"base_model.model.{Q0}.lora_A.weight": torch.ones(2, 6)}, "belongs to another family"),
     "head": ({"base_model.model.lm_head.weight": torch.ones(4, 6)}, "whole weights beside the adapter"),
 }

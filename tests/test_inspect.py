@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from flora_vllm.commands import inspect as inspect_command
+from flora_vllm.errors import in_kinds
 from flora_vllm.formats import content_digest
 
 torch.set_num_threads(1)
@@ -104,7 +105,7 @@ def test_faults_of_one_kind_are_one_line(saved: Path, adapter: Path, capsys) -> 
     assert len(lines) == 1
     assert lines[0].endswith("(and 1 more like it)")
     assert names[0] in lines[0]
-    assert inspect_command.in_kinds(["a", "b", "a"]) == ["a (and 1 more like it)", "b"]
+    assert in_kinds(["a", "b", "a"]) == ["a (and 1 more like it)", "b"]
 
 
 def test_base_model_is_checked(saved: Path, adapter: Path, capsys) -> None:

@@ -79,3 +79,18 @@ def test_what_lora_cannot_say_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert convert.main(["--to-lora", *arguments]) == 1
     assert "its Gain is more than LoRA can say" in capsys.readouterr().err
     assert not (tmp_path / "lora").exists()
+
+
+def test_a_familys_caution_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model("llama").save_pretrained(str(tmp_path / "model"))
+    for name, config in (
+        ("psoft", peft.PsoftConfig(r=2, target_modules=["q_proj"])),
+        ("hra", peft.HRAConfig(r=2, target_modules=["q_proj"])),
+    ):
+        save_filled(tiny_model("llama"), config, tmp_path / name)
+        arguments = [str(tmp_path / part) for part in ("model", name, f"{name}-lora")]
+        assert convert.main(["--to-lora", *arguments]) == 0
+    told = [record.getMessage() for record in caplog.records if record.name == "flora_vllm.formats.reader"]
+    assert len(told) == 1
+    assert f"adapter {tmp_path / 'psoft'} is PSOFT" in told[0]
+    assert "signs" in told[0]

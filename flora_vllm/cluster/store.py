@@ -28,6 +28,8 @@ from flora_vllm.errors import AdapterError, FloraError
 log = logging.getLogger("ray.serve")
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Part of some adapters (formats/files.py), absent from most.
+SIDECAR = "flora_sidecar.json"
 # Beside the files of a copy: what their content must be.
 DIGEST = "digest"
 VERSION_LETTERS = 12
@@ -84,7 +86,7 @@ def _open(uri: str) -> tuple[Any, str]:
 def _listing(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """The adapter's files by name, as the store describes them."""
     infos = fs.ls(path, detail=True)
-    return {n: i for i in infos if (n := PurePosixPath(i["name"]).name) in FILES and i["type"] == "file"}
+    return {n: i for i in infos if (n := PurePosixPath(i["name"]).name) in (*FILES, SIDECAR) and i["type"] == "file"}
 
 
 def _version(files: dict[str, dict[str, Any]]) -> str:
@@ -155,16 +157,17 @@ def _largest_rank(path: str, text: bytes) -> int:
         raise AdapterError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(pattern := config.get("rank_pattern") or {}, dict):
         raise AdapterError(f"{path} must be a JSON object, and rank_pattern in it too")
-    ranks = [config.get("r") or 1, *pattern.values()]
+    rank = config.get("r") or 1  # MELoRA has a list, a rank a slice
+    ranks = [*(rank if isinstance(rank, list) and rank else [rank]), *pattern.values()]
     if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
         raise AdapterError(f"{path}: r and rank_pattern must be whole numbers > 0, got {ranks}")
     return max(ranks)
 
 
 def _digest(copy: Path) -> str:
-    """SHA-256 over both files' digests."""
+    """SHA-256 over the files' digests."""
     digest = hashlib.sha256()
-    for name in FILES:
+    for name in (*FILES, *([SIDECAR] if (copy / SIDECAR).exists() else [])):
         with (copy / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -231,7 +234,7 @@ class Cache:
 
         def files() -> dict[str, dict[str, Any]]:
             found = _listing(fs, path)
-            if set(found) != set(FILES) or _version(found) != entry.version:
+            if set(found) - {SIDECAR} != set(FILES) or _version(found) != entry.version:
                 raise StaleVersionError(f"{entry.uri} no longer has version {entry.version}")
             return found
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flora_vllm.commands import convert_files
 from flora_vllm.errors import AdapterError, ConfigError, FloraError
 
 if TYPE_CHECKING:
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from flora_vllm.adapter import Adapter
     from flora_vllm.training.fit import Factors, Fit
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   flora-vllm convert --from-lora ./SmolLM2-135M ./adapters/haiku ./adapters/haiku-flora --rank 8 --text poems.jsonl
   flora-vllm convert --from-lora ./SmolLM2-135M ./adapters/haiku ./haiku-flora --rank 4 --text poems.jsonl --distill 100
   flora-vllm convert --from-ia3 ./SmolLM2-135M ./adapters/poet-ia3 ./adapters/poet
   flora-vllm convert --to-lora ./SmolLM2-135M ./adapters/haiku-pissa ./adapters/haiku
+  flora-vllm convert --repair ./checkpoint-500 ./adapters/haiku
+  flora-vllm convert --pickle ./final_checkpoint.pt ./adapters/tasks --alpha 16 --temperature 0.1
 
 LoRA adds to the weights, FLoRA multiplies them: the fit is an approximation, and often a poor one. What it loses is
 reported per layer, and with --text end to end, as the share of the LoRA's effect that is gone: 0 is the same adapter,
@@ -32,18 +35,23 @@ answers on the text. IA3 converts exactly, or is refused: where it scales a bias
 
 --to-lora writes a plain LoRA, exactly: for families that are low rank once the base is known (PiSSA, OLoRA, KaSA,
 PSOFT, OSF, AdaMSS, ...), whose loading would decompose every base weight each time. Others are refused.
+
+{convert_files.EXAMPLES}
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Turn an adapter of another family into FLoRA, or one that comes to low rank into LoRA."
+    parser.description = (
+        "Turn an adapter of another family into FLoRA or LoRA, or its files into those that a server reads."
+    )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     family = parser.add_mutually_exclusive_group(required=True)
     family.add_argument("--from-lora", action="store_true", help="ADAPTER is LoRA")
     family.add_argument("--from-ia3", action="store_true", help="ADAPTER is IA3")
     family.add_argument("--to-lora", action="store_true", help="ADAPTER is of any family; OUT is LoRA")
-    parser.add_argument("base", metavar="BASE", help="model directory or hub id")
+    convert_files.add_arguments(parser, family)
+    parser.add_argument("base", metavar="BASE", nargs="?", help="model directory or hub id (--repair: may be left out)")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory, or directory#task")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write the new adapter to")
     parser.add_argument("--rank", type=int, default=4, help="FLoRA's rank for --from-lora (default: 4)")
@@ -59,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     """0 when OUT holds the adapter, 1 with the reason on stderr otherwise."""
     try:
         _check(args)
-        if args.to_lora:
+        if args.repair or args.pickle:
+            convert_files.run(args)
+        elif args.to_lora:
             _to_lora(args)
         elif args.from_ia3:
             _from_ia3(args)
@@ -85,6 +95,11 @@ def _check(args: argparse.Namespace) -> None:
         faults.append("--distill learns from the LoRA's answers on a text; give --text")
     if not args.from_lora and args.text is not None:
         faults.append("--text is for --from-lora; what is converted exactly needs none")
+    files_only = args.repair or args.pickle
+    if args.base is None and not files_only:
+        faults.append("BASE is missing: BASE ADAPTER OUT")
+    if not files_only and (args.alpha is not None or args.temperature is not None):
+        faults.append("--alpha and --temperature are for --pickle and --repair")
     if faults:
         raise ConfigError("; ".join(faults))
 
@@ -105,10 +120,12 @@ def _to_lora(args: argparse.Namespace) -> None:
     from flora_vllm.formats import read_adapter, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
     from flora_vllm.formats.lora_writer import lora_factors, write_lora
+    from flora_vllm.formats.reader import warn_of
 
     base = open_base(args.base)
     path, task = split_task(args.adapter)
     adapter = read_adapter(path, layout=base_layout(base), task=task)
+    warn_of(adapter.family, args.adapter)
     with tqdm(total=len(adapter.modules), unit="module", desc="converting", file=sys.stderr) as bar:
         found = lora_factors(base, adapter, bar)
     write_lora(args.out, found, args.base)

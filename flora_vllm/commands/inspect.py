@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_vllm.errors import AdapterError
+from flora_vllm.errors import AdapterError, in_kinds
 
 if TYPE_CHECKING:
     from flora_vllm.formats import Examination
@@ -92,12 +90,3 @@ def _as_text(summary: dict[str, Any]) -> str:
     if caution is not None:
         lines.append(f"caution   {caution}")
     return "\n".join([*lines, *(f"  - {line}" for line in in_kinds(faults))])
-
-
-def in_kinds(faults: Sequence[str]) -> list[str]:
-    """One line for all faults that differ in the module's name and in numbers only: an example and their count."""
-    kinds: dict[str, list[str]] = {}
-    for fault in faults:
-        without_names = re.sub(r"[\w-]+(\.[\w-]+){2,}", "*", fault)
-        kinds.setdefault(re.sub(r"\d+", "#", without_names), []).append(fault)
-    return [f"{same[0]}{f' (and {len(same) - 1} more like it)' if same[1:] else ''}" for same in kinds.values()]

@@ -34,11 +34,13 @@ def run(args: argparse.Namespace) -> int:
     from flora_vllm.formats import read_adapter, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
     from flora_vllm.formats.merge import merge_model
+    from flora_vllm.formats.reader import warn_of
 
     try:
         base = open_base(args.base)
         path, task = split_task(args.adapter)
         adapter = read_adapter(path, layout=base_layout(base), task=task)
+        warn_of(adapter.family, args.adapter)
         total = sum((base.directory / name).stat().st_size for name in base.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr) as bar:
             merge_model(base, adapter, Path(args.out), bar)

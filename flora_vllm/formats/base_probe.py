@@ -50,9 +50,14 @@ class FileProbe:
         return weight.T.contiguous() if self._base.stores_in_out else weight
 
     def _read(self, name: str) -> torch.Tensor:
-        record = self._base.records[name]
-        file = next(file for file, records in self._base.files.items() if record in records)
-        with (self._base.directory / file).open("rb") as source:
-            source.seek(record.start)
-            data = bytearray(source.read(record.end - record.start))
-        return tensor_view(data, TensorRecord(name, record.dtype, record.shape, 0, len(data)))
+        return read_tensor(self._base, name)
+
+
+def read_tensor(base: BaseModel, name: str) -> torch.Tensor:
+    """One of the tensors that `base.records` lists, as its file has it."""
+    record = base.records[name]
+    file = next(file for file, records in base.files.items() if record in records)
+    with (base.directory / file).open("rb") as source:
+        source.seek(record.start)
+        data = bytearray(source.read(record.end - record.start))
+    return tensor_view(data, TensorRecord(name, record.dtype, record.shape, 0, len(data)))

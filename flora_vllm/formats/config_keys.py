@@ -121,22 +121,24 @@ class CheckedConfig:
     faults: tuple[str, ...]
 
 
-def check_config(config: Mapping[str, Any], keys: Mapping[str, Key]) -> CheckedConfig:
-    """Judge every key of `config`; nothing is dropped without a fault."""
+def check_config(
+    config: Mapping[str, Any], keys: Mapping[str, Key], file: str = "adapter_config.json"
+) -> CheckedConfig:
+    """Judge every key of `config`, the content of `file`; nothing is dropped without a fault."""
     faults, bad = [], set()
     for name, value in sorted(config.items()):
         if name not in keys:
             faults.append(
-                f"adapter_config.json: key {name!r} (value {shown(value)}) is unknown and could change the result; "
+                f"{file}: key {name!r} (value {shown(value)}) is unknown and could change the result; "
                 f"known: {', '.join(sorted(keys))}; remove the key if it was never in effect"
             )
         elif not keys[name].check(value):
             bad.add(name)
-            faults.append(f"adapter_config.json: {name!r} is {shown(value)}; allowed: {keys[name].allowed}")
+            faults.append(f"{file}: {name!r} is {shown(value)}; allowed: {keys[name].allowed}")
     for name, key in sorted(keys.items()):
         if key.required and name not in config:
             bad.add(name)
-            faults.append(f"adapter_config.json: key {name!r} is missing; it must be {key.allowed}")
+            faults.append(f"{file}: key {name!r} is missing; it must be {key.allowed}")
     values = {name: value for name, value in config.items() if name in keys and name not in bad}
     if isinstance(values.get("target_modules"), str):
         for name in sorted(set(LAYER_SUBSET) & set(values)):

@@ -1,8 +1,8 @@
-"""The two files of an adapter directory, read once and as one version.
+"""The files of an adapter directory, two and an optional third, read once and as one version.
 
 The directory is opened first and the files through it, so a directory that is replaced by a rename while we read
 gives one version, old or new. Files written in place are noticed: size, mtime, ctime and inode must be the
-same before and after, for both files, when everything has been read.
+same before and after, for all files, when everything has been read.
 """
 
 import hashlib
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats.limits import MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES
+from flora_vllm.formats.limits import MAX_CONFIG_BYTES, MAX_SIDECAR_BYTES, MAX_WEIGHTS_BYTES
 from flora_vllm.formats.tasks import digest_of_task, split_task
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_BYTES = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
+# What a method needs to be computed and its own files leave out; part of the adapter where it is there.
+SIDECAR_NAME = "flora_sidecar.json"
+FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME)
+MAX_BYTES = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES, SIDECAR_NAME: MAX_SIDECAR_BYTES}
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # How often to start over when the whole directory was replaced meanwhile.
 _ATTEMPTS = 10
@@ -34,7 +37,7 @@ class AdapterFiles:
 
 
 def read_files(path: str | os.PathLike[str]) -> AdapterFiles:
-    """Both files of the adapter directory at `path`. Raises AdapterError listing everything that is wrong."""
+    """The files of the adapter directory at `path`. Raises AdapterError listing everything that is wrong."""
     files, faults = collect_files(path)
     if faults:
         raise adapter_error(str(path), faults)
@@ -42,7 +45,7 @@ def read_files(path: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of both files' names and bytes: the same as `read_adapter(path).digest`. Raises AdapterError.
+    """Hex SHA-256 of the files' names and bytes: the same as `read_adapter(path).digest`. Raises AdapterError.
 
     Of `directory#task` it is another for each task.
     """
@@ -60,7 +63,7 @@ def digest_of(files: dict[str, bytearray]) -> str:
 
 
 def collect_files(path: str | os.PathLike[str]) -> tuple[dict[str, bytearray], list[str]]:
-    """The files that could be read, by name, and the faults; both files are there if there is no fault."""
+    """The files that could be read, by name, and the faults; the two that must be are there if there is no fault."""
     files: dict[str, bytearray] = {}
     faults: list[str] = []
     for _ in range(_ATTEMPTS):
@@ -100,21 +103,23 @@ def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
     files: dict[str, bytearray] = {}
     states: dict[str, tuple[int, ...]] = {}
     faults: list[str] = []
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in FILE_NAMES:
         try:
             files[name], states[name] = _read_one(directory, name)
         except FileNotFoundError:
-            faults.append(_missing(name, names))
+            if name != SIDECAR_NAME:
+                faults.append(_missing(name, names))
         except OSError as error:
             faults.append(f"{name}: cannot be read ({error.strerror})")
         except AdapterError as error:
             faults.append(f"{name}: {error}")
-    # Through the name, after all reading: this sees a change of either file, and a file that took its place.
-    for name, state in states.items():
+    # Through the name, after all reading: this sees a change of any of them, and a file that took its place.
+    for name in (*states, SIDECAR_NAME):
         try:
-            if _state(os.stat(name, dir_fd=directory)) != state:
-                faults.append(f"{name}: {_CHANGED}")
+            now = _state(os.stat(name, dir_fd=directory))
         except OSError:
+            now = None
+        if now != states.get(name) and not any(fault.startswith(f"{name}: ") for fault in faults):
             faults.append(f"{name}: {_CHANGED}")
     return files, faults
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_SIDECAR_BYTES = 64 << 10
 MAX_WEIGHTS_BYTES = 8 << 30
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 65_536

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
+from flora_vllm.formats.files import FILE_NAMES
 
 
 def resolve_under(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """The real directory of `path` (relative to `root`, or absolute) if it and both its files lie under `root`.
+    """The real directory of `path` (relative to `root`, or absolute) if it and its files lie under `root`.
 
     Raises AdapterError for `..`, for a path outside, and for symbolic links of the directory, one of its parents
-    or one of its two files whose target is outside. Whether the files exist is the reader's business.
+    or one of its files whose target is outside. Whether the files exist is the reader's business.
     """
     text = os.fspath(path)
     if "\0" in text:
@@ -24,7 +24,7 @@ def resolve_under(root: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     if directory == real_root or not directory.is_relative_to(real_root):
         faults.append("the path does not lead to a directory below the adapter root")
     else:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
+        for name in FILE_NAMES:
             if not _real(directory / name, text).is_relative_to(real_root):
                 faults.append(f"{name}: a symbolic link that leaves the adapter root; put the file itself there")
     if faults:

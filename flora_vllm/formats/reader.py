@@ -6,6 +6,7 @@ family's row names, or a fault.
 """
 
 import itertools
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
-from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, collect_files, digest_of
+from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.module_faults import (
     Records,
@@ -30,7 +31,10 @@ from flora_vllm.formats.module_faults import (
 from flora_vllm.formats.names import not_understood, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
+from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
 from flora_vllm.terms import check_fit
+
+logger = logging.getLogger(__name__)
 
 # A message with more lines helps nobody and would be sent over HTTP.
 MAX_FAULTS = 100
@@ -49,11 +53,15 @@ class Examination:
 
 @dataclass(frozen=True, eq=False)
 class _Tensors:
-    """A file's tensors, sorted: of modules by path and part, of the whole adapter, and what the row does not name."""
+    """A file's tensors, sorted: of modules by path and part, of the whole adapter, and what the row does not name.
+
+    `misnamed`: names that a trainer left as they were, with PEFT's.
+    """
 
     modules: Mapping[str, Records]
     shared: Records
     strange: tuple[str, ...]
+    misnamed: Mapping[str, str]
 
 
 def read_adapter(
@@ -79,6 +87,12 @@ def read_adapter(
     return found.adapter
 
 
+def warn_of(family: str, where: str) -> None:
+    """Log what the user of an adapter of this family must know, if there is something."""
+    if FAMILIES[family].caution:
+        logger.warning("adapter %s is %s: %s", where, FAMILIES[family].title, FAMILIES[family].caution)
+
+
 def examine(
     path: str | os.PathLike[str],
     *,
@@ -89,7 +103,7 @@ def examine(
     """`read_adapter` without the raise."""
     files, faults = collect_files(path)
     found = examine_files(files, layout, Limits() if limits is None else limits, task)
-    digest = digest_of(files) if len(files) == 2 else None
+    digest = digest_of(files) if {CONFIG_NAME, WEIGHTS_NAME} <= files.keys() else None
     if faults or found.adapter is None or digest is None:
         return Examination(None, (*faults, *found.faults), found.family, digest)
     return replace(found, adapter=replace(found.adapter, digest=digest), digest=digest)
@@ -111,8 +125,11 @@ def examine_files(
     if family is None:
         return _refused(name, faults)
     faults += _task_faults(family, config, task)
-    tensors = _sorted(family, records)
+    tensors = _sorted(family, records, nested=bool(config.values.get("target_parameters")))
     faults += tensors.strange
+    if tensors.misnamed:
+        # Whatever else could be said of its modules would only say this again.
+        return _refused(name, [*faults, _misnamed_fault(tensors.misnamed)])
     if not config.bad and family.implied(config.values):
         if layout is None:
             faults.append("which modules it adapts depends on the base model; give that model too (--base)")
@@ -165,7 +182,18 @@ def _examine_config(
             f"{CONFIG_NAME}: family {asked} is not supported yet{reason}; supported: {', '.join(FAMILIES)}"
         ]  # fmt: skip
     config = check_config(raw, family.keys)
-    return name, family, config, [*config.faults, *stated_faults(config, family, limits)]
+    beside = _sidecar(files, family)
+    faults = [*config.faults, *stated_faults(config, family, limits), *beside.faults]
+    return name, family, CheckedConfig({**config.values, **beside.values}, config.bad | beside.bad, ()), faults
+
+
+def _sidecar(files: Mapping[str, bytearray], family: Family) -> CheckedConfig:
+    """The keys of flora_sidecar.json; a family that needs some needs the file."""
+    try:
+        raw = load_json_object(bytes(files[SIDECAR_NAME])) if SIDECAR_NAME in files else {}
+    except AdapterError as error:
+        return CheckedConfig({}, frozenset(family.sidecar_keys), (f"{SIDECAR_NAME}: {error}",))
+    return check_config(raw, family.sidecar_keys, SIDECAR_NAME)
 
 
 def _task_faults(family: Family, config: CheckedConfig, task: str | None) -> list[str]:
@@ -180,19 +208,33 @@ def _task_faults(family: Family, config: CheckedConfig, task: str | None) -> lis
     return []
 
 
-def _sorted(family: Family, records: list[TensorRecord]) -> _Tensors:
+def _misnamed_fault(misnamed: Mapping[str, str]) -> str:
+    old, new = next(iter(misnamed.items()))
+    return (
+        f"{len(misnamed)} tensor names are not as PEFT saves them, for example {old!r} in place of {new!r}; "
+        "run `flora-vllm convert --repair DIR OUT` with this directory for DIR, and serve OUT"
+    )
+
+
+def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tensors:
     modules: dict[str, dict[str, TensorRecord]] = {}
     shared: dict[str, TensorRecord] = {}
     strange = []
+    misnamed: dict[str, str] = {}
     for record in records:
         split = split_name(family, record.name)
-        if split is None:
+        better = (
+            as_peft_names(family, record.name, nested) if split is None or looks_wrapped(record.name) else record.name
+        )
+        if better != record.name:
+            misnamed[record.name] = better
+        elif split is None:
             strange.append(not_understood(family, record.name))
         elif split[0] is None:
             shared[split[1]] = record
         else:
             modules.setdefault(split[0], {})[split[1]] = record
-    return _Tensors(modules, shared, tuple(strange))
+    return _Tensors(modules, shared, tuple(strange), misnamed)
 
 
 def _built(
@@ -207,11 +249,13 @@ def _built(
     modules: dict[str, ModuleTerms] = {}
     faults = []
     shared = _views(data, tensors.shared)
+    known: dict[tuple, torch.Tensor] = {}
     for module, records in sorted(tensors.modules.items()):
         shape = None if layout is None else layout.shape_of(module)
         scope = scope_of(config.values, module, shape, records, task)
         try:
-            terms = family.terms(ModuleFile(scope, _views(data, records), shared))
+            views = {name: _once(known, tensor) for name, tensor in _views(data, records).items()}
+            terms = family.terms(ModuleFile(scope, views, shared))
             if shape is not None:  # for what the axes of its tensors do not tell
                 check_fit(shape, terms)
             modules[module] = ModuleTerms(terms)
@@ -222,3 +266,15 @@ def _built(
 
 def _views(data: bytearray, records: Records) -> dict[str, torch.Tensor]:
     return {name: tensor_view(data, record) for name, record in records.items() if record.dtype in TORCH_DTYPES}
+
+
+def _once(known: dict[tuple, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or an equal one met before: a file repeats what its modules share (ShareLoRA's one A a projection).
+
+    `known`: the tensors by shape, dtype and first numbers, so that tensors that differ are not compared whole.
+    """
+    if tensor.ndim < 2 or not tensor.numel():
+        return tensor
+    start = tensor.flatten()[:8].tolist()
+    other = known.setdefault((tensor.shape, tensor.dtype, *start), tensor)
+    return other if other is tensor or torch.equal(other, tensor) else tensor

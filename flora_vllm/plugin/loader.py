@@ -22,7 +22,7 @@ from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.ranks import Limits
-from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.reader import examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
@@ -95,6 +95,7 @@ class AdapterLoader:
         # Ranks ask the base together, and keep an adapter together or not at all.
         if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
+        warn_of(found.adapter.family, where)
         try:
             layers, error = self._cut(where, found.adapter), None
         except AdapterError as failure:
@@ -107,7 +108,9 @@ class AdapterLoader:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
-        numbers = sum(tensor.numel() for terms in modules.values() for tensor in terms.tensors())
+        own = {id(tensor): tensor for terms in modules.values() for tensor in terms.tensors()}
+        numbers = sum(tensor.numel() for tensor in own.values())
+        inputs: dict[tuple, torch.Tensor] = {}
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
         for name, layout in self._attached.layouts.items():
             parts = [part.module for part in layout.slices if part.module != layout.module]
@@ -116,7 +119,8 @@ class AdapterLoader:
                 continue
             try:
                 dtype = self._attached.dtypes[name]
-                terms = layer_terms(layout, modules, dtype, self._attached.biases[name], self._device, arenas[dtype])
+                bias = self._attached.biases[name]
+                terms = layer_terms(layout, modules, dtype, bias, self._device, arenas[dtype], inputs)
             except AdapterError as error:
                 faults.append(f"layer {name!r}: {error}")
                 continue

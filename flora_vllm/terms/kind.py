@@ -71,8 +71,9 @@ class Cut:
     bias_O: torch.Tensor | None = None
     adds_bias: bool = True
     sums: bool = False
-    # Slices of one fused checkpoint module share their input side: one copy of it.
-    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    # Input sides that slices of one fused checkpoint module, or layers, share: one copy of each. The keys keep factors
+    # apart as objects, so they must live as long as this.
+    inputs: dict[tuple, torch.Tensor] = field(default_factory=dict)
     arena: Arena | None = None  # where factors are written; None: each in memory of its own
 
     @property
@@ -81,10 +82,11 @@ class Cut:
 
     def input_side(self, factor_RI: torch.Tensor) -> torch.Tensor:
         """Rows of factors on the input side, in the layer's dtype."""
-        known = self.inputs.get(id(factor_RI))
+        key = (id(factor_RI), self.columns.start, self.columns.stop, self.dtype)
+        known = self.inputs.get(key)
         if known is None:
             part_RI = factor_RI[:, self.columns]
-            known = self.inputs[id(factor_RI)] = self.empty(*part_RI.shape)
+            known = self.inputs[key] = self.empty(*part_RI.shape)
             known.copy_(part_RI)
         return known
 

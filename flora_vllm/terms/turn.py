@@ -44,9 +44,10 @@ def _fold(term: Turn, draft: Draft) -> None:
                 f"{stop}; serve it with a smaller --tensor-parallel-size"
             )
         blocks = blocks[start // size : stop // size]
-    known = cut.inputs.get(id(term.blocks))
+    key = (id(term.blocks), start, stop)
+    known = cut.inputs.get(key)
     if known is None:
-        known = cut.inputs[id(term.blocks)] = blocks.float().contiguous()
+        known = cut.inputs[key] = blocks.float().contiguous()
     draft.rare.append(Turned(known, order))
 
 

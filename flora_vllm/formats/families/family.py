@@ -5,7 +5,7 @@ flora_vllm/terms/README.md shows the steps.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -81,6 +81,7 @@ class Family:
 
     `names`: every tensor a module may have, as `base_model.model.<module>.<name>`; `*` stands for a number.
     `parts(scope)`: those it must or may have here, with their axes; empty if the config cannot tell.
+    `sidecar_keys`: keys of flora_sidecar.json, which `config` then has beside those of the config.
     `alone`: names that need no partner (biases, which every module may have).
     `shared_names`, `shared_parts(config)`: the same of tensors the whole adapter has once, `base_model.<name>`.
     `ranks(scope)`: what R may be; empty if the method has none. `terms(module)`: the canonical form, called only if the
@@ -102,6 +103,7 @@ class Family:
     peft_type: str | None = None  # if not the name
     when: Callable[[Mapping[str, Any]], bool] = lambda _config: True
     alone: frozenset[str] = frozenset()
+    sidecar_keys: Mapping[str, Key] = field(default_factory=dict)
     shared_names: tuple[str, ...] = ()
     shared_parts: Callable[[Config], Mapping[str, Part]] = lambda _config: {}
     kinds: tuple[type, ...] = ()

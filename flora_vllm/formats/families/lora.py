@@ -66,6 +66,9 @@ LORA_KEYS: Mapping[str, Key] = {
     "eva_config": ANYTHING,
     "megatron_core": ANYTHING,
     "qalora_group_size": ANYTHING,
+    # Of PEFT 0.2 and 0.3, at the values that switch nothing on.
+    "enable_lora": only(None),
+    "merge_weights": only(False),
     # Each of these changes what the layer computes, or adapts something that is not a linear layer.
     "use_dora": only(False),
     "use_qalora": only(False),

@@ -28,7 +28,9 @@ from flora_vllm.formats.families.lokr import LOKR
 from flora_vllm.formats.families.lora import LORA
 from flora_vllm.formats.families.lora_blocks import BDLORA, QALORA
 from flora_vllm.formats.families.lora_starts import KASA, OLORA, PISSA
+from flora_vllm.formats.families.melora import MELORA
 from flora_vllm.formats.families.miss import BONE, MISS
+from flora_vllm.formats.families.mtllora import MTLLORA
 from flora_vllm.formats.families.oft import OFT, OFT_NEUMANN
 from flora_vllm.formats.families.osf import OSF
 from flora_vllm.formats.families.peanut import PEANUT
@@ -43,6 +45,7 @@ from flora_vllm.formats.families.unilora import UNILORA
 from flora_vllm.formats.families.vblora import VBLORA
 from flora_vllm.formats.families.vera import PVERA, VERA
 from flora_vllm.formats.families.waveft import WAVEFT
+from flora_vllm.formats.families.xgblora import XGBLORA
 
 # fmt: off
 ROWS = (
@@ -50,6 +53,8 @@ ROWS = (
     FLORA, DORA, PISSA, OLORA, KASA, BDLORA, QALORA, LORA,
     # low rank once loaded
     ADALORA, LOHA, VBLORA, UNILORA, MISS, BONE, GRALORA, DELORA, POLY,
+    # the same, of systems outside PEFT
+    MELORA, MTLLORA, XGBLORA,
     # low rank once the base was asked
     PEANUT, HRA, DEFT, PSOFT, OSF, ADAMSS,
     # gains and biases
