@@ -73,10 +73,9 @@ class Swapped:
     stage = "output"
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        z = rows.float()
-        halves = z.reshape(z.shape[0], -1, 2, self.group // 2)
-        swapped = torch.stack((-halves[:, :, 1], halves[:, :, 0]), 2).reshape(z.shape)
-        return (self.first_O * z + self.second_O * swapped).to(rows.dtype)
+        z_TO = rows.clone() if rows.dtype in (torch.float32, torch.float64) else rows.float()
+        swap_(z_TO, self.first_O, self.second_O, self.group)
+        return z_TO.to(rows.dtype)
 
     def gained(self, gain_O: torch.Tensor) -> RareTerm:
         del gain_O
@@ -84,6 +83,17 @@ class Swapped:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.first_O, self.second_O)
+
+
+def swap_(z_TO: torch.Tensor, first: torch.Tensor, second: torch.Tensor, group: int) -> None:
+    """`Swapped` in place, z contiguous; `first` and `second` (O,), or (T, O) where rows have vectors of their own."""
+    halves = z_TO.view(z_TO.shape[0], -1, 2, group // 2)
+    u, v = halves[:, :, 0], halves[:, :, 1]
+    first_u, first_v = first.view(*first.shape[:-1], -1, 2, group // 2).unbind(-2)
+    second_u, second_v = second.view(*second.shape[:-1], -1, 2, group // 2).unbind(-2)
+    before_u = u.clone()
+    u.mul_(first_u).addcmul_(second_u, v, value=-1)
+    v.mul_(first_v).addcmul_(second_v, before_u)
 
 
 @dataclass(frozen=True, eq=False)

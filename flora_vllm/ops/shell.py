@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from flora_vllm.ops.rare import RareTerm, SharedLow
+from flora_vllm.ops.rare import RareTerm, SharedLow, Swapped, swap_
 from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
+
+# Rows from which a run's vectors are not worth copying row by row to be done with other runs'.
+SHORT_RUN = 8
 
 # Rare terms of one slot for one slice.
 RareTerms = tuple[RareTerm, ...]
@@ -112,17 +115,44 @@ class Shell:
         y_NP = y_TP[rows_N].float()
         _add(y_NP, x_TI, rows_N, [(piece.rare.added[i], len(piece.rows_N)) for piece in pieces])
         hidden_P = None if self._hidden_bias is None else self._hidden_bias[self._parts[i]].float()
-        start = 0
-        for piece in pieces:
-            run = slice(start, start + len(piece.rows_N))
-            start = run.stop
-            if not piece.rare.output[i]:
-                continue
-            y_MP = y_NP[run] if hidden_P is None else y_NP[run] + hidden_P
-            for term in piece.rare.output[i]:
-                y_MP = term.apply(y_MP)
-            y_NP[run] = y_MP if hidden_P is None else y_MP - hidden_P
+        if hidden_P is not None:
+            y_NP += hidden_P
+        _map(y_NP, [(piece.rare.output[i], len(piece.rows_N)) for piece in pieces])
+        if hidden_P is not None:
+            y_NP -= hidden_P
         y_TP[rows_N] = y_NP.to(y_TP.dtype)
+
+
+def _map(y_NP: torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
+    """The output terms of runs of rows act on y, in place. Short runs of one kind are done together."""
+    together: dict[int, list[tuple[Swapped, int, int]]] = {}
+    start = 0
+    for terms, count in runs:
+        run = slice(start, start + count)
+        start = run.stop
+        if count < SHORT_RUN and len(terms) == 1 and isinstance(terms[0], Swapped):
+            together.setdefault(terms[0].group, []).append((terms[0], run.start, count))
+            continue
+        for term in terms:
+            y_NP[run] = term.apply(y_NP[run])
+    for group, members in together.items():
+        place_M = torch.cat([torch.arange(first, first + count, device=y_NP.device) for _, first, count in members])
+        first_MP, second_MP = (
+            _by_row([(vector, count) for vector, (_, _, count) in zip(vectors, members, strict=True)])
+            for vectors in ([term.first_O for term, _, _ in members], [term.second_O for term, _, _ in members])
+        )
+        z_MP = y_NP[place_M]
+        swap_(z_MP, first_MP, second_MP, group)
+        y_NP[place_M] = z_MP
+
+
+def _by_row(vectors: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """(M, P): each vector as often as its run has rows."""
+    stacked = torch.stack([vector for vector, _ in vectors])
+    if all(count == 1 for _, count in vectors):
+        return stacked
+    counts = torch.tensor([count for _, count in vectors], device=stacked.device)
+    return stacked.repeat_interleave(counts, 0, output_size=sum(count for _, count in vectors))
 
 
 def _parted(part: SliceTerms | None) -> tuple[SliceTerms | None, RareTerms]:

@@ -6,6 +6,7 @@ have changed or gone. The copies live in a private temporary directory that ends
 """
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import weakref
@@ -188,7 +189,9 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         shapes |= more_shapes
         refused |= more_refused
         fused |= more_fused
-    return ModelLayout(shapes, refused, _renamer(model, {*shapes, *refused, *fused}), fused)
+    # Asked several times for each of an adapter's hundreds of modules.
+    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, {*shapes, *refused, *fused}))
+    return ModelLayout(shapes, refused, rename, fused)
 
 
 def _of_other_stages(own: Any) -> list[Any]:

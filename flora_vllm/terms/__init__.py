@@ -70,6 +70,9 @@ KINDS: Mapping[type, Kind] = {
 }
 
 
+_ONE = torch.ones(1)
+
+
 def kind_of(term: Term) -> Kind:
     return KINDS[type(term)]
 
@@ -87,8 +90,9 @@ def fold(terms: Sequence[Term], cut: Cut) -> SliceTerms:
     """This rank's part of one slice, scales and gains folded. Raises AdapterError where this rank cannot hold it."""
     draft = Draft(cut)
     if not any(isinstance(term, Product) for term in terms):
-        draft.add_plain(torch.ones(1))
-    for term in sorted(terms, key=lambda term: kind_of(term).order):
+        draft.add_plain(_ONE)
+    # Most modules have one term, and an adapter hundreds of modules.
+    for term in terms if len(terms) == 1 else sorted(terms, key=lambda term: kind_of(term).order):
         kind_of(term).fold(term, draft)
     return draft.finished()
 

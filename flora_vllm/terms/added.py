@@ -69,7 +69,7 @@ def _fold(term: Added, draft: Draft) -> None:
         return
     assert isinstance(term.down, torch.Tensor)
     assert isinstance(term.up, torch.Tensor)
-    up_OR = term.up[cut.rows]
+    up_OR = cut.output_side(term.up)
     if term.mid is not None:
         up_OR = up_OR.float() * term.mid.float() if term.mid.ndim == 1 else up_OR.float() @ term.mid.float()
     if out_O is not None:

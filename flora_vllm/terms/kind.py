@@ -85,10 +85,15 @@ class Cut:
         key = (id(factor_RI), self.columns.start, self.columns.stop, self.dtype)
         known = self.inputs.get(key)
         if known is None:
-            part_RI = factor_RI[:, self.columns]
+            is_whole = factor_RI.shape[1] == self.columns.stop - self.columns.start
+            part_RI = factor_RI if is_whole else factor_RI[:, self.columns]
             known = self.inputs[key] = self.empty(*part_RI.shape)
             known.copy_(part_RI)
         return known
+
+    def output_side(self, factor_OR: torch.Tensor) -> torch.Tensor:
+        """Rows of factors on the output side, as they are."""
+        return factor_OR if factor_OR.shape[0] == self.size else factor_OR[self.rows]
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype) if self.arena is None else self.arena.take(*shape)

@@ -48,7 +48,7 @@ def _tensors(term: Product) -> Iterator[torch.Tensor]:
 
 def _fold(term: Product, draft: Draft) -> None:
     cut = draft.cut
-    output = None if term.output is None else term.output[cut.rows]
+    output = None if term.output is None else cut.output_side(term.output)
     if term.input is None:
         draft.add_plain(torch.full((1,), term.scale) if output is None else output[:, 0].float() * term.scale)
         return

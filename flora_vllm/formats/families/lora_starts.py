@@ -2,7 +2,7 @@
 
 Training began from a base that had lost a part of itself: PiSSA its largest singular components, OLoRA the leading
 columns of its QR factors, KaSA its smallest singular components. The served base still has that part, so it is taken
-off as a second low-rank term; as a projection of W it does not depend on the signs that a library chose.
+off as a second low-rank term, whose product does not depend on the signs that a library chose.
 PEFT rounds the reduced base to the base's dtype, here the part is taken off exactly. Files that PEFT saved with
 `path_initial_model_for_weight_conversion` are plain LoRA and say so.
 Sources: `peft/tuners/lora/layer.py::pissa_init, olora_init`, `peft/tuners/lora/variants.py::KasaLinearVariant`.

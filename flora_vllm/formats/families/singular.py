@@ -1,7 +1,7 @@
 """The part of a weight that its largest or smallest singular values make, as two factors.
 
-It is a projection, `U_k U_kᵀ W` with eigenvectors of `W Wᵀ` (or `W V_k V_kᵀ`, whichever side is smaller): there is no
-sign to choose, and it takes half the time of a decomposition of W. In float64, because squares lose half the digits.
+By the decomposition that PEFT made when training began, in float32: what was taken off the base then has its rounding,
+which the same routine gives again. Products of singular vectors do not depend on the signs that a library chose.
 """
 
 import torch
@@ -9,19 +9,14 @@ import torch
 
 def largest_part(weight_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(up (O, count), down (count, I)) float32 of the `count` largest singular values."""
-    return _part(weight_OI, slice(-count, None))
+    return _part(weight_OI, slice(0, count))
 
 
 def smallest_part(weight_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the smallest, of min(O, I) in all."""
-    return _part(weight_OI, slice(0, count))
+    return _part(weight_OI, slice(-count, None))
 
 
 def _part(weight_OI: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = weight_OI.double()
-    if weight.shape[0] <= weight.shape[1]:
-        # eigh orders from the smallest.
-        vectors = torch.linalg.eigh(weight @ weight.T)[1][:, which]
-        return vectors.float().contiguous(), (vectors.T @ weight).float()
-    vectors = torch.linalg.eigh(weight.T @ weight)[1][:, which]
-    return (weight @ vectors).float(), vectors.T.float().contiguous()
+    left, sizes, right = torch.linalg.svd(weight_OI.float(), full_matrices=False)
+    return left[:, which] * sizes[which], right[which]
