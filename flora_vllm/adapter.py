@@ -76,8 +76,15 @@ class ModelLayout:
     `shapes`: module path -> (O, I) of the whole layer, before tensor-parallel slicing.
     `refused`: module path (or its last part) -> why it cannot be adapted.
     `rename`: a checkpoint's module path -> the path used here (engines rename modules; several names may mean one).
+    `fused`: as `shapes`, of layers that some checkpoints hold as one tensor and others as the parts that `shapes` has.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     refused: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] = str
+    fused: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def shape_of(self, module: str) -> tuple[int, int] | None:
+        """(O, I) of a checkpoint's module; None if the model has no such module."""
+        path = self.rename(module)
+        return self.shapes.get(path) or self.fused.get(path)

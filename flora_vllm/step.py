@@ -76,6 +76,7 @@ class Step:
         self._padded: dict[int, Segments] = {}
         self._rehearsed_tokens: int | None = None
         self._written_tokens: int | None = None
+        self._fault: str | None = None
 
     @property
     def segments(self) -> Segments | None:
@@ -115,6 +116,7 @@ class Step:
 
     def clear(self) -> None:
         self._forget()
+        self._fault = None
         self.words.known = self.words.served = 1
 
     def _forget(self) -> None:
@@ -130,6 +132,7 @@ class Step:
 
     def begin(self) -> None:
         """A model run starts under the present mapping."""
+        self._fault = None
         self.words.served = self.segments is None
         self._written_tokens = None
 
@@ -152,9 +155,13 @@ class Step:
         self.words.served = self.words.served or is_this_steps
 
     def segments_for(self, tokens: int) -> Segments | None:
-        """The segments for a layer called with `tokens` rows; rows beyond the mapping are padding without adapter."""
+        """The segments for a layer called with `tokens` rows; rows beyond the mapping are padding without adapter.
+
+        Where it is not known whose the rows are they are base rows, and `take_fault` says so: to raise in the middle of
+        a run would end the engine, where the step's requests with an adapter are all that must fail.
+        """
         if not self.words.known:
-            raise StepError(
+            return self._fail(
                 f"an adapted layer was called with {tokens} rows of which this step never said whose they are; "
                 "adapters cannot follow. Please report this with the model's name"
             )
@@ -164,11 +171,14 @@ class Step:
             return segments
         if segments.tokens > tokens or not self._may_pad:
             which = "parts of the batch" if segments.tokens > tokens else "rows that are not the batch's"
-            raise StepError(
+            return self._fail(
                 f"an adapted layer was called with {tokens} rows in a step of {segments.tokens} tokens: "
                 f"this model runs its layers on {which}, which adapters cannot follow"
             )
         return self._padded_to(tokens)
+
+    def _fail(self, fault: str) -> None:
+        self._fault = self._fault or fault
 
     def _padded_to(self, tokens: int) -> Segments | None:
         if self.segments is None or self.segments.tokens == tokens:
@@ -177,13 +187,22 @@ class Step:
             self._padded[tokens] = _pad(self.segments, tokens)
         return self._padded[tokens]
 
-    def verify(self) -> None:
-        """Raises StepError if adapter tokens ran past the op (a replayed graph, a bypassed layer)."""
-        if not self.words.served:
-            raise StepError(
+    def take_fault(self) -> str | None:
+        """Why the run that has just ended did not serve its adapter tokens (a replayed graph, a bypassed layer, rows of
+        nobody known), so that their output must not be used; None if it did. It is told once."""
+        fault, self._fault = self._fault, None
+        if fault is None and not self.words.served:
+            fault = (
                 "a step with adapter tokens ran without reaching the adapter op, so its output is the base model's; "
                 "it was discarded. Please report this with the model's name and vLLM's start-up log"
             )
+        self.words.served = 1
+        return fault
+
+    def verify(self) -> None:
+        """Raises StepError with the fault, if there is one to take."""
+        if (fault := self.take_fault()) is not None:
+            raise StepError(fault)
 
 
 def _base_rows(tokens: int) -> Segments:

@@ -75,7 +75,7 @@ def option_results(model: str) -> Iterator[tuple[str, Any]]:
         "bad rank",
         outcome(lambda: EngineArgs(model, additional_config={"flora": {"max_rank": 0}}).create_engine_config()),
     )
-    yield "sharded", outcome(lambda: config("--enable-flora", "--fully-sharded-loras"))
+    yield "sharded", shown("--enable-flora", "--fully-sharded-loras")
     yield "weights", weight_results(config("--enable-flora"), config("--enable-lora"))
     yield "managers", manager_results(config("--enable-flora"), config("--enable-lora"))
     yield "experts", expert_results(config("--enable-flora"), config("--enable-lora"))
@@ -193,7 +193,7 @@ def engine(name: str) -> Any:
     module, _, kind = name.partition(":")
     made = object.__new__(getattr(importlib.import_module(module), kind))
     type(made).shutdown = lambda _: None
-    made.engine_core, made._preloaded_loras = Core(), set()
+    made.engine_core = Core()
     made.vllm_config = SimpleNamespace(additional_config=FLORA)
     made.output_processor = SimpleNamespace(request_states={})
     return made
@@ -232,7 +232,7 @@ async def serving_results(place: Path) -> list[Any]:
 
     def running(*names: str) -> None:
         held = [models.lora_requests[name] for name in names]
-        states = [SimpleNamespace(lora_name=r.lora_name, lora_request=r) for r in held]
+        states = [SimpleNamespace(lora_request=r) for r in held]
         client.output_processor.request_states = dict(enumerate(states))
 
     await load("a", "one")
@@ -257,7 +257,7 @@ async def serving_results(place: Path) -> list[Any]:
     return [*seen, client.engine_core.calls]
 
 
-async def preload_results() -> list[Any]:
+async def preload_results(place: Path) -> list[Any]:
     """An adapter first seen on a request is loaded first; a faulty one fails that request."""
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
@@ -287,7 +287,7 @@ async def preload_results() -> list[Any]:
         made.output_processor.add_request = lambda *_: None
         core.add_request = lambda _, queued=queued: queued.__setitem__(0, queued[0] + 1)
         for number, path in ((1, "one"), (1, "one"), (2, "bad")):
-            lora = LoRARequest(path, number, path)
+            lora = LoRARequest(path, number, str(place / path))
             fields: dict[str, Any] = dict.fromkeys(EngineCoreRequest.__struct_fields__)
             fields |= {"request_id": "r", "lora_request": lora, "sampling_params": SamplingParams()}
             request = EngineCoreRequest(**fields)
@@ -402,7 +402,7 @@ def main() -> None:
             "graphs": graph_results(),
             "options": list(option_results(write_model(place))),
             "serving": asyncio.run(serving_results(place)),
-            "preload": asyncio.run(preload_results()),
+            "preload": asyncio.run(preload_results(place)),
             "speech": asyncio.run(speech_results()),
         }
     vllm = importlib.import_module("vllm")

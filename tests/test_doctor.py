@@ -71,6 +71,12 @@ def test_a_plugin_that_is_left_out() -> None:
     assert "VLLM_PLUGINS" in failures(findings)["plugin"]
 
 
+def test_a_server_that_loads_no_plugins() -> None:
+    status, findings = doctor(VLLM_USE_RUST_FRONTEND="1")
+    assert status == 1
+    assert "VLLM_USE_RUST_FRONTEND" in failures(findings)["plugin"]
+
+
 def test_companions_that_came_back(tmp_path: Path) -> None:
     fake_distribution(tmp_path, "torchvision", "0.28.0")
     status, findings = doctor(path=tmp_path)

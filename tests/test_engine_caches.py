@@ -119,3 +119,22 @@ def test_a_faulty_replacement_leaves_the_old_weights_in_place(adapters, engine, 
     for name in ("lora", "ia3", "hira"):
         engine.ask([Ask(support.prompt(5, seed=31), adapters[name])])
     assert support.difference(engine.ask([ask])[0], old) < support.LOGPROB_TOLERANCE
+
+
+def test_an_adapter_that_cannot_come_back_fails_its_own_requests(adapters, engine, tmp_path):
+    """Its copy is gone too, as when a disk is wiped; found out within a step, in which others run."""
+    mine, other = Ask(support.prompt(12, seed=40), tmp_path / "mine"), Ask(support.prompt(12, seed=41), adapters["ia3"])
+    shutil.copytree(adapters["flora-2"], tmp_path / "mine")
+    engine.ask([mine])
+    wanted = engine.ask([other, Ask(other.prompt)])
+    number = engine.request_for(tmp_path / "mine").lora_int_id
+    for name in ("lora", "hira", "ia3"):
+        engine.ask([Ask(support.prompt(5, seed=42), adapters[name])])
+    assert number not in engine.manager().list_adapters()
+    shutil.rmtree(tmp_path / "mine")
+    shutil.rmtree(engine._runner().lora_manager._loader._root / str(number))
+    with pytest.raises(flora_vllm.StepError, match="'mine'"):
+        engine.ask([mine, other, Ask(other.prompt)])
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    for answer, before in zip(engine.ask([other, Ask(other.prompt)]), wanted, strict=True):
+        assert support.difference(answer, before) < support.LOGPROB_TOLERANCE

@@ -98,7 +98,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "unknown key": (_unknown_key, ("flora_magic",)),
     "torn": (_torn, ("adapter_model.safetensors",)),
     "FLoRA rank": (lambda path, _: _flora(path, rank=5), ("rank 5", "limit 4", "--max-flora-rank")),
-    "LoRA rank": (_peft(target_modules=["q_proj"], r=16), ("rank 16", "limit 8", "--max-lora-rank")),
+    "LoRA rank": (
+        _peft(target_modules=["q_proj"], r=16),
+        ("rank 16", "limit 8", "is greater than max_lora_rank 8", "--max-lora-rank"),
+    ),
     "empty": (lambda path, _: path.mkdir(), ("adapter_config.json",)),
     "absent": (lambda *_: None, ("does not exist",)),
 }
@@ -133,19 +136,23 @@ def test_all_faults_come_at_once(engine, tmp_path):
         assert refusal.match(f"(?s).*{pattern}")
 
 
-def test_a_model_run_past_the_op_raises_instead_of_returning_base_output(engine, good, monkeypatch):
-    """A layer whose quant method was put back, or a replayed graph: the step's output must not be used.
-
-    The last test of this engine: a step that raises leaves its requests behind.
-    """
-    base = engine.ask([Ask(PROMPT)])[0]
+def test_a_model_run_past_the_op_fails_the_requests_it_did_not_serve_and_no_others(engine, good, expected, monkeypatch):
+    """A layer whose quant method was put back, or a replayed graph: the step's output must not be used, and what it
+    left in the prefix cache is not the adapter's."""
+    long = support.prompt(200, seed=1)
+    alone = [engine.ask([Ask(long, path)])[0] for path in (good, None)]
+    engine.llm.llm_engine.reset_prefix_cache()
     manager = engine.manager()
-    for name, layer in manager.attached.layers.items():
+    with monkeypatch.context() as patched:
+        for name, layer in manager.attached.layers.items():
 
-        def bypass(_layer, x, bias=None, kernel=layer.kernel):
-            return kernel.forward(x, bias, None)
+            def bypass(_layer, x, bias=None, kernel=layer.kernel):
+                return kernel.forward(x, bias, None)
 
-        monkeypatch.setattr(manager.model.get_submodule(name).quant_method, "apply", bypass)
-    assert support.difference(engine.ask([Ask(PROMPT)])[0], base) < support.LOGPROB_TOLERANCE
-    with pytest.raises(flora_vllm.StepError, match="output is the base model's"):
-        engine.ask([Ask(support.prompt(9, seed=1), good)])
+            patched.setattr(manager.model.get_submodule(name).quant_method, "apply", bypass)
+        assert support.difference(engine.ask([Ask(PROMPT)])[0], expected[1]) < support.LOGPROB_TOLERANCE
+        with pytest.raises(flora_vllm.StepError, match="output is the base model's"):
+            engine.ask([Ask(long, good), Ask(long)])
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    for path, wanted in zip((good, None), alone, strict=True):
+        assert support.difference(engine.ask([Ask(long, path)])[0], wanted) < support.LOGPROB_TOLERANCE

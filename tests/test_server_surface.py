@@ -1,18 +1,23 @@
 """What vLLM's OpenAI server offers, with adapters of every family and none, through the `openai` client."""
 
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from engine_support import LOGPROB_TOLERANCE, difference
+from prometheus_client.parser import text_string_to_metric_families
 from server_support import BASE, Client, World, answer_of, make_ask, make_world, regret, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 # Fewer slots and fewer places in memory than there are adapters, and chunks smaller than a long prompt.
 SMALL = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-num-batched-tokens", "64", "--max-num-seqs", "16")
+UPLOADS = ("--flora-max-upload-bytes", str(8 << 20))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def client(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     shutil.copytree(world.adapters["flora2"], root / "found")
     (root / "outside").symlink_to(world.adapters["lora"])
     environment = {"VLLM_LORA_RESOLVER_CACHE_DIR": str(root)}
-    with serving(world.model, world.adapters, *SMALL, environment=environment) as client:
+    with serving(world.model, world.adapters, *SMALL, *UPLOADS, environment=environment) as client:
         yield client
 
 
@@ -137,3 +142,74 @@ def test_resolver_finds_below_its_root_only(client: Client, world: World) -> Non
     for name in ("outside", "../" + world.adapters["lora"].name, str(world.adapters["lora"])):
         with pytest.raises(openai.NotFoundError):
             client.ask(name, ask.prompt)
+
+
+def _newest_adapters(client: Client) -> set[str]:
+    """What llm-d's scheduler reads of a scrape: the series of vllm:lora_requests_info that was set last, of those that
+    name any adapter; its adapters are the names between commas."""
+    text = httpx.get(client.url.removesuffix("/v1") + "/metrics").text
+    series = [
+        sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "vllm:lora_requests_info"
+        and (sample.labels["running_lora_adapters"] or sample.labels["waiting_lora_adapters"])
+    ]
+    assert len(series) <= 64
+    if not series:
+        return set()
+    labels = max(series, key=lambda sample: sample.value).labels
+    return {
+        name
+        for label in ("running_lora_adapters", "waiting_lora_adapters")
+        for name in labels[label].split(",")
+        if name
+    }
+
+
+def test_a_scrape_has_the_names_that_clients_use(client: Client) -> None:
+    long = threading.Thread(target=client.ask, args=("hira", make_ask(80).prompt), kwargs={"new": 400})
+    long.start()
+    deadline = time.monotonic() + 60
+    seen: set[str] = set()
+    while long.is_alive() and "hira" not in seen and time.monotonic() < deadline:
+        seen |= _newest_adapters(client)
+    long.join()
+    assert "hira" in seen
+    assert all("@" not in name for name in seen)
+
+
+def _upload(client: Client, fields: dict[str, str], files: dict[str, bytes]) -> httpx.Response:
+    return httpx.post(f"{client.url}/load_lora_adapter", data=fields, files=files, timeout=300)
+
+
+def test_an_adapters_files_can_be_sent_instead_of_a_path(client: Client, world: World) -> None:
+    folder, ask = world.adapters["flora5"], make_ask(81)
+    files = {
+        "config": (folder / "adapter_config.json").read_bytes(),
+        "weights": (folder / "adapter_model.safetensors").read_bytes(),
+    }
+    for turn in range(2):
+        response = _upload(client, {"lora_name": "sent", "load_inplace": str(bool(turn))}, files)
+        assert response.status_code == 200, response.text
+        assert world.oracle().error(world.states["flora5"], ask, client.ask("sent", ask.prompt)) < LOGPROB_TOLERANCE
+    assert client.unload("sent")[0] == 200
+    pickled = _upload(client, {"lora_name": "sent"}, files | {"weights": b"\x80\x04."})
+    assert pickled.status_code == 400
+    assert "cannot be served" in pickled.json()["error"]["message"]
+    missing = _upload(client, {}, files)
+    assert missing.status_code == 400
+    assert "missing: ['lora_name']" in missing.json()["error"]["message"]
+    assert "sent" not in client.names()
+
+
+def test_an_upload_has_a_size_limit(client: Client) -> None:
+    response = _upload(client, {"lora_name": "big"}, {"config": b"{}", "weights": bytes(9 << 20)})
+    assert response.status_code == 413
+    assert "--flora-max-upload-bytes" in response.json()["error"]["message"]
+
+
+def test_a_hub_id_that_cannot_be_had_is_404_and_named(client: Client) -> None:
+    status, message = client.load("hub", "nobody/no-such-adapter")
+    assert status == 404
+    assert "'nobody/no-such-adapter'" in message

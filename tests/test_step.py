@@ -58,19 +58,44 @@ def test_padding_of_one_step_is_not_kept_for_the_next():
     assert _slots(segments, 4) == [0, 1, 0, 0]
 
 
-def test_fewer_rows_than_tokens_raise():
+def test_fewer_rows_than_tokens_are_base_rows_and_a_fault():
     step = Step()
     step.set_mapping([7, 0, 7], {7: 1})
+    step.begin()
+    assert step.segments_for(2) is None
+    step.segments_for(3)
     with pytest.raises(StepError, match="called with 2 rows in a step of 3 tokens"):
-        step.segments_for(2)
+        step.verify()
+    step.verify()
+    step.begin()
+    step.segments_for(3)
+    step.verify()
+
+
+def test_the_first_fault_of_a_run_is_told_once_and_the_next_run_starts_without():
+    step = Step()
+    step.set_mapping([7, 0, 7], {7: 1})
+    step.begin()
+    step.segments_for(1)
+    step.segments_for(2)
+    fault = step.take_fault()
+    assert fault is not None
+    assert "called with 1 rows" in fault
+    assert step.take_fault() is None
+    step.begin()
+    step.segments_for(1)
+    step.begin()
+    step.segments_for(3)
+    assert step.take_fault() is None
 
 
 def test_rows_that_are_not_tokens_take_no_padding():
     step = Step(may_pad=False)
     step.set_mapping([7, 0, 7], {7: 1})
     assert step.segments_for(3) is step.segments
+    assert step.segments_for(4) is None
     with pytest.raises(StepError, match=r"called with 4 rows in a step of 3 tokens.* not the batch's"):
-        step.segments_for(4)
+        step.verify()
     step.set_mapping([0, 0, 0], {7: 1})
     assert step.segments_for(4) is None
 
@@ -82,8 +107,9 @@ def test_rows_without_a_mapping_are_base_rows_only_where_the_whole_step_is():
     assert step.segments_for(3) is None
     step.expire(is_base=False)
     step.verify()
+    assert step.segments_for(3) is None
     with pytest.raises(StepError, match="3 rows of which this step never said whose they are"):
-        step.segments_for(3)
+        step.verify()
     step.set_mapping([7, 7], {7: 1})
     assert step.segments_for(2) is step.segments
     step.expire(is_base=False)

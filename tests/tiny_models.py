@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -56,6 +58,17 @@ def tiny_llama(directory: Path, seed: int = 0) -> Path:
 def tiny_qwen2(directory: Path, seed: int = 0) -> Path:
     """Qwen2: as Llama, with biases on q, k and v."""
     return _save(Qwen2ForCausalLM(Qwen2Config(**_decoder_settings())), directory, seed)
+
+
+def tiny_classifier(directory: Path, seed: int = 0) -> Path:
+    """A Qwen2 with a head of three labels."""
+    config = Qwen2Config(**_decoder_settings(), num_labels=3, pad_token_id=UNKNOWN)
+    return _save(Qwen2ForSequenceClassification(config), directory, seed)
+
+
+def tiny_embedder(directory: Path, seed: int = 0) -> Path:
+    """A Qwen2 without a head, as embedding models are saved: `layers.0...` without `model.`."""
+    return _save(Qwen2Model(Qwen2Config(**_decoder_settings())), directory, seed)
 
 
 def tiny_phi3(directory: Path, seed: int = 0) -> Path:
@@ -131,6 +144,8 @@ TINY_MODELS: dict[str, Callable[..., Path]] = {
     "qwen2": tiny_qwen2,
     "phi3": tiny_phi3,
     "gptbigcode": tiny_gptbigcode,
+    "classifier": tiny_classifier,
+    "embedder": tiny_embedder,
 }
 
 
@@ -164,7 +179,8 @@ def _write(model: PreTrainedModel, directory: Path, seed: int) -> None:
 def randomise(model: PreTrainedModel, seed: int) -> None:
     """Give every parameter a value by its place; the same for the same seed whatever ran before."""
     generator = torch.Generator().manual_seed(seed)
-    head = model.get_output_embeddings().weight
+    output = model.get_output_embeddings()
+    head = None if output is None else output.weight
     is_tied = head is model.get_input_embeddings().weight
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)

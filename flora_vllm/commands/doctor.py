@@ -117,6 +117,8 @@ def _entry_point() -> Finding:
             raise RuntimeError(
                 f"vLLM would not find the plugin: no entry point {value} in {group}; reinstall flora-vllm"
             )
+        if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+            raise RuntimeError("VLLM_USE_RUST_FRONTEND is set: vLLM's Rust server loads no plugins; unset it to serve")
         allowed = os.environ.get("VLLM_PLUGINS")
         if allowed is not None and "flora" not in allowed.split(","):
             raise RuntimeError(f"VLLM_PLUGINS={allowed!r} leaves the plugin out; add flora to it or unset it")

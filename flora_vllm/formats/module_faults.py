@@ -106,7 +106,7 @@ def _one_module_faults(
     if reason is not None:
         yield f"module {module!r} cannot be adapted: {reason}; train without it"
         return
-    shape = None if layout is None else layout.shapes.get(layout.rename(module))
+    shape = None if layout is None else layout.shape_of(module)
     if layout is not None and shape is None:
         yield f"module {module!r} is not in the base model; was the adapter trained on another model?"
     if config.bad & set(_needed_keys(family)):

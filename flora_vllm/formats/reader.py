@@ -256,7 +256,7 @@ def _built(
     shared = _views(data, tensors.shared)
     known: dict[tuple, torch.Tensor] = {}
     for module, records in sorted(tensors.modules.items()):
-        shape = None if layout is None else layout.shapes.get(layout.rename(module))
+        shape = None if layout is None else layout.shape_of(module)
         scope = scope_of(config.values, module, shape, records, task)
         try:
             views = {name: _once(known, tensor) for name, tensor in _views(data, records).items()}

@@ -2,21 +2,31 @@
 
     options.py        what the user may set: one field an option
     carried.py        how the options reach every process
-    hooks.py          the table of vLLM symbols we rely on; versions; checked before anything is replaced
+    hook_table.py     the vLLM symbols we rely on
+    hooks.py          versions, and the check of the table before anything is replaced
     install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
     flags.py          command-line flags and their way into the engine's config
     mistakes.py       a user's mistake is told in one line
     attach.py         which layers of a model can be adapted, and how
+    packing.py        which checkpoint tensors the slices of a packed layer come from
+    trial.py          one run at start: which layers run on a step's rows
     manager.py        worker side: adapters in host memory, slots, the step's mapping
+    step_faults.py    a step that could not serve its adapters fails their requests, not the engine
     encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are
     encoder_order.py  the order in which vLLM's runners encode
     loader.py         one adapter directory -> what a worker keeps
     identity.py       the name under which the engine knows one content
+    preload.py        an engine's adapters: known by their content, loaded before the first request is queued
+    refusals.py       our refusal of an adapter, found in an engine's error
     frontend.py       server side: names and identities, load, unload, resolvers
     guard.py          which names, paths and digests are taken, what an answer may say
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see
     gate.py           the server's door: which requests need a key
+    handed.py         adapters given as tensors or files instead of by a path
+    sleeping.py       the sleep that would lose adapters
+    uploads.py        the route that takes an adapter's files
+    published.py      metrics and events: the names that clients use
     speech.py         the adapter's part in vLLM's speech server
     offline.py        flora_vllm.LLM
 

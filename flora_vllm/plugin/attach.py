@@ -7,7 +7,7 @@ go through it (found out by running each class once) is left alone, and adapters
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,16 @@ from flora_vllm.layers import AdaptedLinear
 from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import SlotLimits
+from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
 
 logger = logging.getLogger(__name__)
 
 _UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+_POOLED_ROWS = (
+    "it runs on pooled rows, one a request, which adapters cannot follow yet; train the layers below the head only"
+)
 
 
 @dataclass
@@ -55,21 +59,25 @@ def attach(
     device: torch.device,
     limits: SlotLimits,
     only: Callable[[str], bool],
+    elsewhere: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> Attached:
     """Take over every linear layer that adapters may change.
 
     `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `step_of`: the step that says whose a layer's
-    rows are, None if nothing does. `only`: the operator's restriction to some modules.
+    rows are, None if nothing does. `only`: the operator's restriction to some modules. `elsewhere`: of some layers,
+    those that do not run on a step's rows, with the reason.
     """
     attached = Attached()
     found: dict[str, Any] = {}
     steps: dict[str, Step] = {}
     seen: set[int] = set()
+    mapped = origins_by_mapper(model)
+    pooled = {id(module) for module in _heads(model)}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and id(module) not in seen:
             seen.add(id(module))
             step = step_of(name)
-            reason = _refusal(name, only)
+            reason = _POOLED_ROWS if id(module) in pooled else _refusal(name, only)
             if step is None or reason is not None:
                 attached.refused[name] = reason or _UNKNOWN_ROWS
                 _give_back(module)
@@ -80,8 +88,9 @@ def attach(
         elif isinstance(module, MoERunner):
             attached.refused[name] = "MoE experts cannot be adapted yet; train attention and dense layers only"
     bypassing = _classes_that_bypass(found, device)
+    others = elsewhere({name: module for name, module in found.items() if _kind(module) not in bypassing})
     for name, module in found.items():
-        layout = _layout(name, module, packed_modules)
+        layout = others.get(name) or _layout(name, module, packed_modules, mapped)
         kind = _kind(module)
         if isinstance(layout, LinearLayout) and kind not in bypassing:
             attached.layouts[name] = layout
@@ -91,13 +100,30 @@ def attach(
         else:
             attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
             _give_back(module)
+    _name_parts(attached, packed_modules)
+    attached.refused |= idle_modules(model)
     return attached
+
+
+def _heads(model: Any) -> Iterator[torch.nn.Module]:
+    """What a pooling model runs on pooled rows: its pooler's layers, and those beside its body."""
+    if hasattr(model, "pooler"):
+        yield from model.pooler.modules() if isinstance(model.pooler, torch.nn.Module) else ()
+        yield from (child for child in model.children() if isinstance(child, LinearBase))
+
+
+def _name_parts(attached: Attached, packed_modules: Mapping[str, Sequence[str]]) -> None:
+    """What is refused of a packed layer is refused of each checkpoint module in it."""
+    for name, reason in list(attached.refused.items()):
+        parent, _, own = name.rpartition(".")
+        for part in packed_modules.get(own, ()):
+            attached.refused.setdefault(f"{parent}.{part}" if parent else part, reason)
 
 
 def _refusal(name: str, only: Callable[[str], bool]) -> str | None:
     if name.endswith("kv_b_proj"):
         return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
-    return None if only(name) else "left out by the server's --lora-target-modules"
+    return None if only(name) else "the server's --lora-target-modules leaves it out"
 
 
 def _kind(module: Any) -> tuple[type, type]:
@@ -138,7 +164,12 @@ def _classes_that_bypass(found: Mapping[str, Any], device: torch.device) -> dict
     return bypassing
 
 
-def _layout(name: str, module: Any, packed_modules: Mapping[str, Sequence[str]]) -> LinearLayout | str:
+def _layout(
+    name: str,
+    module: Any,
+    packed_modules: Mapping[str, Sequence[str]],
+    mapped: Callable[[str, int], list[Origin] | None],
+) -> LinearLayout | str:
     """The layer's layout on this rank, or why it cannot be adapted."""
     row = isinstance(module, RowParallelLinear)
     if not (row or isinstance(module, (ColumnParallelLinear, ReplicatedLinear))):
@@ -147,22 +178,29 @@ def _layout(name: str, module: Any, packed_modules: Mapping[str, Sequence[str]])
     in_start = module.tp_rank * local_in if row else 0
     full_sizes, sizes, starts = _outputs(module)
     parent, _, own = name.rpartition(".")
-    children = list(packed_modules.get(own, [own]))
-    if len(children) not in (1, len(sizes)):
-        return f"{len(sizes)} packed parts under {len(children)} checkpoint names cannot be told apart"
-    fused_start = 0
+    origins = mapped(name, len(sizes)) or origins_by_mapping(packed_modules, own, len(sizes))
+    if isinstance(origins, str):
+        return origins
     slices = []
-    for i, (full, size, start) in enumerate(zip(full_sizes, sizes, starts, strict=True)):
-        child = (
-            f"{parent}.{children[i]}" if parent and len(children) > 1 else children[i] if len(children) > 1 else name
-        )
-        slices.append(
-            SliceLayout(child, size, start, fused_start + start, full if len(children) > 1 else sum(full_sizes))
-        )
-        fused_start += full
+    for i, origin in enumerate(origins):
+        before = origin.span[: origin.span.index(i)]
+        child = name if origin.name == own else f"{parent}.{origin.name}" if parent else origin.name
+        start = sum(full_sizes[j] for j in before) + starts[i]
+        fused_start = sum(full_sizes[:i]) + starts[i]
+        slices.append(SliceLayout(child, sizes[i], start, fused_start, sum(full_sizes[j] for j in origin.span)))
     sums = row and module.tp_size > 1
     first = not sums or module.tp_rank == 0
-    return LinearLayout(name, local_in, in_start, module.input_size, tuple(slices), sum(full_sizes), sums, first)
+    return LinearLayout(
+        name,
+        local_in,
+        in_start,
+        module.input_size,
+        tuple(slices),
+        sum(full_sizes),
+        sums,
+        first,
+        isinstance(module, QKVParallelLinear),
+    )
 
 
 def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:

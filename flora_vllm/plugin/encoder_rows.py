@@ -17,7 +17,8 @@ from types import MethodType
 from typing import Any
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.plugin.hooks import ENCODER_HOOKS, offers, verify
+from flora_vllm.plugin.hook_table import ENCODER_HOOKS
+from flora_vllm.plugin.hooks import offers, verify
 from flora_vllm.plugin.speech import detect_language_with_adapter
 from flora_vllm.step import Step
 

@@ -6,6 +6,7 @@ Also the gate: an engine config that asks for FLoRA is only made after vLLM's ve
 import argparse
 import functools
 import importlib
+import logging
 from typing import Any
 
 from flora_vllm.errors import ConfigError
@@ -14,6 +15,12 @@ from flora_vllm.plugin import encoder_rows, mistakes
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import KEY, FloraOptions, options_of
 
+logger = logging.getLogger(__name__)
+
+RUST_FRONTEND = (
+    "VLLM_USE_RUST_FRONTEND: vLLM's Rust server loads no Python plugins, so it would not know adapters by our names "
+    "nor load and unload them; unset it to serve with --enable-flora"
+)
 _WRAPPED = "_flora_wrapped"
 
 
@@ -65,6 +72,7 @@ def _add_flags(parser: Any) -> Any:
     # Without it `--flora` is an ambiguous beginning of the flags below.
     group.add_argument("--flora", action=_Suggestion, nargs="?", help=argparse.SUPPRESS)
     add_flags(FloraOptions, group)
+    _fold_what_is_parsed(parser)
     return parser
 
 
@@ -78,6 +86,19 @@ def options_from(args: Any) -> FloraOptions | None:
     return options_of(getattr(_fold(argparse.Namespace(**vars(args))), "additional_config", None))
 
 
+def _fold_what_is_parsed(parser: Any) -> None:
+    """vLLM hands the parsed arguments to its other processes (more API servers, one for each data-parallel rank), where
+    they become engine options before our plugin is loaded."""
+    parse = parser.parse_known_args
+
+    @functools.wraps(parse)
+    def parse_known_args(*args, **kwargs):
+        parsed, rest = parse(*args, **kwargs)
+        return _fold(parsed), rest
+
+    parser.parse_known_args = parse_known_args
+
+
 def _fold(args: argparse.Namespace) -> argparse.Namespace:
     mistakes.tell_in_one_line()
     on_command_line = given(FloraOptions, args)
@@ -87,13 +108,12 @@ def _fold(args: argparse.Namespace) -> argparse.Namespace:
             raise ConfigError(f"{flags} given without --enable-flora; add --enable-flora or leave them out")
         return args
     mistakes.check_lora_modules(getattr(args, "lora_modules", None))
-    folded = argparse.Namespace(**vars(args))
     config = dict(getattr(args, "additional_config", None) or {})
     config[KEY] = {**config.get(KEY, {}), **on_command_line}
     FloraOptions.from_mapping(config[KEY])
-    folded.additional_config = config
-    folded.enable_lora = True
-    return folded
+    args.additional_config = config
+    args.enable_lora = True
+    return args
 
 
 def _before_config(engine_args: Any) -> None:
@@ -103,6 +123,8 @@ def _before_config(engine_args: Any) -> None:
     from flora_vllm.plugin import install, require_registered
 
     require_registered()
+    if importlib.import_module("vllm.envs").VLLM_USE_RUST_FRONTEND:
+        raise ConfigError(RUST_FRONTEND)
     engine_args.enable_lora = True
     install.install_all()
 
@@ -113,12 +135,9 @@ def _after_config(config: Any) -> None:
     if options is None:
         return
     if config.lora_config.fully_sharded_loras:
-        raise ConfigError(
-            "fully_sharded_loras cuts the rank axis across ranks, which elementwise adapters cannot be served from; "
-            "start without --fully-sharded-loras"
-        )
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise ConfigError("adapters are not served with pipeline parallelism yet; use --tensor-parallel-size instead")
+        # vLLM's own LoRA, padded to the largest rank, saves memory and work so.
+        logger.info("--fully-sharded-loras has no effect: an adapter takes what its own rank needs, nothing is padded")
+        config.lora_config.fully_sharded_loras = False
     if config.model_config.is_encoder_decoder:
         encoder_rows.prepare_config(config)
     if options.graph_rows and (faults := _graph_faults(config)):

@@ -8,29 +8,29 @@ name ever has two live ids (which would end vLLM's engine). An adapter's id is p
 import asyncio
 import functools
 import importlib
-import itertools
 import os
-import re
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
+from flora_vllm.plugin import preload, sleeping, uploads
 from flora_vllm.plugin.access import root_of_request
 from flora_vllm.plugin.digests import check_digest
+from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
-from flora_vllm.plugin.identity import identity, split_identity
-from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.plugin.identity import identity, plain_name
+from flora_vllm.plugin.options import FloraOptions
+from flora_vllm.plugin.preload import NAMED, options_of_engine
+from flora_vllm.plugin.published import identity_of
+from flora_vllm.plugin.refusals import refusal
 
-# The engine hands errors on as text only; this finds our message in it.
-_OUR_MESSAGE = re.compile(r"adapter .*? cannot be served \(\d+ faults?\):(?:\n  - [^\n]*)+", re.DOTALL)
-_END_OF_RPC_ERROR = re.compile(r"', please check the stack trace.*$", re.DOTALL)
 _POLL_S = 0.1
 
 
 def install() -> None:
-    """Replaces methods of OpenAIServingModels and the two engines' add_request, once; inert without FLoRA."""
+    """Replaces methods of OpenAIServingModels and of the two engines, once; inert without FLoRA."""
     serving = importlib.import_module("vllm.entrypoints.openai.models.serving").OpenAIServingModels
     if hasattr(serving, "_flora_wrapped"):
         return
@@ -41,10 +41,9 @@ def install() -> None:
             setattr(serving, name, _if_flora(original, replacement))
     if offers(_ADMISSION):
         serving.admit_lora = _admit_offered
-    if not offers("vllm.v1.engine.async_llm:AsyncLLM._preload_lora"):  # patches/0009
-        _preload_on_add_request()
-    if not offers(_INVALID):
-        _name_faults_of_add_lora()
+    preload.install()
+    uploads.install()
+    sleeping.install()
     _register_resolver()
 
 
@@ -53,7 +52,7 @@ def _if_flora(original: Any, replacement: Any) -> Any:
 
         @functools.wraps(original)
         async def chosen_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _options(self.engine_client) is None:
+            if options_of_engine(self.engine_client) is None:
                 return await original(self, *args, **kwargs)
             return await replacement(original, self, *args, **kwargs)
 
@@ -61,19 +60,11 @@ def _if_flora(original: Any, replacement: Any) -> Any:
 
     @functools.wraps(original)
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _options(self.engine_client) is None:
+        if options_of_engine(self.engine_client) is None:
             return original(self, *args, **kwargs)
         return replacement(original, self, *args, **kwargs)
 
     return chosen
-
-
-def _options(engine: Any) -> FloraOptions | None:
-    return options_of(engine.vllm_config.additional_config)
-
-
-def plain_name(lora_name: str) -> str:
-    return split_identity(lora_name)[0]
 
 
 def _model_name(original: Any, self: Any, lora_request: Any = None) -> str:
@@ -99,7 +90,7 @@ async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_
         refused = await self._check_load_lora_adapter_request(request)
         if refused is not None:
             return refused
-        confined = not _is_operators(self, request.lora_name, request.lora_path)
+        confined = not (_is_operators(self, request.lora_name, request.lora_path) or is_handed(request.lora_path))
         result = await _admit(self, request.lora_name, request.lora_path, base_model_name, confined)
     if isinstance(result, str):
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
@@ -135,13 +126,11 @@ async def _resolve_lora(original: Any, self: Any, lora_name: str) -> Any:
 
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _UNLOADS = f"{_SERVING}._release_lora"  # patches/0003
-_INVALID = "vllm.exceptions:LoRAAdapterInvalidError"  # patches/0004
-_NAMED = "vllm.lora.request:LoRARequest.served_name"  # patches/0008
 _ADMISSION = f"{_SERVING}.admit_lora"  # patches/0011
 # Method -> ours, and what vLLM would have to offer to make it needless.
 _REPLACEMENTS = {
-    "model_name": (_model_name, _NAMED),
-    "show_available_models": (_show_available_models, _NAMED),
+    "model_name": (_model_name, NAMED),
+    "show_available_models": (_show_available_models, NAMED),
     "load_lora_adapter": (_load_lora_adapter, _ADMISSION),
     "unload_lora_adapter": (_unload_lora_adapter, _UNLOADS),
     "resolve_lora": (_resolve_lora, _ADMISSION),
@@ -169,9 +158,10 @@ async def _admit(self: Any, name: str, path: str, base_model_name: str | None, c
     if base_model_name is not None and self.is_base_model(base_model_name):
         request.base_model_name = base_model_name
     try:
-        await self.engine_client.add_lora(request)
+        with preload.identified():
+            await self.engine_client.add_lora(request)
     except Exception as error:  # noqa: BLE001 - the engine's errors arrive as text, of whatever class its transport uses
-        message = _refusal(error)
+        message = refusal(error)
         if message is None:
             return _error(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
         return _error(message, HTTPStatus.BAD_REQUEST)
@@ -186,7 +176,7 @@ def _resolve(path: str, root: str | None) -> str:
     if root is not None:
         found = str(resolve_under(root, directory))
     else:
-        found = importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(directory)
+        found = preload.absolute_path(directory)
     return found if task is None else f"{found}#{task}"
 
 
@@ -198,7 +188,7 @@ def _is_missing(self: Any, path: str) -> bool:
 
 
 def _checked_options(self: Any) -> FloraOptions:
-    options = _options(self.engine_client)
+    options = options_of_engine(self.engine_client)
     assert options is not None, "called for engines with FLoRA only"
     return options
 
@@ -219,13 +209,13 @@ async def _identify(self: Any, request: Any, confined: bool) -> None:
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
-    if offers(_NAMED):
+    if offers(NAMED):
         request.served_name = name
 
 
 async def _admit_offered(self: Any, request: Any) -> None:
     """What vLLM calls where it takes an admission hook."""
-    if _options(self.engine_client) is None:
+    if options_of_engine(self.engine_client) is None:
         return
     errors = importlib.import_module("vllm.exceptions")
     path = request.lora_path
@@ -234,20 +224,6 @@ async def _admit_offered(self: Any, request: Any) -> None:
     except AdapterError as error:
         kind = errors.VLLMNotFoundError if _is_missing(self, path) else errors.VLLMValidationError
         raise kind(str(error)) from error
-
-
-def our_message(text: str) -> str | None:
-    """Our refusal inside an engine's error text, or None if the error is not ours."""
-    match = _OUR_MESSAGE.search(text.replace("\\n", "\n"))
-    return _END_OF_RPC_ERROR.sub("", match[0]) if match else None
-
-
-def _refusal(error: Exception) -> str | None:
-    """Why an adapter was refused, if that is what an engine's error says."""
-    if offers(_INVALID):
-        invalid = importlib.import_module("vllm.exceptions").LoRAAdapterInvalidError
-        return getattr(error, "reason", None) if isinstance(error, invalid) else None
-    return our_message(str(error))
 
 
 async def _release(self: Any, request: Any) -> None:
@@ -269,7 +245,7 @@ async def _release_when_idle(self: Any, request: Any) -> None:
 def _in_flight(engine: Any, lora_name: str) -> bool:
     processor = getattr(engine, "output_processor", None)
     states = processor.request_states.values() if processor is not None else ()
-    return any(state.lora_name == lora_name for state in states)
+    return any(identity_of(state) == lora_name for state in states)
 
 
 def _in_background(self: Any, coroutine: Any) -> None:
@@ -277,87 +253,6 @@ def _in_background(self: Any, coroutine: Any) -> None:
     task = asyncio.ensure_future(coroutine)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
-
-
-def _known(engine: Any) -> set[int]:
-    """Adapter ids this engine has loaded at least once since their last removal."""
-    return engine.__dict__.setdefault("_flora_known", set())
-
-
-def _preload_on_add_request() -> None:
-    """An adapter first seen on a request is loaded before the request is queued: a faulty one then fails here, alone,
-    and not inside a step of everybody's."""
-    sync_engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
-    async_engine = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
-    sync_add, async_add = sync_engine.add_request, async_engine.add_request
-    sync_lora, async_lora = sync_engine.add_lora, async_engine.add_lora
-    sync_remove, async_remove = sync_engine.remove_lora, async_engine.remove_lora
-
-    @functools.wraps(sync_add)
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for lora_request in _unknown(self, args, kwargs):
-            self.add_lora(lora_request)
-        return sync_add(self, *args, **kwargs)
-
-    @functools.wraps(async_add)
-    async def add_request_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for lora_request in _unknown(self, args, kwargs):
-            await self.add_lora(lora_request)
-        return await async_add(self, *args, **kwargs)
-
-    @functools.wraps(sync_lora)
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        result = sync_lora(self, lora_request)
-        _known(self).add(lora_request.lora_int_id)
-        return result
-
-    @functools.wraps(async_lora)
-    async def add_lora_async(self: Any, lora_request: Any) -> Any:
-        result = await async_lora(self, lora_request)
-        _known(self).add(lora_request.lora_int_id)
-        return result
-
-    @functools.wraps(sync_remove)
-    def remove_lora(self: Any, lora_id: int) -> Any:
-        _known(self).discard(lora_id)
-        return sync_remove(self, lora_id)
-
-    @functools.wraps(async_remove)
-    async def remove_lora_async(self: Any, lora_id: int) -> Any:
-        _known(self).discard(lora_id)
-        return await async_remove(self, lora_id)
-
-    sync_engine.remove_lora, async_engine.remove_lora = remove_lora, remove_lora_async
-    sync_engine.add_request, async_engine.add_request = add_request, add_request_async
-    sync_engine.add_lora, async_engine.add_lora = add_lora, add_lora_async
-
-
-def _name_faults_of_add_lora() -> None:
-    """The offline engine raises AdapterError for an adapter that cannot be served."""
-    engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
-    original = engine.add_lora
-
-    @functools.wraps(original)
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        try:
-            return original(self, lora_request)
-        except Exception as error:  # see _OUR_MESSAGE
-            message = _refusal(error)
-            if message is None:
-                raise
-            raise AdapterError(message) from error
-
-    engine.add_lora = add_lora
-
-
-def _unknown(engine: Any, args: tuple, kwargs: dict) -> list[Any]:
-    """The LoRARequest among add_request's arguments, if this engine serves FLoRA and has not loaded it yet."""
-    if _options(engine) is None:
-        return []
-    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
-    candidates = itertools.chain(args, kwargs.values(), [getattr(a, "lora_request", None) for a in args])
-    requests: list[Any] = [value for value in candidates if isinstance(value, lora_request)]
-    return [r for r in requests[:1] if r.lora_int_id not in _known(engine)]
 
 
 def _register_resolver() -> None:

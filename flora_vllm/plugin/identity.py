@@ -15,3 +15,8 @@ def split_identity(lora_name: str) -> tuple[str, str | None]:
     """(plain name, digest or None) of an engine-side adapter name."""
     match = _IDENTITY.match(lora_name)
     return (match["name"], match["digest"]) if match else (lora_name, None)
+
+
+def plain_name(lora_name: str) -> str:
+    """The name that clients use of an engine-side one."""
+    return split_identity(lora_name)[0]

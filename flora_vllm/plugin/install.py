@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import hooks, mistakes
+from flora_vllm.plugin import hooks, mistakes, published, step_faults
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -30,6 +30,8 @@ def install_all() -> None:
     frontend.install()
     guard.install()
     gate.install()
+    _once("published names", published.name_metrics)
+    _once("failed requests", step_faults.install_request_side)
     install_worker_side()
 
 
@@ -38,6 +40,8 @@ def install_worker_side() -> None:
     mistakes.log_in_one_line()
     _once("op", lambda: importlib.import_module("flora_vllm.layers"))
     _once("worker manager", _replace_worker_manager)
+    _once("names in events", published.name_events)
+    _once("ended requests", step_faults.install_scheduler_side)
     _once("experts", _build_experts_without_lora)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)

@@ -13,11 +13,12 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
@@ -29,7 +30,7 @@ from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.probe import EngineBase, all_agree
+from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import saved_faults
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, resolve
@@ -52,24 +53,36 @@ class AdapterLoader:
         self._limits = limits
         self._base = base
         self._device = base.device
-        self._layout = model_layout(attached, _renamer(model))
+        self._layout = model_layout(attached, model)
         self._adapter_root = None if adapter_root is None else os.path.realpath(adapter_root)
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
+        self._names: dict[int, str] = {}  # whose the copies are
 
-    def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, CompactLayers]:
+    def load(
+        self, adapter_id: int, lora_name: str, path: str, *, fresh: bool, in_step: bool
+    ) -> tuple[int, CompactLayers]:
         """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
+
+        `in_step`: within a step, where pipeline stages cannot wait for each other.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
         """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
         directory, task = split_task(path)
-        if copy.is_dir() and not fresh:
+        if not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir():
             return self._read(name, copy, None, path, task)[1]
-        files, terms = self._read(name, _local(directory), digest, path, task)
+        try:
+            (files, terms), error = self._read(name, _local(directory), digest, path, task), None
+        except AdapterError as failure:
+            (files, terms), error = ({}, (0, CompactLayers({}))), failure
+        is_kept = error is None if in_step else stages_agree(error is None)
+        if not is_kept:
+            raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
+        self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
         return terms
 
@@ -79,6 +92,7 @@ class AdapterLoader:
             self._retired[adapter_id] = None
         while len(self._retired) > RETIRED_COPIES:
             oldest, _ = self._retired.popitem(last=False)
+            self._names.pop(oldest, None)
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
@@ -120,6 +134,10 @@ class AdapterLoader:
         inputs: dict[tuple, torch.Tensor] = {}
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
         for name, layout in self._attached.layouts.items():
+            parts = [part.module for part in layout.slices if part.module != layout.module]
+            if layout.module in modules and (twice := modules.keys() & {*parts}):
+                faults.append(f"layer {name!r} has tensors as a whole and as {sorted(twice)}; keep those of one")
+                continue
             try:
                 dtype = self._attached.dtypes[name]
                 bias = self._attached.biases[name]
@@ -151,6 +169,8 @@ class AdapterLoader:
             if not terms.of(FromBase):
                 modules[place] = terms
                 continue
+            if not self._base.holds(place):
+                continue
             try:
                 modules[place] = ModuleTerms(resolve(terms.terms, self._base.probe(module, place)))
             except AdapterError as error:
@@ -173,28 +193,60 @@ class AdapterLoader:
             raise adapter_error(repr(name), [f"the server cannot keep a copy of it ({error.strerror})"]) from error
 
 
-def model_layout(attached: Attached, rename: Callable[[str], str]) -> ModelLayout:
-    """What a checkpoint may address in this model, by the names of the checkpoint's modules."""
+def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
+    """What a checkpoint may address in this model, on whichever pipeline stage, by the names of the checkpoint."""
     shapes: dict[str, tuple[int, int]] = {}
     for layout in attached.layouts.values():
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
+    refused = dict(attached.refused)
+    # The parts of queries, keys and values are not laid out in one way by all checkpoints; other parts are.
+    fused = {
+        layout.module: (layout.full_out_features, layout.full_in_features)
+        for layout in attached.layouts.values()
+        if layout.module not in shapes and not layout.holds_qkv
+    }
+    for more_shapes, more_refused, more_fused in _of_other_stages((shapes, refused, fused)):
+        shapes |= more_shapes
+        refused |= more_refused
+        fused |= more_fused
     # Asked several times for each of an adapter's hundreds of modules.
-    return ModelLayout(shapes, attached.refused, functools.lru_cache(maxsize=1 << 16)(rename))
+    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, {*shapes, *refused, *fused}))
+    return ModelLayout(shapes, refused, rename, fused)
 
 
-def _renamer(model: torch.nn.Module) -> Callable[[str], str]:
-    """A checkpoint's module path -> the engine's, by the model's own weight mapper."""
+def _of_other_stages(own: Any) -> list[Any]:
+    """The same of every stage of the pipeline; nothing where there is one."""
+    group = get_pp_group()
+    if group.world_size == 1:
+        return []
+    found = [None] * group.world_size
+    torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+    return found
+
+
+def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
+    """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
+    by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
+    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return str
     renames = getattr(mapper, "get_rename_mapper", None)
     if renames is not None:
         mapper = renames()
+    endings: dict[str, list[str]] = {}
+    for name in known:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            endings.setdefault(".".join(parts[i:]), []).append(name)
 
     def rename(module: str) -> str:
-        mapped = mapper._map_name(f"{module}.weight")
-        return module if mapped is None else mapped.removesuffix(".weight")
+        mapped = module
+        if mapper is not None:
+            mapped = (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+        if mapped in known:
+            return mapped
+        longer = endings.get(mapped) or endings.get(module) or []
+        return longer[0] if len(longer) == 1 else mapped
 
     return rename
 

@@ -16,7 +16,7 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.errors import ConfigError
+from flora_vllm.errors import AdapterError, ConfigError
 from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.dispatch import NEVER
@@ -25,9 +25,12 @@ from flora_vllm.plugin import install
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
+from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
+from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
+from flora_vllm.plugin.trial import layers_elsewhere
 from flora_vllm.step import GraphSteps
 
 logger = logging.getLogger(__name__)
@@ -86,11 +89,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # Slot -> adapter, for what every step asks. vLLM's cache answers without a touch of its order only by copying
         # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
+        self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
+        self._vllm_config = vllm_config
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
         if self.rows.has_encoder:
             run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
+        note_on_outputs()
         _managers.add(self)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
@@ -108,11 +114,21 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.device,
             SlotLimits(self.lora_slots, self.options.max_rank, self.lora_config.max_lora_rank),
             self._match_target_modules,
+            self._elsewhere,
         )
-        self._guard_logits()
+        # A row space without adapted layers is never asked for.
+        steps = [*map(self.rows.step_of, self.attached.layers)]
+        self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
         if self.options.graph_rows:
             self.rows.tokens.graphs = self._graph_steps()
         logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
+
+    def _elsewhere(self, layers: Mapping[str, Any]) -> Mapping[str, str]:
+        """Those layers that do not run on a step's rows. An encoder runs on rows of its own, which a run of the model
+        on tokens alone does not show."""
+        if self.rows.has_encoder:
+            return {}
+        return layers_elsewhere(layers, self.model, self._vllm_config, self.device)
 
     def _graph_steps(self) -> GraphSteps:
         """Raises ConfigError if a layer cannot be captured: a graph without it would leave its adapters out."""
@@ -142,20 +158,18 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         most = max((adapter.rows for adapter in self._registered_adapters.cache.values()), default=1)
         return num_tokens * most <= graphs.row_budget
 
-    def _guard_logits(self) -> None:
-        """Nothing may be sampled from a step whose adapter tokens ran past the op."""
-        compute_logits = getattr(self.model, "compute_logits", None)
-        if compute_logits is None:
-            return
+    def leave_out(self, adapter_id: int, reason: str) -> None:
+        """In the step that comes the adapter cannot be had: its tokens are base tokens, and its requests fail."""
+        self._left_out[adapter_id] = reason
 
-        steps = [step for step in self.rows.steps.values() if step in map(self.rows.step_of, self.attached.layers)]
-
-        def verified(*args: Any, **kwargs: Any) -> Any:
-            for step in steps:
-                step.verify()
-            return compute_logits(*args, **kwargs)
-
-        self.model.compute_logits = verified
+    def take_fault(self) -> StepFault | None:
+        """Why the step that has just run did not serve its adapter tokens; None if it did."""
+        faults = [step.take_fault() for step in self._verified_steps]
+        left_out, self._left_out = self._left_out, {}
+        for fault in faults:
+            if fault is not None:
+                return StepFault(fault)
+        return StepFault("; ".join(left_out.values()), frozenset(left_out)) if left_out else None
 
     def activate_adapter(self, lora_id: int) -> bool:
         if lora_id in self._active_adapters:
@@ -193,7 +207,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.rows.steps[mapping.type.name].rehearse(len(mapping.index_mapping))
             return
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
-        slots = {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
+        slots = dict.fromkeys(self._left_out, 0)
+        slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
         self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
 
     def remove_all_adapters(self) -> None:
@@ -228,9 +243,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         self._loader = AdapterLoader(manager.attached, limits, model, base, manager.options.adapter_root)
         return model
 
-    def _load_adapter(self, lora_request: Any, fresh: bool = True) -> LoadedAdapter:
-        request = lora_request
-        rank, layers = self._loader.load(request.lora_int_id, request.lora_name, request.lora_path, fresh=fresh)
+    def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
+        with on_disk(lora_request) as request:  # trainers in this process hand tensors over
+            number, name, path = request.lora_int_id, request.lora_name, request.lora_path
+            rank, layers = self._loader.load(number, name, path, fresh=fresh, in_step=in_step)
         return LoadedAdapter(request.lora_int_id, rank, layers)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
@@ -244,7 +260,11 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             if self._adapter_manager.get_adapter(request.lora_int_id) is None:
-                self._admit(self._load_adapter(request, fresh=False))
+                try:
+                    self._admit(self._load_adapter(request, fresh=False, in_step=True))
+                except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
+                    self._adapter_manager.leave_out(request.lora_int_id, str(error))
+                    continue
             self._adapter_manager.activate_adapter(request.lora_int_id)
 
     def _admit(self, adapter: LoadedAdapter) -> None:
@@ -255,7 +275,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     def add_adapter(self, lora_request: Any) -> bool:
         adapter_id = lora_request.lora_int_id
         if lora_request.load_inplace or self._adapter_manager.get_adapter(adapter_id) is None:
-            adapter = self._load_adapter(lora_request)  # first, so that a faulty one leaves the old one in place
+            # First, so that a faulty one leaves the old one in place.
+            adapter = self._load_adapter(lora_request, fresh=lora_request.load_inplace)
             self._adapter_manager.remove_adapter(adapter_id)
             self._admit(adapter)
         self._adapter_manager.activate_adapter(adapter_id)

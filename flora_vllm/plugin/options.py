@@ -79,6 +79,14 @@ class FloraOptions:
         metavar="FILE",
     )
 
+    max_upload_bytes: int = option(
+        256 << 20,
+        "--flora-max-upload-bytes",
+        whole(0),
+        "Largest request to /v1/load_lora_adapter that brings an adapter's files itself, in bytes.",
+        metavar="BYTES",
+    )
+
     def __post_init__(self) -> None:
         check(self)
 

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size
 
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.slots import SliceLayout
@@ -26,6 +27,16 @@ def all_agree(is_fine: bool, device: torch.device) -> bool:
     return not bool(tensor_model_parallel_all_reduce(bad).item())
 
 
+def stages_agree(is_fine: bool) -> bool:
+    """The same of the pipeline's stages. Only outside of steps, in which a stage may wait for another."""
+    group = get_pp_group()
+    if group.world_size == 1:
+        return is_fine
+    bad = torch.tensor([0 if is_fine else 1])
+    torch.distributed.all_reduce(bad, group=group.cpu_group)
+    return not bool(bad.item())
+
+
 class EngineBase:
     """The base under all adapted layers of this rank; keeps each module's row norms once they were asked for."""
 
@@ -37,6 +48,10 @@ class EngineBase:
         self._make_modules = modules
         self._norms: dict[str, torch.Tensor] = {}
         self._places = {name: (layer, parts) for layer, name, parts in _places(attached)}
+
+    def holds(self, place: str) -> bool:
+        """Whether this pipeline stage has the module that the engine calls `place`."""
+        return place in self._places
 
     def probe(self, module: str, place: str) -> "LayerProbe":
         """The probe of the checkpoint's `module`, which the engine calls `place`."""
@@ -135,7 +150,7 @@ def _places(attached: Attached) -> Any:
         for part, begin in zip(layout.slices, begins, strict=True):
             by_module.setdefault(part.module, []).append((part, begin))
         for module, parts in by_module.items():
-            alone = len(parts) == 1 and module != layout.module
-            yield layer, module, tuple((p, b, p.start if alone else p.fused_start) for p, b in parts)
+            fused = module == layout.module
+            yield layer, module, tuple((p, b, p.fused_start if fused else p.start) for p, b in parts)
         if layout.module not in by_module:
             yield layer, layout.module, tuple((p, b, p.fused_start) for p, b in zip(layout.slices, begins, strict=True))

@@ -1,0 +1,104 @@
+"""Adapters that are handed over instead of named by a path: tensors on a request, or files in an upload.
+
+Trainers keep an adapter's tensors in memory and give vLLM a LoRARequest of their own with `peft_config` and
+`lora_tensors`. Everything behind reads two files, so both kinds become a directory of this process until the workers
+have made their copies of it. Nothing is ever unpickled.
+"""
+
+import atexit
+import enum
+import functools
+import importlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, digest_of
+
+_PREFIX = "flora-handed-"
+_users: Counter[Path] = Counter()
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def is_handed(path: str) -> bool:
+    """Whether this process made the directory."""
+    return Path(path).parent.name.startswith(_PREFIX) and Path(path).parent == _root()
+
+
+@contextmanager
+def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
+    """A directory with the adapter; equal content has the same path. It is there within the context."""
+    files = {CONFIG_NAME: bytearray(config), WEIGHTS_NAME: bytearray(weights)}
+    path = _root() / digest_of(files)[:32]
+    _users[path] += 1
+    try:
+        if _users[path] == 1:
+            path.mkdir(exist_ok=True)
+            for name, content in files.items():
+                (path / name).write_bytes(content)
+        yield str(path)
+    finally:
+        _users[path] -= 1
+        if not _users[path]:
+            del _users[path]
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def on_disk(request: Any) -> Iterator[Any]:
+    """The LoRARequest with a path, as vLLM's own class; the same request if it is one. Raises AdapterError."""
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    tensors = getattr(request, "lora_tensors", None)
+    if tensors is None:
+        yield request if type(request) is lora_request else plain(request)
+        return
+    with directory_of(*_files_of(request, tensors)) as path:
+        yield plain(request, lora_path=path)
+
+
+def plain(request: Any, **changes: Any) -> Any:
+    """A LoRARequest of vLLM's own class: processes that know no other would get one without its name or path."""
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    values = {name: getattr(request, name) for name in lora_request.__struct_fields__}
+    return lora_request(**{**values, **changes})
+
+
+def _files_of(request: Any, tensors: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    from safetensors.torch import save
+
+    config: Any = getattr(request, "peft_config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(config, Mapping) or not isinstance(tensors, Mapping):
+        raise adapter_error(
+            repr(request.lora_name),
+            [
+                f"a request with lora_tensors needs peft_config, the content of {CONFIG_NAME} as a mapping, got "
+                f"{type(config).__name__}; lora_tensors must be a mapping of names to tensors, got "
+                f"{type(tensors).__name__}"
+            ],
+        )
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        return json.dumps(dict(config), default=_as_json).encode(), save(own, metadata={"format": "pt"})
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"adapter {request.lora_name!r}: peft_config cannot be written as JSON ({error})") from error
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value)
+    raise TypeError(f"{value!r} of type {type(value).__name__}")

@@ -1,0 +1,314 @@
+"""The table of vLLM's symbols that we rely on, with the parameters and attributes of each."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hook:
+    """`symbol` is `module:attribute.path`.
+
+    `parameters` must appear in its signature in this order; it must set `sets` on its `self`; `device` ("cpu", "cuda")
+    is the only one that needs it; where `unless` exists the hook is not needed (a diff in patches/ offers another way).
+    """
+
+    symbol: str
+    parameters: tuple[str, ...] | None = None
+    device: str | None = None
+    sets: tuple[str, ...] = ()
+    unless: str | None = None
+
+
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
+_WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
+_MANAGER = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
+_LINEAR = "vllm.model_executor.layers.linear"
+_CACHE = "vllm.utils.cache:LRUCache"
+_SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+_ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
+_SYNC = "vllm.v1.engine.llm_engine:LLMEngine"
+_OUTPUT = "vllm.v1.engine.output_processor"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
+_WRAPPER = "vllm.compilation.cuda_graph:CUDAGraphWrapper"
+_ADMISSION = f"{_SERVING}.admit_lora"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_SPEECH = "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing"
+_ORDERED = "vllm.v1.worker.utils:encoder_inputs_in_batch_order"
+
+_CONFIG = (
+    Hook(f"{_ARGS}.add_cli_args", ("parser",)),
+    Hook(f"{_ARGS}.from_cli_args", ("args",)),
+    Hook(f"{_ARGS}.create_engine_config", ("self",)),
+    Hook(f"{_ARGS}.additional_config"),
+    Hook(f"{_ARGS}.enable_lora"),
+    Hook("vllm.envs:VLLM_USE_RUST_FRONTEND"),
+    Hook("vllm.config:VllmConfig.additional_config"),
+    Hook("vllm.config:VllmConfig.lora_config"),
+    Hook("vllm.config:VllmConfig.model_config"),
+    Hook("vllm.config:ModelConfig.is_encoder_decoder"),
+    Hook("vllm.config.lora:LoRAConfig.fully_sharded_loras"),
+    Hook("vllm.config.lora:LoRAConfig.max_lora_rank"),
+    Hook("vllm.config:get_current_vllm_config_or_none", ()),
+    Hook("vllm.platforms.interface:Platform.device_type"),
+    Hook("vllm.platforms.cpu:CpuPlatform.check_and_update_config", ("vllm_config",), "cpu"),
+)
+_WORKER_SIDE = (
+    Hook(
+        "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        unless="vllm.lora.worker_manager:set_worker_lora_manager_factory",
+    ),
+    Hook(f"{_MIXIN}.load_lora_model", ("self", "model", "vllm_config", "device"), sets=("lora_manager",)),
+    Hook(f"{_MIXIN}.add_lora", ("self", "lora_request")),
+    Hook(f"{_MIXIN}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_WORKER}.__init__", ("self", "vllm_config", "device"), sets=("lora_config",)),
+    Hook(f"{_WORKER}._manager_cls"),
+    Hook(f"{_WORKER}.create_lora_manager", ("self", "model", "vllm_config"), sets=("_adapter_manager",)),
+    Hook(f"{_WORKER}._load_adapter", ("self", "lora_request")),
+    Hook(f"{_WORKER}._apply_adapters", ("self", "lora_requests")),
+    Hook(f"{_WORKER}.add_adapter", ("self", "lora_request")),
+    Hook(f"{_WORKER}.remove_adapter", ("self", "adapter_id")),
+    Hook(f"{_WORKER}.set_active_adapters", ("self", "requests", "mapping")),
+    Hook(f"{_WORKER}.add_dummy_lora", ("self", "lora_request", "rank")),
+    Hook(f"{_WORKER}.get_dummy_lora_warmup_rank", ("self", "default_rank")),
+    Hook(
+        f"{_MANAGER}.__init__",
+        ("self", "model", "max_num_seqs", "max_num_batched_tokens", "lora_config", "device", "vllm_config"),
+        sets=(
+            "model",
+            "device",
+            "lora_config",
+            "_registered_adapters",
+            "_active_adapters",
+            "lora_index_to_id",
+            "packed_modules_mapping",
+        ),
+    ),
+    Hook(f"{_MANAGER}._create_lora_modules", ("self",)),
+    Hook(
+        f"{_MANAGER}._init_punica_wrapper",
+        ("self", "max_num_batched_tokens", "vllm_config"),
+        sets=("supports_mm", "punica_wrapper_mapping"),
+    ),
+    Hook(f"{_MANAGER}._match_target_modules", ("self", "module_name")),
+    Hook(f"{_MANAGER}.capacity"),
+    Hook(f"{_MANAGER}.lora_slots"),
+    Hook(f"{_MANAGER}.__len__", ("self",)),
+    Hook(f"{_MANAGER}.get_adapter", ("self", "adapter_id")),
+    Hook(f"{_MANAGER}.add_adapter", ("self", "lora")),
+    Hook(f"{_MANAGER}.remove_adapter", ("self", "adapter_id")),
+    Hook(f"{_MANAGER}.remove_oldest_adapter", ("self",)),
+    Hook(f"{_MANAGER}.activate_adapter", ("self", "lora_id")),
+    Hook(f"{_MANAGER}._deactivate_adapter", ("self", "lora_id")),
+    Hook(f"{_MANAGER}._add_adapter", ("self", "lora")),
+    Hook(f"{_MANAGER}.set_adapter_mapping", ("self", "mapping")),
+    Hook(f"{_MANAGER}._set_adapter_mapping", ("self", "mapping")),
+    Hook(f"{_MANAGER}.remove_all_adapters", ("self",)),
+    Hook(f"{_MANAGER}.create_dummy_lora", ("self", "lora_id", "rank", "embedding_modules")),
+    Hook(f"{_CACHE}.cache"),
+    Hook(f"{_CACHE}.touch", ("self", "key")),
+    Hook(f"{_CACHE}.remove_oldest", ("self",)),
+    Hook(f"{_CACHE}._on_remove", ("self", "key", "value")),
+    Hook("vllm.lora.layers:LoRAMapping.index_mapping"),
+    Hook("vllm.lora.layers:LoRAMapping.type"),
+    Hook("vllm.lora.layers:LoRAMappingType.LANGUAGE"),
+    Hook("vllm.lora.utils:get_adapter_absolute_path", ("lora_path",)),
+    Hook("vllm.lora.request:LoRARequest.lora_name"),
+    Hook("vllm.lora.request:LoRARequest.name"),
+    Hook("vllm.lora.request:LoRARequest.lora_int_id"),
+    Hook("vllm.lora.request:LoRARequest.lora_path"),
+    Hook("vllm.lora.request:LoRARequest.base_model_name"),
+    Hook("vllm.lora.request:LoRARequest.load_inplace"),
+    Hook("vllm.model_executor.models.utils:WeightsMapper._map_name", ("self", "key")),
+    Hook("vllm.model_executor.models.utils:WeightsMapper._map_name_with_shard", ("self", "key")),
+    Hook("vllm.model_executor.models.utils:WeightsMapper.orig_to_new_stacked"),
+    Hook("vllm.model_executor.models.utils:WeightsMapper.orig_to_new_substr"),
+    Hook("vllm.forward_context:set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled")),
+    Hook("vllm.distributed.parallel_state:get_pp_group", ()),
+    Hook("vllm.distributed.parallel_state:get_tensor_model_parallel_world_size", ()),
+    Hook("vllm.distributed.communication_op:tensor_model_parallel_all_reduce", ("input_",)),
+    Hook("vllm.config:ModelConfig.uses_mrope"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.language_model"),
+    Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
+)
+_LAYERS = (
+    Hook(
+        f"{_LINEAR}:LinearBase.__init__",
+        ("self", "input_size", "output_size", "skip_bias_add", "params_dtype", "quant_config"),
+        sets=("input_size", "output_size", "skip_bias_add", "params_dtype", "quant_method", "tp_rank"),
+    ),
+    Hook(
+        f"{_LINEAR}:ColumnParallelLinear.__init__",
+        ("self", "input_size", "output_size", "bias"),
+        sets=("output_partition_sizes", "bias"),
+    ),
+    Hook(f"{_LINEAR}:MergedColumnParallelLinear.__init__", ("self", "output_sizes"), sets=("output_sizes",)),
+    Hook(
+        f"{_LINEAR}:QKVParallelLinear.__init__",
+        ("self", "head_size", "total_num_heads", "total_num_kv_heads"),
+        sets=("head_size", "total_num_heads", "total_num_kv_heads", "v_head_size", "num_kv_head_replicas"),
+    ),
+    Hook(
+        f"{_LINEAR}:RowParallelLinear.__init__",
+        ("self", "input_size", "output_size", "input_is_parallel"),
+        sets=("input_size_per_partition", "output_partition_sizes", "input_is_parallel", "bias"),
+    ),
+    Hook(f"{_LINEAR}:ReplicatedLinear.__init__", ("self", "input_size"), sets=("output_partition_sizes", "bias")),
+    Hook(f"{_LINEAR}:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
+    Hook(f"{_LINEAR}:UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
+    Hook(f"{_LINEAR}:UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
+    Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
+    Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
+    Hook("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled"),
+    Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "cpu"),
+    Hook("vllm.model_executor.layers.utils:cpu_unquantized_gemm", ("layer", "x", "weight", "bias"), "cpu"),
+    Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch", ("self", "num_tokens"), "cuda"),
+    Hook(f"{_GRAPHS}.dispatch", ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"), "cuda"),
+    Hook(f"{_GRAPHS}.__init__", ("self",), "cuda", sets=("_graphs_captured",)),
+    Hook(f"{_GRAPHS}.run_fullgraph", ("self", "desc"), "cuda"),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor.num_tokens", None, "cuda"),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor.num_active_loras", None, "cuda"),
+    Hook(f"{_WRAPPER}.__call__", ("self",), "cuda"),
+    Hook(f"{_WRAPPER}.__init__", ("self",), "cuda", sets=("runtime_mode", "concrete_cudagraph_entries")),
+    Hook("vllm.compilation.cuda_graph:CUDAGraphEntry.cudagraph", None, "cuda"),
+    Hook("vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled", (), "cuda"),
+    Hook("vllm.forward_context:is_forward_context_available", (), "cuda"),
+    Hook("vllm.forward_context:get_forward_context", (), "cuda"),
+    Hook("vllm.forward_context:ForwardContext.cudagraph_runtime_mode", None, "cuda"),
+    Hook("vllm.forward_context:ForwardContext.batch_descriptor", None, "cuda"),
+    Hook("vllm.forward_context:BatchDescriptor.num_tokens", None, "cuda"),
+    Hook("vllm.forward_context:BatchDescriptor.num_active_loras", None, "cuda"),
+    Hook("vllm.config:CUDAGraphMode.NONE", None, "cuda"),
+    Hook("vllm.config:CompilationConfig.cudagraph_mode", None, "cuda"),
+    Hook("vllm.config:CompilationConfig.max_cudagraph_capture_size"),
+    Hook("vllm.config:VllmConfig.compilation_config"),
+    Hook("vllm.config:VllmConfig.speculative_config", None, "cuda"),
+    Hook("vllm.config:ParallelConfig.data_parallel_size", None, "cuda"),
+    Hook("vllm.config:ParallelConfig.use_ubatching", None, "cuda"),
+)
+_ENGINES = (
+    Hook(f"{_ASYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),
+    Hook(f"{_ASYNC}.add_lora", ("self", "lora_request")),
+    Hook(f"{_ASYNC}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_ASYNC}.sleep", ("self", "level")),
+    Hook(f"{_SYNC}.sleep", ("self", "level")),
+    Hook(f"{_ASYNC}.__init__", ("self", "vllm_config"), sets=("vllm_config", "output_processor")),
+    Hook(f"{_SYNC}.add_request", ("self", "request_id", "prompt", "params", "lora_request")),
+    Hook(f"{_SYNC}.add_lora", ("self", "lora_request")),
+    Hook(f"{_SYNC}.remove_lora", ("self", "lora_id")),
+    Hook(f"{_SYNC}.__init__", ("self", "vllm_config"), sets=("vllm_config",)),
+    Hook("vllm.v1.engine:EngineCoreRequest.lora_request"),
+    Hook(f"{_OUTPUT}:OutputProcessor.__init__", ("self",), sets=("request_states",)),
+    Hook(f"{_OUTPUT}:RequestState.__init__", ("self",), sets=("lora_name", "lora_request", "queue", "detokenizer")),
+    Hook("vllm.v1.metrics.loggers:PrometheusStatLogger.__init__", ("self", "vllm_config"), sets=("gauge_lora_info",)),
+    Hook(f"{_OUTPUT}:OutputProcessor.process_outputs", ("self", "engine_core_outputs")),
+    Hook(f"{_OUTPUT}:RequestOutputCollector.put", ("self", "output")),
+    Hook("vllm.entrypoints.llm:LLM._run_engine", ("self",)),
+    Hook("vllm.entrypoints.llm:LLM._run_tiling_engine", ("self",)),
+    Hook(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    Hook("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
+    Hook("vllm.v1.core.sched.scheduler:Scheduler.__init__", ("self",), sets=("requests", "kv_cache_manager")),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", ("self", "request_id")),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks", ("self", "block_ids")),
+    Hook("vllm.v1.request:RequestStatus.FINISHED_ERROR"),
+    Hook("vllm.v1.request:Request.get_finished_reason", ("self",)),
+    Hook("vllm.v1.request:Request.take_events", ("self",)),
+    Hook("vllm.v1.engine:EngineCoreOutput.stop_reason"),
+    Hook("vllm.v1.engine:EngineCoreOutput.pooling_output"),
+    Hook("vllm.v1.engine:EngineCoreOutputs.outputs"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output")),
+    Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self",)),
+    Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
+)
+_SERVER = (
+    Hook(
+        f"{_SERVING}.__init__",
+        ("self", "engine_client"),
+        sets=(
+            "engine_client",
+            "lora_requests",
+            "lora_id_counter",
+            "lora_resolvers",
+            "lora_resolver_lock",
+            "model_config",
+            "static_lora_modules",
+        ),
+    ),
+    Hook(f"{_SERVING}.load_lora_adapter", ("self", "request", "base_model_name")),
+    Hook(f"{_SERVING}.unload_lora_adapter", ("self", "request")),
+    Hook(f"{_SERVING}.resolve_lora", ("self", "lora_name")),
+    Hook(f"{_SERVING}.model_name", ("self", "lora_request")),
+    Hook(f"{_SERVING}.is_base_model", ("self", "model_name")),
+    Hook(f"{_SERVING}.show_available_models", ("self",)),
+    Hook(f"{_SERVING}.init_static_loras", ("self",)),
+    Hook(f"{_SERVING}._check_load_lora_adapter_request", ("self", "request"), unless=_ADMISSION),
+    Hook(f"{_SERVING}._check_unload_lora_adapter_request", ("self", "request")),
+    Hook(
+        "vllm.entrypoints.openai.models.serving:create_error_response",
+        ("message", "err_type", "status_code"),
+    ),
+    Hook("vllm.entrypoints.launchers.app:init_entrypoints_middleware", ("args", "app", "supported_tasks")),
+    Hook("vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware"),
+    Hook("vllm.entrypoints.serve.exception_handling.error_response:sanitize_message", ("message",)),
+    Hook("vllm.entrypoints.serve.exception_handling.handlers.http:sanitize_message", ("message",)),
+    Hook("vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message", ("message",)),
+    Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_name"),
+    Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_path"),
+    Hook("vllm.entrypoints.serve.lora.protocol:UnloadLoRAAdapterRequest.lora_name"),
+    Hook("vllm.entrypoints.openai.models.protocol:LoRAModulePath.path"),
+    Hook("vllm.entrypoints.serve.lora.api_router:attach_router", ("app",)),
+    Hook("vllm.envs:VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    Hook("vllm.utils.counter:AtomicCounter.inc", ("self", "num")),
+    Hook("vllm.lora.resolver:LoRAResolver.resolve_lora", ("self", "base_model_name", "lora_name")),
+    Hook("vllm.lora.resolver:LoRAResolverRegistry"),
+    Hook("vllm.lora.resolver:_LoRAResolverRegistry.resolvers"),
+    Hook("vllm.lora.resolver:_LoRAResolverRegistry.register_resolver", ("self", "resolver_name", "resolver")),
+)
+# What encoder-decoder models need beside: modules that other engines need not import.
+ENCODER_HOOKS = (
+    Hook("vllm.config:ModelConfig.architecture"),
+    Hook("vllm.config:VllmConfig.use_v2_model_runner"),
+    Hook("vllm.config.lora:LoRAConfig.enable_tower_connector_lora"),
+    Hook("vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier", ("self", "mm_hash", "lora_request")),
+    Hook(f"{_WORKER}.supports_tower_connector_lora", ("self",)),
+    Hook("vllm.lora.layers:LoRAMappingType.TOWER"),
+    Hook("vllm.lora.layers:LoRAMappingType.CONNECTOR"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.from_string_field"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.tower_model"),
+    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.connector"),
+    Hook(
+        "vllm.model_executor.models.interfaces:SupportsMultiModal.get_mm_lora_token_counts",
+        ("self", "modality", "mm_kwargs", "num_mm_embeds"),
+    ),
+    Hook("vllm.model_executor.models.whisper:WhisperForConditionalGeneration.embed_multimodal", ("self",)),
+    Hook("vllm.model_executor.models.whisper:WhisperModel.forward", ("self", "positions", "encoder_outputs")),
+    Hook(
+        "vllm.model_executor.models.whisper:WhisperCrossAttention.forward",
+        ("self", "hidden_states", "encoder_hidden_states"),
+    ),
+    Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_encoder_inputs"),
+    Hook(f"{_RUNNER}._execute_mm_encoder", ("self", "scheduler_output")),
+    Hook(f"{_RUNNER}._batch_mm_inputs_from_scheduler", ("self", "scheduler_output"), unless=_ORDERED),
+    Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch")),
+    Hook("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids"),
+    Hook("vllm.v1.worker.gpu.input_batch:InputBatch.req_ids"),
+    Hook(
+        "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
+        ("model", "lora_manager", "scheduled_encoder_inputs"),
+        unless=_ORDERED,
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.encoder_decoder:EncoderDecoderModelState.prepare_inputs_embeds",
+        ("self", "scheduled_encoder_inputs", "input_batch", "req_states"),
+    ),
+    Hook(f"{_SPEECH}._preprocess_speech_to_text", ("self", "request", "audio_data", "request_id")),
+    Hook(f"{_SPEECH}._detect_language", ("self", "audio_chunk", "request_id")),
+    Hook(f"{_SPEECH}._maybe_get_adapters", ("self", "request")),
+    Hook(f"{_ASYNC}.generate", ("self", "prompt", "sampling_params", "request_id", "lora_request")),
+    Hook(f"{_ASYNC}.abort", ("self", "request_id")),
+)
+COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER
+HOOKS = COMMON_HOOKS + ENCODER_HOOKS

@@ -1,0 +1,85 @@
+"""What others read of an engine: adapters by the name that clients use, and no series that grows for ever.
+
+Inside, an adapter is `name@digest`. Schedulers and routers around a fleet (llm-d, AIBrix, Dynamo) look for the client's
+name in `vllm:lora_requests_info` and in KV-cache events. That metric has a series for every set of adapters that ever
+ran together, of which they read the newest; the oldest are dropped.
+"""
+
+import importlib
+import os
+from collections import OrderedDict
+from typing import Any
+
+from flora_vllm.plugin.handed import plain
+from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.identity import plain_name
+from flora_vllm.plugin.preload import NAMED
+
+# One scrape apart, and all engines of a data-parallel group.
+KEPT_SERIES = 64
+
+
+def name_events() -> None:
+    """KV-cache events carry the plain name; the engine's own keys use `lora_name`, not `name`."""
+    if offers(NAMED):
+        return
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    lora_request.name = property(lambda self: plain_name(self.lora_name))
+
+
+def name_metrics() -> None:
+    """A request's state, from which metrics and outputs are made, has the plain name."""
+    _bound_series()
+    if offers(NAMED):
+        return
+    state = importlib.import_module("vllm.v1.engine.output_processor").RequestState
+    init = state.__init__
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.flora_identity = self.lora_name
+        if self.lora_name is not None and plain_name(self.lora_name) != self.lora_name:
+            self.lora_name = plain_name(self.lora_name)
+            self.lora_request = plain(self.lora_request, lora_name=self.lora_name)
+
+    initialise.__wrapped__ = init  # pyright: ignore[reportFunctionMemberAccess]
+    state.__init__ = initialise
+
+
+def identity_of(state: Any) -> str | None:
+    """The identity of the adapter of a request's state."""
+    if hasattr(state, "flora_identity"):
+        return state.flora_identity
+    return None if state.lora_request is None else state.lora_request.lora_name
+
+
+class NewestSeries:
+    """A Prometheus gauge of which only the series set last are kept."""
+
+    def __init__(self, gauge: Any, most: int = KEPT_SERIES) -> None:
+        self._gauge, self._most = gauge, most
+        self._used: OrderedDict[tuple[str, ...], None] = OrderedDict()
+
+    def labels(self, **labels: Any) -> Any:
+        series = tuple(str(labels[name]) for name in self._gauge._labelnames)
+        self._used[series] = None
+        self._used.move_to_end(series)
+        while len(self._used) > self._most:
+            oldest, _ = self._used.popitem(last=False)
+            self._gauge.remove(*oldest)
+        return self._gauge.labels(*series)
+
+
+def _bound_series() -> None:
+    logger = importlib.import_module("vllm.v1.metrics.loggers").PrometheusStatLogger
+    init = logger.__init__
+
+    def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        gauge = self.gauge_lora_info
+        # Several server processes write into one file each, from which Prometheus' client cannot remove.
+        if hasattr(gauge, "remove") and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            self.gauge_lora_info = NewestSeries(gauge)
+
+    initialise.__wrapped__ = init  # pyright: ignore[reportFunctionMemberAccess]
+    logger.__init__ = initialise

@@ -1,0 +1,172 @@
+"""A step that could not serve its adapters fails their requests, not the engine.
+
+vLLM ends its engine when a step raises, and with it everybody's requests. So a fault of ours travels beside the step's
+output: the worker notes it on the output, the scheduler finishes the requests that use an adapter with an error
+instead of the tokens sampled for them, and whoever waits for one of them gets a StepError. What those requests left in
+the prefix cache is evicted: it is not their adapter's.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flora_vllm.errors import StepError
+
+logger = logging.getLogger(__name__)
+
+_FAULT = "_flora_fault"  # on a step's output, on its way from the worker to the scheduler
+_OFFLINE = "_flora_errors"  # of requests that nobody waits for in a queue, on the output processor
+_MARK = "flora-vllm: "  # what such an error's reason begins with, on its way to the request
+
+
+@dataclass(frozen=True)
+class StepFault:
+    """Why a step's output may not be used, for the requests of these adapters (by id); None: of any adapter."""
+
+    reason: str
+    adapters: frozenset[int] | None = None
+
+
+@functools.cache
+def note_on_outputs() -> None:
+    """Have the workers of this process note on a step's output why it may not be used."""
+    worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+    pipeline = importlib.import_module("vllm.distributed.parallel_state").get_pp_group
+
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
+            is_last = pipeline().is_last_rank
+            # A step in two parts (run the model, then sample) is judged with its second.
+            if (output is None and is_last) or not hasattr(manager, "take_fault"):
+                return output
+            fault = manager.take_fault()
+            if fault is not None and not is_last:
+                raise StepError(fault.reason)  # what it hands on cannot be marked, and must not be used
+            if fault is not None:
+                _note(output, fault)
+            return output
+
+        return run
+
+    worker.execute_model, worker.sample_tokens = noting(worker.execute_model), noting(worker.sample_tokens)
+
+
+def _note(output: Any, fault: StepFault) -> None:
+    """Mark a step's output, or what will make it once the device is done."""
+    if not hasattr(output, "get_output"):
+        setattr(output, _FAULT, fault)
+        return
+    get_output = output.get_output
+
+    def get_noted() -> Any:
+        made = get_output()
+        setattr(made, _FAULT, fault)
+        return made
+
+    output.get_output = get_noted
+
+
+def install_scheduler_side() -> None:
+    """Have the scheduler end the requests of a noted step."""
+    scheduler = importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler
+    update = scheduler.update_from_output
+
+    @functools.wraps(update)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        fault: StepFault | None = getattr(model_runner_output, _FAULT, None)
+        failed = [] if fault is None else _fail(self, scheduler_output.num_scheduled_tokens, fault)
+        outputs = update(self, scheduler_output, model_runner_output)
+        for request in failed:
+            _deliver(outputs, request, "" if fault is None else fault.reason)
+        return outputs
+
+    scheduler.update_from_output = update_from_output
+
+
+def install_request_side() -> None:
+    """Have whoever waits for a request that was ended so get the error: in its queue, or from the offline LLM."""
+    processor = importlib.import_module("vllm.v1.engine.output_processor").OutputProcessor
+    process = processor.process_outputs
+
+    @functools.wraps(process)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        failed = _failed_states(self.request_states, engine_core_outputs)
+        processed = process(self, engine_core_outputs, *args, **kwargs)
+        for state, error in failed:
+            if state.queue is not None:
+                state.queue.put(error)
+            else:
+                self.__dict__.setdefault(_OFFLINE, []).append(error)
+        return processed
+
+    processor.process_outputs = process_outputs
+    llm: Any = importlib.import_module("vllm.entrypoints.llm").LLM
+    llm._run_engine = _raising(llm._run_engine)
+    llm._run_tiling_engine = _raising(llm._run_tiling_engine)  # pooling requests have a loop of their own
+
+
+def _raising(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The offline LLM's loop over its engine's steps; raises the first fault when all requests are done."""
+
+    @functools.wraps(run)
+    def run_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = run(self, *args, **kwargs)
+        errors = self.llm_engine.output_processor.__dict__.pop(_OFFLINE, [])
+        if errors:
+            raise errors[0]
+        return outputs
+
+    return run_all
+
+
+def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> list[Any]:
+    """Finish the step's requests that the fault is of; before the scheduler would take their tokens."""
+    status = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ERROR
+    known = [scheduler.requests[name] for name in scheduled if name in scheduler.requests]
+    failing = [
+        request.request_id
+        for request in known
+        if request.lora_request is not None
+        and (fault.adapters is None or request.lora_request.lora_int_id in fault.adapters)
+    ]
+    blocks = {block for name in failing for group in scheduler.kv_cache_manager.get_block_ids(name) for block in group}
+    scheduler.kv_cache_manager.evict_blocks(blocks)
+    failed = scheduler.finish_requests(failing, status)
+    logger.error("%d requests of a step with adapters were ended with an error: %s", len(failed), fault.reason)
+    return failed
+
+
+def _deliver(outputs: dict[int, Any], request: Any, reason: str) -> None:
+    engine = importlib.import_module("vllm.v1.engine")
+    output = engine.EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        stop_reason=_MARK + reason,
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )
+    if request.client_index not in outputs:
+        outputs[request.client_index] = engine.EngineCoreOutputs(outputs=[])
+    outputs[request.client_index].outputs.append(output)
+
+
+def _failed_states(states: Mapping[str, Any], outputs: Sequence[Any]) -> list[tuple[Any, StepError]]:
+    """(state, error) of each request that these outputs end with a fault of ours."""
+    failed = []
+    for output in outputs:
+        state, reason = states.get(output.request_id), output.stop_reason
+        if state is None or not (isinstance(reason, str) and reason.startswith(_MARK)):
+            continue
+        if state.detokenizer is None:  # a pooling request: without a result it cannot be finished
+            output.pooling_output = torch.empty(0)
+        failed.append((state, StepError(reason.removeprefix(_MARK))))
+    return failed

@@ -1,0 +1,86 @@
+"""One run of the model at start, to see which layers run on a step's rows, and which on others or never.
+
+A layer that runs on part of the batch (a head on pooled rows, an expert, a projection within a recurrence) or whose
+weight is used without a call (absorbed, fused) cannot be given an adapter by row; found out in traffic it would fail
+requests, or leave an adapter out. vLLM's own profile run does the same before there is a cache: attention returns
+zeros, everything else is computed.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.forward_context import set_forward_context
+
+logger = logging.getLogger(__name__)
+
+TOKENS = 5
+
+
+def run_once(model: Any, vllm_config: Any, device: torch.device) -> None:
+    """Run `model` on TOKENS tokens, uncompiled and without attention metadata. Raises what the model raises."""
+    positions = torch.arange(TOKENS, device=device)
+    if vllm_config.model_config.uses_mrope:
+        positions = positions.expand(3, -1)
+    first = get_pp_group().is_first_rank
+    intermediate = None
+    if not first:
+        intermediate = model.make_empty_intermediate_tensors(
+            batch_size=TOKENS, dtype=vllm_config.model_config.dtype, device=device
+        )
+    with torch.inference_mode(), set_forward_context(None, vllm_config, num_tokens=TOKENS, skip_compiled=True):
+        model(
+            input_ids=torch.zeros(TOKENS, dtype=torch.int64, device=device) if first else None,
+            positions=positions,
+            intermediate_tensors=intermediate,
+            inputs_embeds=None,
+        )
+
+
+@contextmanager
+def watched(layers: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """Within it, layer name -> the numbers of rows of its calls."""
+    rows: dict[str, list[int]] = {name: [] for name in layers}
+    methods = {name: module.quant_method for name, module in layers.items()}
+
+    def watching(name: str, apply: Any) -> Any:
+        def watched_apply(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            rows[name].append(x.numel() // x.shape[-1])
+            return apply(layer, x, *args, **kwargs)
+
+        return watched_apply
+
+    try:
+        for name, module in layers.items():
+            module.quant_method = _copy_with(methods[name], watching(name, methods[name].apply))
+        yield rows
+    finally:
+        for name, module in layers.items():
+            module.quant_method = methods[name]
+
+
+def _copy_with(method: Any, apply: Any) -> Any:
+    changed = copy.copy(method)
+    changed.apply = apply
+    return changed
+
+
+def layers_elsewhere(layers: Mapping[str, Any], model: Any, vllm_config: Any, device: torch.device) -> dict[str, str]:
+    """Layer name -> why it cannot be adapted, for those that do not run on exactly a step's rows."""
+    with watched(layers) as rows:
+        try:
+            run_once(model, vllm_config, device)
+        except Exception as error:  # noqa: BLE001 - models differ in what they take; steps are judged as they come
+            logger.info("the model could not be tried at start (%s: %s)", type(error).__name__, error)
+            return {}
+    found = {}
+    for name, counts in rows.items():
+        if not counts:
+            found[name] = "the model never calls it: its weight is used in another way, where no adapter would follow"
+        elif set(counts) != {TOKENS}:
+            found[name] = "it runs on other rows than a step's tokens, where adapters cannot follow"
+    return found

@@ -1,0 +1,118 @@
+"""`POST /v1/load_lora_adapter` with the adapter itself in place of a path: multipart/form-data.
+
+Parts: `lora_name`, `config` (adapter_config.json), `weights` (adapter_model.safetensors), optionally `load_inplace`.
+The files become a directory that only this process made; then vLLM's own route answers, as for any path. Only
+safetensors is read. It works where loading by request is on (VLLM_ALLOW_RUNTIME_LORA_UPDATING), behind the same key.
+"""
+
+import importlib
+import json
+from typing import Any
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.plugin.handed import directory_of
+from flora_vllm.plugin.preload import options_of_engine
+
+ROUTE = "/v1/load_lora_adapter"
+_FORM = b"multipart/form-data"
+_PARTS = ("lora_name", "config", "weights")
+
+
+class TooLargeError(AdapterError):
+    """More bytes than an upload may have."""
+
+
+def install() -> None:
+    """Every server app that gets vLLM's load route also gets ours in front of it."""
+    router: Any = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
+    attach = router.attach_router
+
+    def attach_router(app: Any) -> None:
+        attach(app)
+        if importlib.import_module("vllm.envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            app.add_middleware(AdapterUploads)
+
+    attach_router.__wrapped__ = attach
+    router.attach_router = attach_router
+
+
+class AdapterUploads:
+    """ASGI middleware."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        options = self._options(scope)
+        if options is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            fields, config, weights = await _read(scope, receive, options.max_upload_bytes)
+        except AdapterError as error:
+            await _refuse(error)(scope, receive, send)
+            return
+        with directory_of(config, weights) as path:
+            body = json.dumps({**fields, "lora_path": path}).encode()
+            headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", b"content-length")]
+            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+
+            async def once() -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            await self._app({**scope, "headers": headers}, once, send)
+
+    @staticmethod
+    def _options(scope: Any) -> Any:
+        """The engine's options if this is an upload to an engine with FLoRA."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(ROUTE):
+            return None
+        if not dict(scope["headers"]).get(b"content-type", b"").lower().startswith(_FORM):
+            return None
+        return options_of_engine(getattr(scope["app"].state, "engine_client", None))
+
+
+async def _read(scope: Any, receive: Any, most: int) -> tuple[dict[str, Any], bytes, bytes]:
+    """(fields of vLLM's own request, config, weights). Raises AdapterError."""
+    requests = importlib.import_module("starlette.requests")
+    exceptions = importlib.import_module("starlette.exceptions")
+    taken = 0
+
+    async def counted() -> Any:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > most:
+            raise TooLargeError(
+                f"the upload has more than {most} bytes; give the server a path, or start it with a larger "
+                "--flora-max-upload-bytes"
+            )
+        return message
+
+    try:
+        async with requests.Request(scope, counted).form(max_files=2, max_fields=4) as form:
+            missing = [part for part in _PARTS if part not in form]
+            unknown = sorted(set(form) - {*_PARTS, "load_inplace"})
+            if missing or unknown:
+                raise AdapterError(
+                    f"an upload has the parts {', '.join(_PARTS)} and may have load_inplace; missing: {missing}, "
+                    f"unknown: {unknown}"
+                )
+            fields = {
+                "lora_name": str(form["lora_name"]),
+                "load_inplace": str(form.get("load_inplace", "false")).lower() in ("1", "true"),
+            }
+            return fields, await _content(form["config"]), await _content(form["weights"])
+    except exceptions.HTTPException as error:
+        raise AdapterError(f"the upload is no multipart/form-data: {error.detail}") from error
+
+
+async def _content(part: Any) -> bytes:
+    return part.encode() if isinstance(part, str) else await part.read()
+
+
+def _refuse(error: AdapterError) -> Any:
+    responses = importlib.import_module("starlette.responses")
+    status = 413 if isinstance(error, TooLargeError) else 400
+    content = {"error": {"message": str(error), "type": "BadRequestError", "param": None, "code": status}}
+    return responses.JSONResponse(content, status_code=status)
