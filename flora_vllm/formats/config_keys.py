@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flora_vllm.formats import activation
 from flora_vllm.formats.limits import MAX_NAME_LETTERS, shown
 from flora_vllm.formats.patterns import all_speak_re, speaks_re
 
@@ -108,6 +109,7 @@ TARGETS: Mapping[str, Key] = {
     "exclude_modules": OPTIONAL_MODULES,
     "fan_in_fan_out": BOOLEAN,
     "modules_to_save": NOTHING,
+    activation.KEY: Key(activation.ALLOWED, activation.is_invocation),
 }
 LAYER_SUBSET: Mapping[str, Key] = {"layers_to_transform": LAYERS, "layers_pattern": LAYERS_PATTERN}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import hooks, mistakes
+from flora_vllm.plugin import activation, hooks, mistakes
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -37,6 +37,7 @@ def install_worker_side() -> None:
     _once("op", lambda: importlib.import_module("flora_vllm.layers"))
     _once("worker manager", _replace_worker_manager)
     _once("experts", _build_experts_without_lora)
+    _once("block keys", activation.key_blocks_by_first_token)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
     else:

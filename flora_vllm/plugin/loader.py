@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,33 @@ _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 RETIRED_COPIES = 64
 
 
+@dataclass(frozen=True, eq=False)
+class CutAdapter:
+    """An adapter for one worker: its rank, layer name -> slot contents, and from which sequence on it applies."""
+
+    rank: int
+    layers: CompactLayers
+    invocation_tokens: tuple[int, ...] | None
+
+
 class AdapterLoader:
     """Reads, checks and cuts adapters for one worker. Owns the copies."""
 
-    def __init__(self, attached: Attached, limits: Limits, model: Any, base: EngineBase) -> None:
+    def __init__(self, attached: Attached, limits: Limits, model: Any, base: EngineBase, *, has_encoder: bool) -> None:
         self._attached = attached
         self._limits = limits
         self._base = base
         self._device = base.device
+        self._has_encoder = has_encoder
         self._layout = model_layout(attached, _renamer(model))
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
 
-    def load(self, adapter_id: int, lora_name: str, path: str, *, fresh: bool) -> tuple[int, CompactLayers]:
-        """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
+    def load(
+        self, adapter_id: int, lora_name: str, path: str, *, fresh: bool, check: Callable[[CutAdapter], None]
+    ) -> CutAdapter:
+        """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
         """
@@ -59,10 +72,11 @@ class AdapterLoader:
         directory, task = split_task(path)
         if copy.is_dir() and not fresh:
             return self._read(name, copy, None, path, task)[1]
-        files, terms = self._read(name, _local(directory), digest, path, task)
+        files, adapter = self._read(name, _local(directory), digest, path, task)
+        check(adapter)
         self._keep(copy, files, name)
         self._retired.pop(adapter_id, None)
-        return terms
+        return adapter
 
     def retire(self, adapter_id: int) -> None:
         """The adapter was unloaded: its copy may go once no request can be on its way any more."""
@@ -79,6 +93,8 @@ class AdapterLoader:
         if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
             faults.append("the directory changed after the server read it; load it again")
         where = f"{name!r} ({shown})"
+        if self._has_encoder and found.adapter is not None and found.adapter.invocation_tokens is not None:
+            faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         # Ranks ask the base together, and keep an adapter together or not at all.
         if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
@@ -89,7 +105,7 @@ class AdapterLoader:
             layers, error = CompactLayers({}), failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
-        return files, (found.adapter.rank, layers)
+        return files, CutAdapter(found.adapter.rank, layers, found.adapter.invocation_tokens)
 
     def _cut(self, where: str, adapter: Adapter) -> CompactLayers:
         modules = self._resolved(where, adapter)
