@@ -313,7 +313,6 @@ def test_what_cannot_be_told_exactly_is_refused(world, engine, oracle, tmp_path)
     woken = Ask(support.prompt(40, seed=2) + INVOCATION + support.prompt(9, seed=3), ask.adapter)
     assert oracle.error(woken, ask_all(engine, [woken])[0][0]) < support.LOGPROB_TOLERANCE
     manager = engine.manager()
-    mapping = SimpleNamespace(index_mapping=(request.lora_int_id,) * 3, prompt_mapping=(request.lora_int_id,))
     with pytest.raises(flora_vllm.errors.StepError, match="without its requests' positions"):
-        engine._runner().lora_manager.base_rows.take(mapping.index_mapping, mapping.prompt_mapping)
+        engine._runner().lora_manager.base_rows.without_base_rows(None, {request.lora_int_id})
     assert manager.get_adapter(request.lora_int_id) is not None

@@ -11,7 +11,8 @@ preemption or speculated tokens cannot move it.
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,20 +97,26 @@ class BaseRows:
         first = first_adapted_token(prompt, invocation)
         return prompt, NEVER if first is None else first
 
-    def take(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The step's adapter ids by row and by sampled row, 0 where the row is the base model's.
+    def without_base_rows(self, mapping: Any, adapters: Collection[int]) -> Any:
+        """The mapping of the step whose batch was noted last, with no adapter where a row is the base model's.
 
-        Raises StepError if an activated adapter has rows and nobody said which: all of them would be wrong.
+        Raises StepError if an activated one is among the step's `adapters` and nobody said which rows are its: all of
+        them would be wrong.
         """
         noted, self._noted = self._noted, None
         if noted is None:
-            if self.invocations.keys() & set(ids):
+            if any(adapter in self.invocations for adapter in adapters):
                 raise StepError(
                     "a step with activated adapters (alora_invocation_tokens) began without its requests' positions; "
                     "please report this with vLLM's start-up log"
                 )
-            return tuple(ids), tuple(prompt_ids)
-        return _without(ids, noted[0]), _without(prompt_ids, noted[1])
+            return mapping
+        rows, samples = noted
+        return replace(
+            mapping,
+            index_mapping=_without(mapping.index_mapping, rows),
+            prompt_mapping=_without(mapping.prompt_mapping, samples),
+        )
 
 
 def _without(ids: Sequence[int], base: torch.Tensor) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -253,8 +253,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         loaded = (self._adapter_manager.get_adapter(request.lora_int_id) for request in requests)
         rehearses = any(adapter is not None and adapter.is_stand_in for adapter in loaded)
         if mapping is not None and mapping.type.name == "LANGUAGE" and not rehearses:
-            ids, prompt_ids = self.base_rows.take(mapping.index_mapping, mapping.prompt_mapping)
-            mapping = replace(mapping, index_mapping=ids, prompt_mapping=prompt_ids)
+            mapping = self.base_rows.without_base_rows(mapping, {request.lora_int_id for request in requests})
         super().set_active_adapters(requests, mapping)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
