@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
+from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
+from flora_vllm.plugin.mixes import Part, decoded
 from flora_vllm.plugin.probe import EngineBase, all_agree
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, resolve
@@ -69,10 +71,16 @@ class AdapterLoader:
         """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
-        directory, task = split_task(path)
-        if copy.is_dir() and not fresh:
-            return self._read(name, copy, None, path, task)[1]
-        files, adapter = self._read(name, _local(directory), digest, path, task)
+        is_kept = copy.is_dir() and not fresh
+        parts = decoded(path)
+        if parts is not None:
+            files, adapter = self._read_mix(name, parts, copy if is_kept else None)
+        else:
+            directory, task = split_task(path)
+            place, digest = (copy, None) if is_kept else (_local(directory), digest)
+            files, adapter = self._read(name, place, digest, path, task)
+        if is_kept:
+            return adapter
         check(adapter)
         self._keep(copy, files, name)
         self._retired.pop(adapter_id, None)
@@ -106,6 +114,43 @@ class AdapterLoader:
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
         return files, CutAdapter(found.adapter.rank, layers, found.adapter.invocation_tokens)
+
+    def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
+        """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""
+        files: dict[str, bytearray] = {}
+        cut: list[CutAdapter] = []
+        for number, part in enumerate(parts):
+            plain, digest = split_identity(part.name)
+            directory, task = split_task(part.path)
+            place, digest = (_local(directory), digest) if copy is None else (copy / str(number), None)
+            part_files, adapter = self._read(plain, place, digest, part.path, task)
+            files |= {f"{number}/{file}": content for file, content in part_files.items()}
+            cut.append(adapter)
+        try:
+            adapter, error = self._mix(name, parts, cut), None
+        except AdapterError as failure:
+            adapter, error = cut[0], failure
+        if not all_agree(error is None, self._device):
+            raise error or adapter_error(repr(name), [_ANOTHER_RANK])
+        return files, adapter
+
+    def _mix(self, name: str, parts: Sequence[Part], cut: Sequence[CutAdapter]) -> CutAdapter:
+        faults = []
+        layers: dict[str, LayerTerms] = {}
+        try:
+            sizes = {name: layout.sizes for name, layout in self._attached.layouts.items()}
+            layers = mixed([(part.weight, adapter.layers) for part, adapter in zip(parts, cut, strict=True)], sizes)
+        except AdapterError as error:
+            faults.append(str(error))
+        if len({adapter.invocation_tokens for adapter in cut}) > 1:
+            faults.append("its parts begin at different tokens (alora_invocation_tokens); mix adapters with the same")
+        faults += mix_faults(layers, self._limits.flora, self._limits.lora)
+        kept = CompactLayers(layers)
+        if not kept.is_finite():
+            faults.append("its weighted values leave the range of the model's dtype; use smaller weights")
+        if faults:
+            raise adapter_error(f"{name!r}, a mix of {', '.join(part.name for part in parts)},", faults)
+        return CutAdapter(sum(adapter.rank for adapter in cut), kept, cut[0].invocation_tokens)
 
     def _cut(self, where: str, adapter: Adapter) -> CompactLayers:
         modules = self._resolved(where, adapter)
@@ -159,6 +204,7 @@ class AdapterLoader:
         unfinished = Path(tempfile.mkdtemp(dir=self._root))
         try:
             for file_name, content in files.items():
+                (unfinished / file_name).parent.mkdir(exist_ok=True)
                 (unfinished / file_name).write_bytes(content)
             shutil.rmtree(copy, ignore_errors=True)
             unfinished.rename(copy)
