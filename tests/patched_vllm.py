@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from patched_activation import activation_results
 from patched_encoder import encoder_results, speech_results
 
 from flora_vllm.errors import AdapterError, ConfigError
@@ -398,6 +399,7 @@ def main() -> None:
         place = Path(name)
         write_adapters(place)
         results = {
+            "activation": activation_results(),
             "encoder": encoder_results(),
             "graphs": graph_results(),
             "options": list(option_results(write_model(place))),

@@ -26,7 +26,7 @@ LORA_CASES: dict[str, tuple[dict, str]] = {
     "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' is [1]"),
     "parameters": ({"target_parameters": ["experts.up"]}, "'target_parameters'"),
     "replication": ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
-    "alora": ({"alora_invocation_tokens": [5]}, "'alora_invocation_tokens'"),
+    "alora": ({"alora_invocation_tokens": [5, -1]}, "'alora_invocation_tokens' is [5, -1]; allowed: null, or a list"),
     "qalora": ({"use_qalora": True, "qalora_group_size": 0}, "'qalora_group_size' is 0"),
     "bdlora": ({"use_bdlora": {"nblocks": 2, "blocks": 3}}, "'use_bdlora' is"),
     "alpha-nan": ({"lora_alpha": float("nan")}, "'lora_alpha' is nan; allowed: a finite number"),

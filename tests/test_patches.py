@@ -256,7 +256,7 @@ def test_hooks_hold_on_patched_vllm_too(reports):
     assert reports[0]["faults"] == reports[1]["faults"] == []
 
 
-@pytest.mark.parametrize("part", ["options", "serving", "preload", "graphs", "encoder", "speech"])
+@pytest.mark.parametrize("part", ["options", "serving", "preload", "graphs", "encoder", "speech", "activation"])
 def test_plugin_does_the_same_through_vllms_hooks_as_by_replacement(reports, part):
     stock, patched = (report["results"][part] for report in reports)
     assert stock == patched
@@ -276,6 +276,13 @@ def test_what_is_compared_is_what_serving_needs(reports):
     told = ["run", [3, 4], "replay", "run", "run", [1, 4], "replay"]
     assert results["graphs"] == ["FULL", "FULL", "NONE", "NONE", "FULL", "FULL", *told]
     assert results["speech"] == {"a": "one", "base": None}
+    blocks, *by_runner = results["activation"]
+    assert blocks[2:7] == ["bbb-", "bbb", "bb--", "---", "b---"]  # as patched_activation.py explains
+    assert blocks[7:] == [
+        "its prompt has embeddings in place of tokens",
+        "its prompt comes in pieces (a streaming session)",
+    ]
+    assert by_runner == [[["000000000000001122222222", 0, 1, 2], ["001122", 0, 1, 2]]] * 2
     rows, *orders = results["encoder"]
     assert rows == ["TOWER", "CONNECTOR", "LANGUAGE", None, 100, 100]
     assert orders == [["new", "old"], [[2, 2, 1, 1], [2, 2, 1, 1]], ["new", "old"]]

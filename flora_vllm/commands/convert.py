@@ -111,6 +111,11 @@ def _read(args: argparse.Namespace, family: str) -> tuple["Adapter", "PreTrained
     adapter = read_adapter(args.adapter)
     if adapter.family != family:
         raise AdapterError(f"{args.adapter}: the adapter is {adapter.family}, not {family}")
+    if adapter.invocation_tokens is not None:
+        raise AdapterError(
+            f"{args.adapter}: alora_invocation_tokens is set; what is measured and fitted here is an adapter of every "
+            "token. Train a FLoRA adapter with alora_invocation_tokens instead"
+        )
     return adapter, *load_base(args.base)
 
 

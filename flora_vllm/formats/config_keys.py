@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flora_vllm.formats import activation
 from flora_vllm.formats.limits import MAX_NAME_LETTERS, shown
 from flora_vllm.formats.patterns import all_speak_re, speaks_re
 
@@ -114,6 +115,7 @@ TARGETS: Mapping[str, Key] = {
         f"null, empty, or names of embeddings and output layers ({', '.join(SAVED_WHOLE)}) that equal the base's",
         lambda value: value is None or (_is_names(value) and all(n.split(".")[-1] in SAVED_WHOLE for n in value)),
     ),
+    activation.KEY: Key(activation.ALLOWED, activation.is_invocation),
 }
 LAYER_SUBSET: Mapping[str, Key] = {"layers_to_transform": LAYERS, "layers_pattern": LAYERS_PATTERN}
 

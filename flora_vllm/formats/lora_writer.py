@@ -70,6 +70,8 @@ def lora_factors(base: BaseModel, adapter: Adapter, progress: Progress) -> LoraF
         progress.update(1)
     if not pairs and not faults:
         faults.append("it adds no matrix to any module; LoRA needs one")
+    if adapter.invocation_tokens is not None:
+        faults.append("alora_invocation_tokens: the LoRA made here is one of every token; serve the adapter as it is")
     if faults:
         raise adapter_error(f"{adapter.family} for {base.directory}", faults)
     return LoraFactors(pairs, biases)

@@ -36,6 +36,11 @@ def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress
     `adapter` must have been read with the layout of `base`. `progress.update` is told of bytes written. `out`
     appears complete or not at all. Raises AdapterError naming every module whose weight cannot be merged.
     """
+    if adapter.invocation_tokens is not None:
+        raise adapter_error(
+            f"{adapter.family} for {base.directory}",
+            ["alora_invocation_tokens: it leaves a prompt's first tokens to the base model, which no weight can say"],
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} exists and is not an empty directory; give a new one")
     plan = _plan(base, adapter)

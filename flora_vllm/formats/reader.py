@@ -15,6 +15,7 @@ import torch
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.activation import invocation_tokens
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
@@ -152,10 +153,16 @@ def examine_files(
     faults += built_faults(modules, limits)
     if faults:
         return _refused(name, faults)
-    base_model = config.values.get("base_model_name_or_path")
-    saved = _views(data, tensors.saved)
-    rank = stated_rank(config, family)
-    return Examination(Adapter(family.name, rank, modules, digest="", base_model=base_model, saved=saved), (), name)
+    adapter = Adapter(
+        family.name,
+        stated_rank(config, family),
+        modules,
+        digest="",
+        base_model=config.values.get("base_model_name_or_path"),
+        invocation_tokens=invocation_tokens(config.values),
+        saved=_views(data, tensors.saved),
+    )
+    return Examination(adapter, (), name)
 
 
 def _refused(name: str | None, faults: list[str]) -> Examination:

@@ -15,6 +15,9 @@
     encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are
     encoder_order.py  the order in which vLLM's runners encode
     loader.py         one adapter directory -> what a worker keeps
+    activation.py     activated adapters: whose a request's first tokens and cached blocks are
+    mixes.py          how clients write a mix, and how the engine is told of it
+    mix_requests.py   server side: the mix of a request
     identity.py       the name under which the engine knows one content
     preload.py        an engine's adapters: known by their content, loaded before the first request is queued
     refusals.py       our refusal of an adapter, found in an engine's error

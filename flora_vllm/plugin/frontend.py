@@ -15,7 +15,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
-from flora_vllm.plugin import preload, sleeping, uploads
+from flora_vllm.plugin import mixes, preload, sleeping, uploads
 from flora_vllm.plugin.access import root_of_request
 from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
@@ -91,7 +91,7 @@ async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_
         if refused is not None:
             return refused
         confined = not (_is_operators(self, request.lora_name, request.lora_path) or is_handed(request.lora_path))
-        result = await _admit(self, request.lora_name, request.lora_path, base_model_name, confined)
+        result = await admit(self, request.lora_name, request.lora_path, base_model_name, confined)
     if isinstance(result, str):
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
     return result
@@ -102,7 +102,7 @@ async def _unload_lora_adapter(original: Any, self: Any, request: Any) -> Any:
         refused = await self._check_unload_lora_adapter_request(request)
         if refused is not None:
             return refused
-        await _release(self, self.lora_requests.pop(request.lora_name))
+        await release(self, self.lora_requests.pop(request.lora_name))
     return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
 
@@ -115,13 +115,13 @@ async def _resolve_lora(original: Any, self: Any, lora_name: str) -> Any:
             found = await resolver.resolve_lora(self.model_config.model, lora_name)
             if found is None:
                 continue
-            result = await _admit(self, lora_name, found.lora_path, None, confined=True)
+            result = await admit(self, lora_name, found.lora_path, None, confined=True)
             if isinstance(result, str):
                 return self.lora_requests[lora_name]
             failures.append(result)
         if failures:
             return failures[0]
-        return _error(f"adapter {lora_name!r} does not exist", HTTPStatus.NOT_FOUND)
+        return error_response(f"adapter {lora_name!r} does not exist", HTTPStatus.NOT_FOUND)
 
 
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
@@ -137,20 +137,20 @@ _REPLACEMENTS = {
 }
 
 
-def _error(message: str, status: HTTPStatus) -> Any:
+def error_response(message: str, status: HTTPStatus) -> Any:
     serving = importlib.import_module("vllm.entrypoints.openai.models.serving")
     kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
     return serving.create_error_response(message=message, err_type=kind, status_code=status)
 
 
-async def _admit(self: Any, name: str, path: str, base_model_name: str | None, confined: bool) -> Any:
+async def admit(self: Any, name: str, path: str, base_model_name: str | None = None, confined: bool = False) -> Any:
     """Have the engine load the content now at `path` under `name`; its identity, or an error response."""
     request = importlib.import_module("vllm.lora.request").LoRARequest(name, 1, path)
     try:
         await _identify(self, request, confined)
     except AdapterError as error:
         missing = _is_missing(self, path)
-        return _error(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
+        return error_response(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
     known = request.lora_name
     current = self.lora_requests.get(name)
     if current is not None and current.lora_name == known:
@@ -163,11 +163,11 @@ async def _admit(self: Any, name: str, path: str, base_model_name: str | None, c
     except Exception as error:  # noqa: BLE001 - the engine's errors arrive as text, of whatever class its transport uses
         message = refusal(error)
         if message is None:
-            return _error(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
-        return _error(message, HTTPStatus.BAD_REQUEST)
+            return error_response(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+        return error_response(message, HTTPStatus.BAD_REQUEST)
     self.lora_requests[name] = request
     if current is not None:
-        _in_background(self, _release(self, current))
+        _in_background(self, release(self, current))
     return known
 
 
@@ -182,7 +182,7 @@ def _resolve(path: str, root: str | None) -> str:
 
 def _is_missing(self: Any, path: str) -> bool:
     try:
-        return _adapter_root(self) is None and not Path(split_task(path)[0]).exists()
+        return not mixes.is_mix(path) and _adapter_root(self) is None and not Path(split_task(path)[0]).exists()
     except OSError:  # a name that is too long for the file system
         return True
 
@@ -198,12 +198,16 @@ def _adapter_root(self: Any) -> str | None:
 
 
 async def _identify(self: Any, request: Any, confined: bool) -> None:
-    """Give the request the identity of the content now at its path. Raises AdapterError."""
+    """Give the request the identity of the content now at its path, or of the mix there. Raises AdapterError."""
     root = _adapter_root(self)
     name = request.lora_name
-    request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
-    digest = await asyncio.to_thread(content_digest, request.lora_path, root if confined else None)
-    await asyncio.to_thread(check_digest, _checked_options(self).adapter_digests, name, digest)
+    if mixes.is_mix(request.lora_path):
+        parts = mixes.parts_of(mixes.weights_in(request.lora_path), self.lora_requests)
+        request.lora_path, digest = mixes.encoded(parts), mixes.digest_of_mix(parts)
+    else:
+        request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
+        digest = await asyncio.to_thread(content_digest, request.lora_path, root if confined else None)
+        await asyncio.to_thread(check_digest, _checked_options(self).adapter_digests, name, digest)
     known = identity(name, digest)
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
@@ -226,7 +230,7 @@ async def _admit_offered(self: Any, request: Any) -> None:
         raise kind(str(error)) from error
 
 
-async def _release(self: Any, request: Any) -> None:
+async def release(self: Any, request: Any) -> None:
     """Free the engine's copy of an adapter that lost its name, once its last running request has finished."""
     engine = self.engine_client
     if _in_flight(engine, request.lora_name):
@@ -239,7 +243,7 @@ async def _release_when_idle(self: Any, request: Any) -> None:
     while _in_flight(self.engine_client, request.lora_name):
         await asyncio.sleep(_POLL_S)
     if all(live.lora_int_id != request.lora_int_id for live in self.lora_requests.values()):
-        await _release(self, request)
+        await release(self, request)
 
 
 def _in_flight(engine: Any, lora_name: str) -> bool:

@@ -33,6 +33,8 @@ _WRAPPER = "vllm.compilation.cuda_graph:CUDAGraphWrapper"
 _ADMISSION = f"{_SERVING}.admit_lora"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _SPEECH = "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing"
+_ENGINE = "vllm.v1.engine.core:EngineCore"
+_KEYS = "vllm.v1.core.kv_cache_utils"
 _ORDERED = "vllm.v1.worker.utils:encoder_inputs_in_batch_order"
 
 _CONFIG = (
@@ -255,6 +257,10 @@ _SERVER = (
     Hook("vllm.entrypoints.serve.exception_handling.error_response:sanitize_message", ("message",)),
     Hook("vllm.entrypoints.serve.exception_handling.handlers.http:sanitize_message", ("message",)),
     Hook("vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message", ("message",)),
+    Hook("vllm.entrypoints.serve.lora.api_router:LoadLoRAAdapterRequest"),
+    Hook("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("self", "request")),
+    Hook("vllm.entrypoints.serve.engine.serving:BaseServing._is_model_supported", ("self", "model_name")),
+    Hook("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("self", "request")),
     Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_name"),
     Hook("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.lora_path"),
     Hook("vllm.entrypoints.serve.lora.protocol:UnloadLoRAAdapterRequest.lora_name"),
@@ -310,5 +316,41 @@ ENCODER_HOOKS = (
     Hook(f"{_ASYNC}.generate", ("self", "prompt", "sampling_params", "request_id", "lora_request")),
     Hook(f"{_ASYNC}.abort", ("self", "request_id")),
 )
-COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER
-HOOKS = COMMON_HOOKS + ENCODER_HOOKS
+# How far a request's prompt is computed (activated adapters), by runner: what the other runner's engines never import.
+_V1, _V2 = "vllm.v1.worker.gpu_input_batch", "vllm.v1.worker.gpu"
+RUNNER_HOOKS = {
+    1: (
+        Hook(f"{_MIXIN}.set_active_loras", ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens")),
+        Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("requests",)),
+        Hook(f"{_V1}:InputBatch.__init__", ("self",), sets=("num_computed_tokens_cpu",)),
+        Hook(f"{_V1}:InputBatch.req_ids"),
+        Hook(f"{_V1}:CachedRequestState.req_id"),
+        Hook(f"{_V1}:CachedRequestState.lora_request"),
+        Hook(f"{_V1}:CachedRequestState.prompt_token_ids"),
+    ),
+    2: (
+        Hook(f"{_V2}.model_runner:GPUModelRunner.prepare_inputs", ("self", "scheduler_output")),
+        Hook(f"{_V2}.lora_utils:LoraState.__init__", ("self",), sets=("lora_requests",)),
+        Hook(f"{_V2}.input_batch:InputBatch.req_ids"),
+        Hook(f"{_V2}.input_batch:InputBatch.num_computed_tokens_np"),
+        Hook(f"{_V2}.input_batch:InputBatch.num_scheduled_tokens"),
+        Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_new_reqs"),
+        Hook("vllm.v1.core.sched.output:NewRequestData.req_id"),
+        Hook("vllm.v1.core.sched.output:NewRequestData.prompt_token_ids"),
+    ),
+}
+_CORE = (
+    Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
+    Hook(f"{_KEYS}:_gen_prompt_embeds_extra_hash_keys", ("request", "start_token_idx", "end_token_idx")),
+    Hook(f"{_KEYS}:generate_block_hash_extra_keys", ("request", "start_token_idx", "end_token_idx")),
+    Hook(f"{_ENGINE}.__init__", ("self", "vllm_config"), sets=("request_block_hasher",)),
+    Hook(f"{_ENGINE}.add_lora", ("self", "lora_request")),
+    Hook(f"{_ENGINE}.collective_rpc", ("self", "method", "timeout", "args")),
+    Hook(f"{_ENGINE}.preprocess_add_request", ("self", "request")),
+    Hook("vllm.v1.request:Request.__init__", ("self",), sets=("lora_request", "prompt_token_ids", "_block_hasher")),
+    Hook("vllm.v1.engine:EngineCoreRequest.prompt_token_ids"),
+    Hook("vllm.v1.engine:EngineCoreRequest.prompt_embeds"),
+    Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
+)
+COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
+HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import hooks, mistakes, published, step_faults
+from flora_vllm.plugin import activation, hooks, mistakes, published, step_faults
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -24,12 +24,13 @@ def device_type() -> str:
 def install_all() -> None:
     """Verify this vLLM, then replace every seam in this process. Raises HookError with all faults."""
     hooks.verify(device_type())
-    from flora_vllm.plugin import frontend, gate, guard
+    from flora_vllm.plugin import frontend, gate, guard, mix_requests
 
     _once("cpu platform", _keep_compile_on_cpu)
     frontend.install()
     guard.install()
     gate.install()
+    _once("mixes", mix_requests.install)
     _once("published names", published.name_metrics)
     _once("failed requests", step_faults.install_request_side)
     install_worker_side()
@@ -43,6 +44,7 @@ def install_worker_side() -> None:
     _once("names in events", published.name_events)
     _once("ended requests", step_faults.install_scheduler_side)
     _once("experts", _build_experts_without_lora)
+    _once("block keys", activation.key_blocks_by_first_token)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
     else:

@@ -13,7 +13,8 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
+from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
+from flora_vllm.plugin.mixes import Part, decoded
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import saved_faults
 from flora_vllm.slots import layer_terms, overflowed
@@ -42,11 +45,27 @@ _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 RETIRED_COPIES = 64
 
 
+@dataclass(frozen=True, eq=False)
+class CutAdapter:
+    """An adapter for one worker: its rank, layer name -> slot contents, and from which sequence on it applies."""
+
+    rank: int
+    layers: CompactLayers
+    invocation_tokens: tuple[int, ...] | None
+
+
 class AdapterLoader:
     """Reads, checks and cuts adapters for one worker. Owns the copies."""
 
     def __init__(
-        self, attached: Attached, limits: Limits, model: Any, base: EngineBase, adapter_root: str | None = None
+        self,
+        attached: Attached,
+        limits: Limits,
+        model: Any,
+        base: EngineBase,
+        *,
+        has_encoder: bool,
+        adapter_root: str | None = None,
     ) -> None:
         self._attached = attached
         self._model = model
@@ -55,15 +74,23 @@ class AdapterLoader:
         self._device = base.device
         self._layout = model_layout(attached, model)
         self._adapter_root = None if adapter_root is None else os.path.realpath(adapter_root)
+        self._has_encoder = has_encoder
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._names: dict[int, str] = {}  # whose the copies are
 
     def load(
-        self, adapter_id: int, lora_name: str, path: str, *, fresh: bool, in_step: bool
-    ) -> tuple[int, CompactLayers]:
-        """(rank, layer name -> terms), from `path` if `fresh` or never read before, else from the copy.
+        self,
+        adapter_id: int,
+        lora_name: str,
+        path: str,
+        *,
+        fresh: bool,
+        in_step: bool,
+        check: Callable[[CutAdapter], None],
+    ) -> CutAdapter:
+        """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
 
         `in_step`: within a step, where pipeline stages cannot wait for each other.
 
@@ -71,20 +98,30 @@ class AdapterLoader:
         """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
-        directory, task = split_task(path)
-        if not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir():
-            return self._read(name, copy, None, path, task)[1]
+        has_copy = not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir()
+        parts = decoded(path)
+
+        def read() -> tuple[dict[str, bytearray], CutAdapter]:
+            if parts is not None:
+                return self._read_mix(name, parts, copy if has_copy else None)
+            directory, task = split_task(path)
+            place, expected = (copy, None) if has_copy else (_local(directory), digest)
+            return self._read(name, place, expected, path, task)
+
+        if has_copy:
+            return read()[1]
         try:
-            (files, terms), error = self._read(name, _local(directory), digest, path, task), None
+            (files, adapter), error = read(), None
+            check(adapter)
         except AdapterError as failure:
-            (files, terms), error = ({}, (0, CompactLayers({}))), failure
+            files, adapter, error = {}, CutAdapter(0, CompactLayers({}), None), failure
         is_kept = error is None if in_step else stages_agree(error is None)
         if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
         self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
-        return terms
+        return adapter
 
     def retire(self, adapter_id: int) -> None:
         """The adapter was unloaded: its copy may go once no request can be on its way any more."""
@@ -104,6 +141,8 @@ class AdapterLoader:
         where = f"{name!r} ({shown})"
         if found.adapter is not None:
             faults += saved_faults(self._model, self._layout.rename, found.adapter.saved)
+        if self._has_encoder and found.adapter is not None and found.adapter.invocation_tokens is not None:
+            faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         # Ranks ask the base together, and keep an adapter together or not at all.
         if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
@@ -114,7 +153,44 @@ class AdapterLoader:
             layers, error = CompactLayers({}), failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
-        return files, (found.adapter.rank, layers)
+        return files, CutAdapter(found.adapter.rank, layers, found.adapter.invocation_tokens)
+
+    def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
+        """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""
+        files: dict[str, bytearray] = {}
+        cut: list[CutAdapter] = []
+        for number, part in enumerate(parts):
+            plain, digest = split_identity(part.name)
+            directory, task = split_task(part.path)
+            place, digest = (_local(directory), digest) if copy is None else (copy / str(number), None)
+            part_files, adapter = self._read(plain, place, digest, part.path, task)
+            files |= {f"{number}/{file}": content for file, content in part_files.items()}
+            cut.append(adapter)
+        try:
+            adapter, error = self._mix(name, parts, cut), None
+        except AdapterError as failure:
+            adapter, error = cut[0], failure
+        if not all_agree(error is None, self._device):
+            raise error or adapter_error(repr(name), [_ANOTHER_RANK])
+        return files, adapter
+
+    def _mix(self, name: str, parts: Sequence[Part], cut: Sequence[CutAdapter]) -> CutAdapter:
+        faults = []
+        layers: dict[str, LayerTerms] = {}
+        try:
+            sizes = {name: layout.sizes for name, layout in self._attached.layouts.items()}
+            layers = mixed([(part.weight, adapter.layers) for part, adapter in zip(parts, cut, strict=True)], sizes)
+        except AdapterError as error:
+            faults.append(str(error))
+        if len({adapter.invocation_tokens for adapter in cut}) > 1:
+            faults.append("its parts begin at different tokens (alora_invocation_tokens); mix adapters with the same")
+        faults += mix_faults(layers, self._limits.flora, self._limits.lora)
+        kept = CompactLayers(layers)
+        if not kept.is_finite():
+            faults.append("its weighted values leave the range of the model's dtype; use smaller weights")
+        if faults:
+            raise adapter_error(f"{name!r}, a mix of {', '.join(part.name for part in parts)},", faults)
+        return CutAdapter(sum(adapter.rank for adapter in cut), kept, cut[0].invocation_tokens)
 
     def _root_of(self, path: Path) -> str | None:
         """The operator's root if `path` names something below it: then nothing outside it is read.
@@ -183,6 +259,7 @@ class AdapterLoader:
         unfinished = Path(tempfile.mkdtemp(dir=self._root))
         try:
             for file_name, content in files.items():
+                (unfinished / file_name).parent.mkdir(exist_ok=True)
                 (unfinished / file_name).write_bytes(content)
             shutil.rmtree(copy, ignore_errors=True)
             unfinished.rename(copy)

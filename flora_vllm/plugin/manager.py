@@ -22,6 +22,7 @@ from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
+from flora_vllm.plugin.activation import BaseRows, follow_positions
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
@@ -97,6 +98,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if self.rows.has_encoder:
             run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
         note_on_outputs()
+        follow_positions(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
@@ -236,18 +238,45 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     _adapter_manager: Any
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
+        self.base_rows = BaseRows()
         model = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
         base = EngineBase(manager.attached, manager.device, _lister_of(model, vllm_config.model_config))
-        self._loader = AdapterLoader(manager.attached, limits, model, base, manager.options.adapter_root)
+        self._loader = AdapterLoader(
+            manager.attached,
+            limits,
+            model,
+            base,
+            has_encoder=manager.rows.has_encoder,
+            adapter_root=manager.options.adapter_root,
+        )
         return model
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
         with on_disk(lora_request) as request:  # trainers in this process hand tensors over
-            number, name, path = request.lora_int_id, request.lora_name, request.lora_path
-            rank, layers = self._loader.load(number, name, path, fresh=fresh, in_step=in_step)
-        return LoadedAdapter(request.lora_int_id, rank, layers)
+            number, name = request.lora_int_id, request.lora_name
+            adapter = self._loader.load(
+                number,
+                name,
+                request.lora_path,
+                fresh=fresh,
+                in_step=in_step,
+                check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=fresh),
+            )
+        return LoadedAdapter(number, adapter.rank, adapter.layers)
+
+    def note_batch(self, requests: Any, computed: Any, scheduled: Any, sampled: Any = None) -> None:
+        """Of each request of the step that comes, in batch order: id, LoRARequest and prompt; then token counts."""
+        named = [(name, 0 if lora is None else lora.lora_int_id, prompt) for name, lora, prompt in requests]
+        self.base_rows.note(named, computed, scheduled, sampled)
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        loaded = (self._adapter_manager.get_adapter(request.lora_int_id) for request in requests)
+        rehearses = any(adapter is not None and adapter.is_stand_in for adapter in loaded)
+        if mapping is not None and mapping.type.name == "LANGUAGE" and not rehearses:
+            mapping = self.base_rows.without_base_rows(mapping, {request.lora_int_id for request in requests})
+        super().set_active_adapters(requests, mapping)
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)

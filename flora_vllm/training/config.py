@@ -11,6 +11,8 @@ from peft.config import PeftConfig
 from peft.utils import TaskType
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.formats.activation import ALLOWED as INVOCATIONS
+from flora_vllm.formats.activation import is_invocation
 from flora_vllm.formats.card import CARD_NAME, card_for
 from flora_vllm.training.peft_type import add_peft_type
 
@@ -31,6 +33,8 @@ class FloraConfig(PeftConfig):
     flora_dropout: drops inputs of the update only, `W x + (W_s - W) dropout(x)`: plain dropout on a multiplicative
       layer would drop the base model too. Costs one more base product while training.
     init_weights: True starts as the exact identity; False at random factors near 1, for tests and debugging.
+    alora_invocation_tokens: as for LoRA (aLoRA): the adapter applies from the last occurrence of these tokens in the
+      prompt on, the base model before it. None: to every token.
     modules_to_save: None only. Tasks that need a trained head (classification, question answering) are refused.
 
     Raises ConfigError naming every field that is wrong.
@@ -45,6 +49,7 @@ class FloraConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "True: start as the identity. False: random."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "As in LoraConfig."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "As in LoraConfig."})
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata={"help": "As in LoraConfig."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Refused: C1 holds factors only."})
 
     def __post_init__(self) -> None:
@@ -71,6 +76,8 @@ class FloraConfig(PeftConfig):
             faults.append(f"flora_dropout={self.flora_dropout!r}, allowed is 0 <= p < 1")
         if not isinstance(self.init_weights, bool):
             faults.append(f"init_weights={self.init_weights!r}, allowed are True and False")
+        if not is_invocation(self.alora_invocation_tokens):
+            faults.append(f"alora_invocation_tokens={self.alora_invocation_tokens!r}, allowed: {INVOCATIONS}")
         if self.modules_to_save:
             faults.append(
                 f"modules_to_save={self.modules_to_save!r}: a FLoRA checkpoint holds factors of linear layers only and "

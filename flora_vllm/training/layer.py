@@ -66,6 +66,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = linear_features(self.get_base_layer())
         self.r: dict[str, int] = {}
         self.reduction: dict[str, str] = {}
+        self.activated: set[str] = set()  # adapters of the tokens from their invocation on
         self.flora_dropout = nn.ModuleDict()
         self.flora_A = nn.ModuleDict()
         self.flora_B = nn.ModuleDict()
@@ -79,6 +80,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         """Add or replace the adapter `adapter_name`."""
         self.r[adapter_name] = rank
         self.reduction[adapter_name] = config.reduction
+        (self.activated.add if config.alora_invocation_tokens else self.activated.discard)(adapter_name)
         self.flora_dropout[adapter_name] = nn.Dropout(config.flora_dropout) if config.flora_dropout else nn.Identity()
         self.flora_A[adapter_name] = Factor(rank, self.in_features)
         self.flora_B[adapter_name] = Factor(self.out_features, rank)
@@ -121,12 +123,16 @@ class FloraLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
+        offsets = kwargs.pop("alora_offsets", None)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if self.activated.intersection(self.active_adapters if adapter_names is None else adapter_names):
+            tokens, names = self._names_of_tokens(x, adapter_names, offsets)
+            return self._mixed_batch(tokens, names, *args, **kwargs).unflatten(0, x.shape[:-1])
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         if self.merged:
@@ -144,6 +150,26 @@ class FloraLinear(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
+    def _names_of_tokens(
+        self, x: torch.Tensor, adapter_names: Sequence[str] | None, offsets: Sequence[int | None] | None
+    ) -> tuple[torch.Tensor, list[str]]:
+        """All tokens of a batch (B, T, I) in one row (B·T, I) and each one's adapter: "__base__" before an invocation.
+
+        `offsets`: for each example how many tokens before the prompt's end its adapter begins; None: it never does.
+        """
+        active = list(self.active_adapters)
+        if offsets is None or x.ndim != 3 or (adapter_names is None and len(active) != 1):
+            raise ConfigError(
+                "an adapter with alora_invocation_tokens needs the model called with `input_ids`, (batch, tokens, "
+                f"features) in each layer and no other adapter active beside it; got {tuple(x.shape)} and {active}"
+            )
+        count = x.shape[1]
+        names: list[str] = []
+        for name, offset in zip(adapter_names or active * len(x), offsets, strict=True):
+            before = 0 if name not in self.activated else count - min(offset or 0, count)
+            names += ["__base__"] * before + [name] * (count - before)
+        return x.flatten(0, 1), names
+
     def _mixed_batch(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each example through its own adapter; "__base__" and adapters this layer doesn't have are the base layer.
 
@@ -151,11 +177,13 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         better off with its scaled weight or drops inputs: then adapter by adapter.
         """
         rows_of: dict[str, list[int]] = {}
+        if self.training:  # no token may be an active adapter's; its gradient is then zero, not missing
+            rows_of = {name: [] for name in self.active_adapters if name in self.activated}
         for row, name in enumerate(adapter_names):
             rows_of.setdefault(name if name in self.flora_A else "__base__", []).append(row)
-        order = [row for rows in rows_of.values() for row in rows]
-        back = torch.argsort(torch.tensor(order, device=x.device))
-        inputs = {name: x[rows] for name, rows in rows_of.items()}
+        places = {name: torch.tensor(rows, dtype=torch.int64, device=x.device) for name, rows in rows_of.items()}
+        back = torch.argsort(torch.cat(list(places.values())))
+        inputs = {name: x[rows] for name, rows in places.items()}
         base = self._base_product(x, *args, **kwargs)
         adapters = [name for name in inputs if name != "__base__"]
         if self._drops(adapters) or any(self._prefers_modulated(name, inputs[name], base) for name in adapters):
@@ -267,6 +295,11 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.flora_A]
         if not names:
             return
+        if activated := sorted(self.activated.intersection(names)):
+            raise ConfigError(
+                f"{', '.join(activated)}: alora_invocation_tokens leave a prompt's first tokens to the base model, "
+                "which no weight can say"
+            )
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ConfigError(
                 f"{self.quantization_backend.backend_name} layers can't be written back; load the base unquantised"

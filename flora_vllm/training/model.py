@@ -88,8 +88,18 @@ class FloraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Generator[None]:
-        """PEFT's door for `adapter_names=` in `forward` and `generate`; refused while training, as for LoRA."""
-        names = kwargs.pop("adapter_names", None)
+        """PEFT's door for `adapter_names=` in `forward` and `generate`; refused while training, as for LoRA.
+
+        And for the places where examples invoke their adapters, which it finds in `input_ids`.
+        """
+        names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
+        if offsets is not None:
+            with (
+                self._adapters_from(offsets, kwargs.get("num_beams") or 1),
+                self._enable_peft_forward_hooks(adapter_names=names),
+            ):
+                yield
+            return
         if names is None:
             yield
             return
@@ -97,6 +107,28 @@ class FloraModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         with self.adapter_of_each_example(names, num_beams=kwargs.get("num_beams") or 1):
             yield
+
+    @contextmanager
+    def _adapters_from(self, offsets: Sequence[int | None], num_beams: int) -> Generator[None]:
+        """Inside the context example i's adapter begins `offsets[i]` tokens before the end. Raises ConfigError."""
+        if num_beams > 1:
+            raise ConfigError("beam search with alora_invocation_tokens is not supported, as in PEFT; use num_beams=1")
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ConfigError(
+                "gradient checkpointing runs layers again where the places of alora_invocation_tokens are no longer "
+                "known; turn it off to train this adapter"
+            )
+        hook = partial(_pass, alora_offsets=list(offsets))
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, FloraLinear)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def adapter_of_each_example(self, adapter_names: Sequence[str], num_beams: int = 1) -> Generator[None]:
@@ -117,7 +149,7 @@ class FloraModel(BaseTuner):
         try:
             for layer in layers:
                 names = list(adapter_names) if id(layer) in in_encoder else repeated
-                hook = partial(_pass_adapter_names, adapter_names=names)
+                hook = partial(_pass, adapter_names=names)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -130,10 +162,10 @@ def rank_of(config: FloraConfig, module_name: str) -> int:
     return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
 
 
-def _pass_adapter_names(
-    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+def _pass(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **more: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+    return args, {**kwargs, **more}
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:

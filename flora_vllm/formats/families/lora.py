@@ -74,7 +74,6 @@ LORA_KEYS: Mapping[str, Key] = {
     "use_qalora": only(False),
     "ensure_weight_tying": only(False),
     "use_bdlora": only(None, False),
-    "alora_invocation_tokens": NOTHING,
     "arrow_config": NOTHING,
     "corda_config": NOTHING,
     "kasa_config": NOTHING,

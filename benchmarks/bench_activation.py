@@ -1,0 +1,133 @@
+"""Time to first token of activated adapters (aLoRA, aFLoRA) on a context that the base model has already read.
+
+    python benchmarks/bench_activation.py            # appends its row to benchmarks/results/serving.jsonl
+    python benchmarks/bench_activation.py --quick    # three rounds, writes nothing
+
+SmolLM2-135M in bfloat16, one engine in this process. Before each call the prefix cache is emptied and the base model
+reads the context, as a conversation leaves it. Then one caller sends context, four tokens and a fresh tail and gets one
+token: the base model, an activated LoRA of rank 8, an activated FLoRA of rank 2, and a LoRA of rank 8 that applies to
+every token and so has to read the context again. All four take turns in every round. The row has milliseconds, tokens
+taken from the cache, and each caller's median over the base model's in the same round.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, append_rows, environment, finish, progress, summary
+from serving_adapters import make_pool
+
+from flora_vllm.commands.server_process import engine_threads
+from flora_vllm.demo.model_assets import fetch_smollm2
+
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": str(engine_threads()),
+}
+INVOCATION = [30001, 30002, 30003, 30004]
+TAIL = 16
+CALLERS = ("base", "alora_r8", "aflora_r2", "lora_r8")
+
+
+def main() -> None:
+    options = _arguments()
+    model = fetch_smollm2(Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm") / "smollm2")
+    with tempfile.TemporaryDirectory(prefix="flora-activation-") as folder:
+        adapters = _adapters(Path(folder), model)
+        progress("starting the engine")
+        llm = _engine(model, options.context)
+        seconds: dict[str, list[float]] = {caller: [] for caller in CALLERS}
+        cached: dict[str, int] = {}
+        for number in range(-1, options.rounds):  # the one before the first loads adapters and warms up
+            for caller in CALLERS:
+                took, cached[caller] = _call(llm, adapters[caller], options.context, seed=number + 1)
+                if number >= 0:
+                    seconds[caller].append(took)
+            progress(f"round {number + 1}: " + ", ".join(f"{c} {s[-1] * 1e3:.0f} ms" for c, s in seconds.items() if s))
+    row = {
+        **environment(),
+        "benchmark": "serving",
+        "kind": "activation",
+        "model": "SmolLM2-135M-Instruct bfloat16",
+        "engine_threads": engine_threads(),
+        "context_tokens": options.context,
+        "new_tokens": len(INVOCATION) + TAIL,
+        "cached_tokens": cached,
+        "first_token_ms": {caller: summary([1e3 * s for s in seconds[caller]]) for caller in CALLERS},
+        "vs_base": {
+            caller: summary([a / b for a, b in zip(seconds[caller], seconds["base"], strict=True)])
+            for caller in CALLERS[1:]
+        },
+    }
+    if not options.quick:
+        append_rows(RESULTS / "serving.jsonl", [row])
+    finish(row)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three rounds, write nothing")
+    parser.add_argument("--rounds", type=int, default=None, help="default: 15, or 3 with --quick")
+    parser.add_argument("--context", type=int, default=1500, help="tokens the base model has read (default: 1500)")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (3 if options.quick else 15)
+    return options
+
+
+def _adapters(folder: Path, model: Path) -> dict[str, Path | None]:
+    """Caller -> adapter directory."""
+    found: dict[str, Path | None] = {"base": None}
+    for caller, kind, rank in (("alora_r8", "lora", 8), ("aflora_r2", "flora", 2), ("lora_r8", "lora", 8)):
+        (path,) = make_pool(folder / caller, model, kind, rank, 1).values()
+        if caller.startswith("a"):
+            config = json.loads((path / "adapter_config.json").read_text())
+            text = json.dumps({**config, "alora_invocation_tokens": INVOCATION})
+            (path / "adapter_config.json").write_text(text)
+        found[caller] = path
+    return found
+
+
+def _engine(model: Path, context: int) -> Any:
+    os.environ |= ENVIRONMENT
+    import flora_vllm
+
+    return flora_vllm.LLM(
+        str(model),
+        max_loras=4,
+        max_model_len=context + 128,
+        max_num_batched_tokens=max(2048, context + 128),
+        kv_cache_memory_bytes=256 << 20,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+    )
+
+
+def _call(llm: Any, adapter: Path | None, context: int, seed: int) -> tuple[float, int]:
+    """(seconds to the first token, tokens of the prompt that came from the cache) on a context the base has read."""
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(100, 30000, (context + TAIL,), generator=draw).tolist()
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False, ignore_eos=True)
+    number = 0 if adapter is None else 1 + sorted(CALLERS).index(adapter.parent.name)
+    request = None if adapter is None else LoRARequest(adapter.parent.name, number, str(adapter))
+    llm.reset_prefix_cache()
+    llm.generate([{"prompt_token_ids": tokens[:context]}], sampling, use_tqdm=False)
+    prompt = {"prompt_token_ids": [*tokens[:context], *INVOCATION, *tokens[context:]]}
+    start = time.perf_counter()
+    (output,) = llm.generate([prompt], sampling, lora_request=[request], use_tqdm=False)
+    return time.perf_counter() - start, output.num_cached_tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Mixes in the server's requests: `extra_body={"flora": {"mix": {...}}}`, and `"mix"` where an adapter is loaded.
+
+A mix that a request asks for is loaded like a named one, under its own text (`mix:a*0.7+b*0.3`), and the request then
+names it; so everything behind sees an adapter like any other. The least recently asked for is unloaded.
+"""
+
+import functools
+import importlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats.limits import shown
+from flora_vllm.plugin import frontend, mixes
+from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.options import options_of
+
+KEY = "flora"
+MOST_UNNAMED = 64
+_BASE = "vllm.entrypoints.serve.engine.serving"
+_CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
+_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.mix"  # patches/0020
+
+
+def install() -> None:
+    """Once, for a server with FLoRA."""
+    base: Any = importlib.import_module(_BASE).BaseServing
+    pooling: Any = importlib.import_module("vllm.entrypoints.pooling.base.serving").PoolingBaseServing
+    if offers(_CHOOSES):
+        base.before_check_model = staticmethod(choose)
+    else:
+        _choose_before(base, raises=False)
+        _choose_before(pooling, raises=True)
+    if not offers(_LOADS_MIXES):
+        _load_mixes()
+
+
+def _choose_before(serving: Any, *, raises: bool) -> None:
+    original = serving._check_model
+
+    @functools.wraps(original)
+    async def check_model(self: Any, request: Any) -> Any:
+        refused = await choose(self, request)
+        if refused is None:
+            return await original(self, request)
+        if raises:
+            raise ValueError(refused.error.message)
+        return refused
+
+    serving._check_model = check_model
+
+
+def _load_mixes() -> None:
+    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`."""
+    router: Any = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
+    pydantic = importlib.import_module("pydantic")
+
+    class LoadLoRAAdapterRequest(router.LoadLoRAAdapterRequest):
+        lora_path: str = ""
+        mix: dict[str, float] | None = None
+
+        @pydantic.model_validator(mode="after")
+        def name_the_mix(self) -> Any:
+            if self.mix is not None:
+                if self.lora_path:
+                    raise ValueError("give lora_path or mix, not both")
+                self.lora_path = mixes.PREFIX + json.dumps(self.mix)
+            return self
+
+    router.LoadLoRAAdapterRequest = LoadLoRAAdapterRequest
+
+
+async def choose(serving: Any, request: Any) -> Any:
+    """Have a request with a mix name it as its model; an error response if it cannot have it."""
+    extra = getattr(request, "model_extra", None) or {}
+    if KEY not in extra or options_of(serving.models.engine_client.vllm_config.additional_config) is None:
+        return None
+    asked = extra[KEY]
+    if not isinstance(asked, Mapping) or set(asked) != {"mix"}:
+        return _error(f'"{KEY}" must be an object with the one key "mix", got {shown(asked)}')
+    if not serving._is_model_supported(request.model):
+        return _error(f"a request with a mix names the base model, not {request.model!r}; its parts are in the mix")
+    try:
+        name = mixes.text_of(mixes.checked(asked["mix"]))
+    except AdapterError as error:
+        return _error(str(error))
+    known = await _loaded(serving.models, name, asked["mix"])
+    if not isinstance(known, str):
+        return known
+    request.model = name
+    return None
+
+
+async def _loaded(models: Any, name: str, weights: Mapping[str, float]) -> Any:
+    """The identity of the mix, loaded under `name`, or an error response."""
+    async with models.lora_resolver_lock[name]:
+        known = await frontend.admit(models, name, mixes.PREFIX + json.dumps(dict(weights)))
+    if isinstance(known, str):
+        recent: OrderedDict[str, None] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
+        recent[name] = None
+        recent.move_to_end(name)
+        while len(recent) > MOST_UNNAMED:
+            oldest, _ = recent.popitem(last=False)
+            if oldest in models.lora_requests:
+                await frontend.release(models, models.lora_requests.pop(oldest))
+    return known
+
+
+def _error(message: str) -> Any:
+    return frontend.error_response(message, HTTPStatus.BAD_REQUEST)
