@@ -8,39 +8,16 @@ r (I + O) / (I O) of a row for each token. Measured: geometric means over the la
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench_ops import MIXES, RANKS
 from harness import RESULTS, geometric_mean
-from serving_bound import step_rows
+from rows_model import RIDGES, flora_ratio, gpu_modulation, lora_ratio
 
 PAGE = Path(__file__).with_name("README.md")
-MARKS = "<!-- tables: python benchmarks/roofline.py -->", "<!-- end of tables -->"
-# Rows at which a product stops being bound by reading W: peak bfloat16 FLOP/s over bytes/s (one core of a Zen 4;
-# H100 SXM 989 TFLOP/s, 3.35 TB/s with what cuBLAS reaches of it; H200 the same with 4.8 TB/s).
-RIDGES = {"CPU": 6.8, "H100": 239.0, "H200": 186.0}
 GPU_WIDTH = 4096
-# A modulated weight tile of 256 rows costs a tensor-core product of depth 16.
-GPU_TILE_ROWS, GPU_MODULATION_ROWS = 256, 16
-
-
-def flora_ratio(
-    mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, modulation: Callable[[int], float]
-) -> float:
-    """Time of a step with FLoRA over the same step without adapters; `modulation` as in `step_rows`."""
-    return _ratio(mix, rank, shape, ridge, step_rows(mix, rank, modulation))
-
-
-def lora_ratio(mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float) -> float:
-    """Time of a step with LoRA, in the base's own pass, over the same step without adapters."""
-    return _ratio(mix, rank, shape, ridge, sum(mix) * (1 + rank * sum(shape) / math.prod(shape)))
-
-
-def _ratio(mix: Sequence[int], rank: int, shape: tuple[int, int], ridge: float, rows: float) -> float:
-    adapters = len(mix) * rank * sum(shape) / math.prod(shape)  # their bytes, in units of W's
-    return max(ridge * (1 + adapters), rows) / max(ridge, sum(mix))
+MARKS = "<!-- tables: python benchmarks/roofline.py -->", "<!-- end of tables -->"
 
 
 def last_run(file: Path) -> tuple[list[dict], dict]:
@@ -90,13 +67,13 @@ def gpu_table() -> list[str]:
     ]
     shape = (GPU_WIDTH, GPU_WIDTH)
 
-    def modulation(tokens: int) -> float:
-        return GPU_MODULATION_ROWS * math.ceil(tokens / GPU_TILE_ROWS)
-
     for (name, mix), rank in ((item, rank) for item in mixes.items() for rank in RANKS):
         cells, better = [], set()
         for chip in ("H100", "H200"):
-            pair = (flora_ratio(mix, rank, shape, RIDGES[chip], modulation), lora_ratio(mix, rank, shape, RIDGES[chip]))
+            pair = (
+                flora_ratio(mix, rank, shape, RIDGES[chip], gpu_modulation),
+                lora_ratio(mix, rank, shape, RIDGES[chip]),
+            )
             cells += [f"{value:.2f}" for value in pair]
             better.add("LoRA" if pair[0] > pair[1] + 0.005 else "FLoRA" if pair[1] > pair[0] + 0.005 else "equal")
         lines.append(f"| {name} | {rank} | {' | '.join(cells)} | {' or '.join(sorted(better))} |")

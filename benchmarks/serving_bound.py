@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from rows_model import step_rows
 from serving_adapters import linear_shapes
 from serving_load import ZIPF_EXPONENT
 
@@ -67,11 +68,6 @@ def _ratio(
     prefill_s = more_rows * (linear_s(256) - linear_s(128)) / 128
     output_tokens = statistics.mean(output for _, output in lengths)
     return token_s / (token_s + statistics.mean(decode_s) / concurrency + prefill_s / output_tokens)
-
-
-def step_rows(segments: Iterable[int], rank: int, modulation: Callable[[int], float]) -> float:
-    """Rows of a step with segments of so many tokens; modulating one of m tokens costs `modulation(m)` rows more."""
-    return sum(min(m * rank, m + modulation(m)) for m in segments)
 
 
 def _packed(shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from flora_vllm.ops.gpu import kernels as triton_kernels
 from flora_vllm.ops.gpu import low_rank as triton_low_rank
-from flora_vllm.ops.gpu.config import launch_config
+from flora_vllm.ops.gpu.config import Machine, low_rank_config, modulated_config, stacked_config
 
 RESULTS = Path(__file__).parent / "results" / "triton_compile.jsonl"
 TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
@@ -35,10 +35,11 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "LDG.E.U16", "LDL", "STL", "FFMA")
 
-INDICES = ("tokens", "token_slots", "segments", "counts", "layout", "tiles")
+INDICES = ("tokens", "segments", "counts", "layout", "tiles", "counters")
 ADDRESSES = ("table",)
 # Numbers that are multiples of 16 where a layer's sizes are; Triton sees the same at a launch.
-MULTIPLES_OF_16 = ("in_features", "out_features", "x_stride", "w_stride", "y_stride", "split_stride")
+STRIDES = ("x_stride", "w_stride", "y_stride", "part_stride", "middle_stride")
+MULTIPLES_OF_16 = ("in_features", "out_features", "most_low", *STRIDES)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -51,7 +52,8 @@ class Case:
     dtype: torch.dtype
     constants: dict[str, Any]
     warps: int
-    tensor_core: bool = True  # whether it must use it
+    # Whether it must use the newest instruction; a product of 16 tokens is too small for it and takes the older one.
+    newest: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,16 @@ class Report:
     instructions: dict[str, int]
     compile_s: float
 
-    def faults(self, tensor_core: bool) -> list[str]:
+    def faults(self, newest: bool = True) -> list[str]:
         """Why this build must not ship; empty if it may."""
         faults = []
         if self.stack_bytes or self.local_bytes:
             faults.append(f"spills: {self.stack_bytes} B stack, {self.local_bytes} B local")
         if self.shared_bytes > SHARED_BYTES[self.sm]:
             faults.append(f"{self.shared_bytes} B of shared memory, the chip has {SHARED_BYTES[self.sm]}")
-        if tensor_core and not self.instructions[TENSOR_CORE[self.sm]]:
-            faults.append(f"no {TENSOR_CORE[self.sm]} instruction")
+        wanted = TENSOR_CORE[self.sm] if newest else "HMMA"
+        if not self.instructions[wanted]:
+            faults.append(f"no {wanted} instruction")
         return [f"{self.kernel} on sm_{self.sm}: {fault}" for fault in faults]
 
 
@@ -121,7 +124,7 @@ def _argument_type(name: str, case: Case) -> str:
         return "*i32"
     if name in ADDRESSES:
         return "*i64"
-    if name in ("parts", "middle") or (name == "y" and case.constants.get("SPLIT", 1) > 1):
+    if name in ("parts", "middle"):
         return "*fp32"
     if name in ("x", "w", "y", "bias"):
         return f"*{NAMES[case.dtype]}"
@@ -142,31 +145,36 @@ def _read_cubin(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def cases(dtype: torch.dtype, sm: int) -> Iterator[Case]:
-    """Every kernel as `launch_config` launches it on that target."""
+    """Every kernel as `linear` launches it on that target: decode and prefill steps, aligned layers and odd ones."""
     wide = dtype == torch.float32
-    dot = {"DOT": "tf32x3" if wide else "tf32"}
-    for aligned, rows in ((True, 16), (True, 1024), (False, 16)):
-        config = launch_config(dtype, 16, 4096, 4096, rows, aligned, capability=sm // 10)
-        common = {"HAS_BIAS": True, "ALIGNED": aligned, **dot}
-        tile = {"BM": config.stacked_m, "BN": config.stacked_n, "BK": config.stacked_k, "STAGES": config.stacked_stages}
-        name = f"stacked {config.stacked_m}x{config.stacked_n}x{config.stacked_k}{'' if aligned else ' odd'}"
-        for split in (1, 2) if rows == 16 or not wide else ():
-            constants = {**common, **tile, "SPLIT": split, "FINISH": split == 1, "EXACT_SUM": wide}
-            yield Case(f"{name} split={split}", triton_kernels.flora_stacked, dtype, constants, config.stacked_warps)
-        tile = {"BM": config.modulated_m, "BN": config.modulated_n, "BK": config.modulated_k}
-        name = f"modulated {config.modulated_n}x{config.modulated_m}x{config.modulated_k}{'' if aligned else ' odd'}"
-        for rank in (16, 32) if rows == 16 else ():
-            constants = {**common, **tile, "RANKS": rank, "STAGES": config.modulated_stages, "FINISH": True}
-            name_of_rank = f"{name} rank={rank}"
-            yield Case(name_of_rank, triton_kernels.flora_modulated, dtype, constants, config.modulated_warps)
-    config = launch_config(dtype, 16, 4096, 4096, 1024)
-    last = {"HAS_BIAS": True, "ALIGNED": True, "BN": config.sum_n, "FINISH": True}
-    low = {"BR": config.low_r, "BK": config.low_k, "ALIGNED": True}
-    yield Case("low down", triton_low_rank.flora_low_down, dtype, low, 4, tensor_core=False)
-    for parts, count, with_low in ((4, 2, False), (1, 3, False), (2, 3, True)):
-        constants = {**last, "PARTS": parts, "COUNT": count, "LOW": with_low}
-        name = f"sum of {parts}{' and low rank' if with_low else ''}"
-        yield Case(name, triton_low_rank.flora_sum, dtype, constants, 4, tensor_core=False)
+    machine = Machine(capability=sm // 10)
+    for aligned, out_features, rows in ((True, 4096, 32), (True, 14336, 1024), (False, 4096, 32)):
+        odd = "" if aligned else " odd"
+        common = {"HAS_BIAS": True, "ALIGNED": aligned, "DOT": "tf32x3" if wide else "tf32"}
+        config = stacked_config(dtype, 17, 4096, out_features, rows, aligned, machine)
+        low = low_rank_config(dtype, 32, 4096, 1, 2, aligned, machine)
+        tile = {"BM": config.m, "BN": config.n, "BK": config.k, "STAGES": config.stages, "EXACT_SUM": wide}
+        down = {"LOW_M": low.m, "LOW_R": low.r, "LOW_K": low.k, "LOW_SPLIT": 4}
+        for split, with_low in ((1, False), (2, True)):
+            name = f"stacked {config.m}x{config.n}x{config.k}{odd} split={split}{' and down' if with_low else ''}"
+            constants = {**common, **tile, **down, "SPLIT": split, "LOW": with_low}
+            yield Case(name, triton_kernels.flora_stacked, dtype, constants, config.warps)
+        if rows > 32:
+            continue
+        for rank in (16, 32):
+            config = modulated_config(dtype, rank, aligned)
+            tile = {"BM": config.m, "BN": config.n, "BK": config.k, "RANKS": config.rank, "STAGES": config.stages}
+            name = f"modulated {config.n}x{config.m}x{config.k}{odd} rank={rank}"
+            yield Case(name, triton_kernels.flora_modulated, dtype, {**common, **tile}, config.warps)
+        del common["HAS_BIAS"]
+        for most_low in (16, 64):
+            low = low_rank_config(dtype, most_low, 4096, 1, 2, aligned, machine)
+            tile = {"BM": low.m, "BR": low.r, "SPLIT": 4, **common}
+            name = f"{low.m}x{low.r}x{low.k}{odd}"
+            constants = {**tile, "BK": low.k, "STAGES": 3}
+            yield Case(f"down {name}", triton_low_rank.flora_low_down, dtype, constants, low.warps, newest=False)
+            constants = {**tile, "BN": low.n}
+            yield Case(f"up {name}", triton_low_rank.flora_low_up, dtype, constants, low.warps, newest=False)
 
 
 def main() -> None:
@@ -175,7 +183,7 @@ def main() -> None:
     parser.add_argument("--sm", type=int, nargs="*", default=list(TENSOR_CORE), help="targets (default: all)")
     parser.add_argument("--only", default="", help="only kernels whose name (with its dtype) contains this")
     options = parser.parse_args()
-    print(f"{'kernel':34} sm warps regs stack shared  instructions")
+    print(f"{'kernel':44} sm warps regs stack shared  instructions")
     rows, faults = [], []
     for dtype in NAMES:
         for sm in options.sm:
@@ -184,10 +192,10 @@ def main() -> None:
                 if options.only not in name:
                     continue
                 report = compile_case(case, sm)
-                faults += report.faults(case.tensor_core)
+                faults += report.faults(case.newest)
                 counts = " ".join(f"{name}={count}" for name, count in report.instructions.items() if count)
                 print(
-                    f"{name:34}{sm:4}{case.warps:4}{report.registers:6}{report.stack_bytes:5}"
+                    f"{name:44}{sm:4}{case.warps:4}{report.registers:6}{report.stack_bytes:5}"
                     f"{report.shared_bytes:8}  {counts}",
                     flush=True,
                 )

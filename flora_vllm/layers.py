@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from flora_vllm import direct_calls
+from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.shell import Shell
-from flora_vllm.ops.table import LinearKernel, direct_form_of, graph_form_of
+from flora_vllm.ops.table import LinearKernel, direct_form_of, graph_form_of, graph_rows_of
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.step import GraphSteps, Step
 
@@ -52,6 +53,11 @@ class AdaptedLinear:
     def why_not_captured(self) -> str | None:
         """Why this layer cannot be part of a CUDA graph that serves adapters, or None."""
         return None if self._graph_form is not None else f"it runs on the {self._kernel.implementation} op"
+
+    def graph_rows(self, terms: LayerTerms) -> int:
+        """Base products that a token with these terms needs in a CUDA graph; NEVER if one cannot serve them."""
+        has_rare = any(part is not None and part.rare for part in terms)
+        return NEVER if has_rare else graph_rows_of(self._kernel, terms)
 
     @property
     def out_features(self) -> int:

@@ -35,7 +35,7 @@ class GraphSteps:
 
     def write(self, segments: Segments) -> None:
         """Captured launches serve this step from now on; it has a segment for every row of the graph."""
-        self.buffers.fill(segments, [False] * len(segments.slots))
+        self.buffers.fill(segments)
 
     def note_launches(self, tokens: int) -> None:
         """The op has just launched its captured form on `tokens` rows."""

@@ -139,7 +139,7 @@ def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monke
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
-    from flora_vllm.plugin.flags import _graph_faults
+    from flora_vllm.plugin.graphs import config_faults, resolve
 
     monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH", raising=False)
     monkeypatch.setattr(type(current_platform), "device_type", "cuda")
@@ -149,14 +149,19 @@ def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monke
         speculative_config=None,
         model_config=SimpleNamespace(is_encoder_decoder=False),
     )
-    assert _graph_faults(config) == []
+    assert config_faults(config) == []
+    assert resolve(FloraOptions(), config) == FloraOptions()
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     config.parallel_config = SimpleNamespace(data_parallel_size=2, use_ubatching=True)
     config.speculative_config = object()
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
-    faults = " ".join(_graph_faults(config))
+    faults = " ".join(config_faults(config))
     for word in ("graphs are off", "data parallel", "microbatches", "speculative", "breakable"):
         assert word in faults
+    # What nobody asked for is said, not refused.
+    assert resolve(FloraOptions(), config).graph_rows == 0
+    with pytest.raises(ConfigError, match="graphs are off"):
+        resolve(FloraOptions(graph_rows=8), config)
 
 
 def test_without_the_flag_nothing_changes(model: str) -> None:

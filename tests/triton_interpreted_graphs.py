@@ -77,7 +77,9 @@ class Runner:
 
         for number, rank in RANKS.items():
             layers = {name: terms for name, case in self.cases.items() if (terms := case.slots[number]) is not None}
-            self.manager.add_adapter(LoadedAdapter(number, rank, layers))
+            adapted = self.manager.attached.layers
+            rows = max((adapted[name].graph_rows(terms) for name, terms in layers.items()), default=1)
+            self.manager.add_adapter(LoadedAdapter(number, rank, layers, rows))
 
     def run(self, tokens: int) -> tuple[torch.Tensor, ...]:
         return self.model(self.x_TI[:tokens])
@@ -179,24 +181,25 @@ def runner(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
 
 
 class RunnerV1:
-    """V1 sets the mapping, then dispatches, then replays through CUDAGraphWrapper."""
+    """V1 sets the mapping, then dispatches, then replays through the CUDAGraphWrapper of the mode."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, mode: str = "FULL_DECODE_ONLY") -> None:
         from vllm.compilation.cuda_graph import CUDAGraphEntry, CUDAGraphWrapper
         from vllm.config import CUDAGraphMode
         from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-        self.runner, self.mode = runner, CUDAGraphMode
+        self.runner = runner
         self.dispatcher = CudagraphDispatcher(runner.config)
-        self.dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_DECODE_ONLY)
-        self.wrapper: Any = object.__new__(CUDAGraphWrapper)
-        fields = {"runtime_mode": CUDAGraphMode.FULL, "is_debugging_mode": False, "concrete_cudagraph_entries": {}}
-        vars(self.wrapper).update(fields, runnable=runner.model)
-        (found,) = self.dispatcher.get_capture_descs()
-        for desc in found[1]:
-            for is_capture in (False, True):
-                mode, dispatched = self.dispatch(desc.num_tokens, desc.num_active_loras)
-                assert (mode, dispatched) == (found[0], desc)
+        self.dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode])
+        self.wrappers: dict[Any, Any] = {}
+        for runtime_mode, descs in self.dispatcher.get_capture_descs():
+            wrapper: Any = object.__new__(CUDAGraphWrapper)
+            fields = {"runtime_mode": runtime_mode, "is_debugging_mode": False, "concrete_cudagraph_entries": {}}
+            vars(wrapper).update(fields, runnable=runner.model)
+            self.wrappers[runtime_mode] = wrapper
+            for desc, is_capture in ((desc, is_capture) for desc in descs for is_capture in (False, True)):
+                dispatched = self.dispatch(desc.num_tokens, desc.num_active_loras, desc.uniform)
+                assert dispatched == (runtime_mode, desc)
                 ones = np.ones(desc.num_tokens, dtype=np.int32)
                 with runner.mixin.maybe_dummy_run_with_lora(
                     runner.mixin.lora_config, ones, ones, remove_lora=False, num_active_loras=desc.num_active_loras
@@ -204,7 +207,7 @@ class RunnerV1:
                     if is_capture:
                         graph: Any = runner.capture(desc.num_tokens)
                         entry = CUDAGraphEntry(desc, cudagraph=graph, output=graph.output)
-                        self.wrapper.concrete_cudagraph_entries[desc] = entry
+                        wrapper.concrete_cudagraph_entries[desc] = entry
                     else:
                         runner.run(desc.num_tokens)
         runner.mixin.maybe_remove_all_loras(runner.mixin.lora_config)
@@ -221,12 +224,13 @@ class RunnerV1:
         mode, desc = self.dispatch(len(ids), adapters, uniform)
         context: Any = SimpleNamespace(cudagraph_runtime_mode=mode, batch_descriptor=desc)
         launched = len(self.runner.launches)
+        wrapper = self.wrappers.get(mode)
         with override_forward_context(context):
-            output = self.wrapper(self.runner.x_TI[: desc.num_tokens])
-        if mode != self.mode.NONE and adapters:
+            output = (wrapper or next(iter(self.wrappers.values())))(self.runner.x_TI[: desc.num_tokens])
+        if wrapper is not None and adapters:
             assert len(self.runner.launches) == launched, "a replay launches nothing new"
-            assert output is self.wrapper.concrete_cudagraph_entries[desc].output
-        if mode == self.mode.NONE or adapters:  # what a graph of the base model holds is not launched by us
+            assert output is wrapper.concrete_cudagraph_entries[desc].output
+        if wrapper is None or adapters:  # what a graph of the base model holds is not launched by us
             self.runner.check(ids, output)
         return mode.name
 
@@ -294,6 +298,15 @@ def test_v1_replays_steps_that_fit_and_serves_all(runner: Runner) -> None:
     assert engine.step((1, 2), uniform=False) == "NONE"
 
 
+def test_mixed_steps_follow_vllms_mode(runner: Runner) -> None:
+    """Prefills beside decodes replay piecewise graphs, as they do without adapters, if they fit."""
+    engine = RunnerV1(runner, "FULL_AND_PIECEWISE")
+    assert engine.step((1, 1, 1, 0, 2), uniform=False) == "PIECEWISE"
+    assert engine.step((3, 3, 3, 1), uniform=False) == "NONE"
+    assert engine.step((4, 4, 3), uniform=False) == "PIECEWISE"
+    assert engine.step((1, 0, 2)) == "FULL"
+
+
 def test_v2_replays_steps_that_must_fit_and_serves_all(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """This runner does not know the step's adapters when it chooses: the largest rank of any of them counts."""
     engine = RunnerV2(runner, monkeypatch)
@@ -344,3 +357,18 @@ def test_a_model_with_a_layer_that_cannot_be_captured_is_refused(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match=r"2 layers cannot be captured, the first one: it runs on the torch op"):
         Runner(config, monkeypatch)
+
+
+def test_graphs_are_the_default(config: Any, monkeypatch: pytest.MonkeyPatch, runner: Runner, caplog: Any) -> None:
+    """`auto`: as many rows as hide behind reading W; a model that cannot be captured is served without, said aloud."""
+    monkeypatch.setattr(config, "additional_config", {"flora": {}})
+    importlib.import_module("flora_vllm.plugin.manager")._managers.clear()
+    engine = RunnerV1(Runner(config, monkeypatch))
+    assert engine.runner.manager.rows.tokens.graphs.row_budget == 256
+    for ids in ((3, 3, 3, 1), (4, 0, 3), (3, 3, 3, 3, 3, 3, 3, 3)):
+        assert engine.step(ids) == "FULL", ids
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    without = Runner(config, monkeypatch)
+    assert without.manager.rows.tokens.graphs is None
+    assert "RUN WITHOUT CUDA GRAPHS" in caplog.text
+    assert "it runs on the torch op" in caplog.text

@@ -8,7 +8,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton
 
 import pytest
 import torch
-from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer, record_launches, replay
+from triton_support import CPU, Layer, fresh_memory_is_nan, mixed_layer, name_of, record_launches, replay
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.gpu.step import StepBuffers
@@ -26,7 +26,7 @@ def test_recorded_launches_follow_slots_and_steps(monkeypatch: pytest.MonkeyPatc
     kernel = layer.kernel("stacked")
     step = StepBuffers(9, 6, CPU)
     x_TI, segments = layer.step([9])
-    step.fill(segments, [False])
+    step.fill(segments)
     y_TO = kernel.graph_form(x_TI, layer.bias_O, step, row_budget=40)
     assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
@@ -45,10 +45,60 @@ def test_recorded_launches_follow_slots_and_steps(monkeypatch: pytest.MonkeyPatc
             kernel.write_slot(slot, slots[slot])
         other_TI, segments = layer.step(counts)
         x_TI.copy_(other_TI)
-        step.fill(segments, [False] * len(segments.slots))
+        step.fill(segments)
         y_TO.fill_(float("nan"))
         replay(launches)
         assert layer.error(y_TO, x_TI, segments) <= 5e-6
+
+
+def test_launches_of_a_layer_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None beyond the base's own product for IA3 and FLoRA of any rank, at most two for anything."""
+    launched = record_launches(monkeypatch)
+    layer = Layer((32, 16), 48)
+
+    def weighted(**other: torch.Tensor) -> tuple[SliceTerms, None]:
+        return SliceTerms(layer.weights(32), **other), None
+
+    lora = (SliceTerms(torch.ones(1), **layer.low_rank(4, 32)), SliceTerms(torch.ones(1), **layer.low_rank(4, 16)))
+    contents = [None, weighted(), layer.uniform(1), layer.uniform(8), lora, weighted(**layer.low_rank(2, 32))]
+    layer.slots += contents[1:]
+    base, down, up = "base", "flora_low_down", "flora_low_up"
+    stacked, modulated = "flora_stacked", "flora_modulated"
+    expected = {
+        (3,): [base],
+        (1, 2): [stacked],  # IA3
+        (0, 0, 2): [stacked],
+        (1, 1, 2): [stacked],
+        (2, 0, 0, 1): [stacked],
+        (2, 0, 0, 0, 3): [base, down, up],  # LoRA alone
+        (1, 0, 2, 0, 1): [stacked, up],
+        (1, 0, 0, 0, 0, 2): [stacked, up],  # DoRA
+        (2, 0, 1, 40): [stacked, modulated],
+        (0, 0, 0, 40): [modulated],
+        (2, 1, 1, 40, 1, 1): [stacked, modulated, up],
+    }
+    kernel = layer.kernel()
+    inner = kernel.base
+
+    def counted_base(x_TI: torch.Tensor) -> torch.Tensor:
+        launched.append(("base",))
+        return inner(x_TI)
+
+    kernel.base = counted_base
+    for counts, names in expected.items():
+        launched.clear()
+        x_TI, segments = layer.step(counts)
+        layer.check(kernel, x_TI, segments)
+        assert [name_of(launch) for launch in launched] == names, counts
+    for low_rank, names in ((16, [stacked, up]), (0, [stacked])):
+        layer.slots[4:] = []
+        kernel = layer.kernel(low_rank=low_rank)
+        x_TI, segments = layer.step([1, 1, 1, 1])
+        step = StepBuffers(4, 4, CPU)
+        step.fill(segments)
+        launched.clear()
+        kernel.graph_form(x_TI, layer.bias_O, step, row_budget=16)
+        assert [name_of(launch) for launch in launched] == names, "as a graph holds them"
 
 
 def test_a_grid_smaller_than_the_work_is_only_slower() -> None:
@@ -56,7 +106,7 @@ def test_a_grid_smaller_than_the_work_is_only_slower() -> None:
     layer.slots += [layer.uniform(12), layer.uniform(1)]
     x_TI, segments = layer.step([3, 12, 40])
     step = StepBuffers(x_TI.shape[0], 3, CPU)
-    step.fill(segments, [False] * 3)
+    step.fill(segments)
     y_TO = layer.kernel().graph_form(x_TI, layer.bias_O, step, row_budget=1)
     assert layer.error(y_TO, x_TI, segments) <= 5e-6
 
@@ -107,20 +157,19 @@ def test_launches_refuse_what_kernels_cannot_do() -> None:
     x_TI, segments = layer.step([1, 2])
     kernel = layer.kernel()
     cases = {
-        "the slots' terms are torch.float32": x_TI.half(),
-        "interpreter does not multiply bfloat16": x_TI.bfloat16(),
-        "not torch.float64": x_TI.double(),
+        "x is torch.float16 on cpu": x_TI.half(),
         r"needed are \(T, 48\)": x_TI[:, :40],
     }
     for message, bad_TI in cases.items():
         with pytest.raises(ConfigError, match=message):
             kernel.forward(bad_TI, None, segments)
-    with pytest.raises(ConfigError, match="they must agree"):
-        Layer((40,), 48).kernel().forward(x_TI.half(), None, segments)
+    for dtype, message in ((torch.bfloat16, "interpreter does not multiply"), (torch.float64, "not torch.float64")):
+        with pytest.raises(ConfigError, match=message):
+            Layer((40,), 48, dtype).kernel()
     with pytest.raises(ConfigError, match="the bias has shape"):
         kernel.forward(x_TI, layer.bias_O[:8], segments)
     with pytest.raises(ConfigError, match="does not fit buffers"):
-        StepBuffers(2, 2, CPU).fill(segments, [False, False])
+        StepBuffers(2, 2, CPU).fill(segments)
     with pytest.raises(ConfigError, match="ranks up to 32"):
         layer.kernel(rank=33)
 

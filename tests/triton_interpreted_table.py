@@ -6,19 +6,20 @@ import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton_linear.py"
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from ops_support import Case, assert_close, load
-from triton_support import CPU, fresh_memory_is_nan
+from triton_support import CPU, fresh_memory_is_nan, name_of, record_launches, replay
 
 from flora_vllm.ops import table
-from flora_vllm.ops.dispatch import DispatchRule, PathChoice
+from flora_vllm.ops.dispatch import NEVER, DispatchRule, PathChoice
 from flora_vllm.ops.gpu import check as triton_check
 from flora_vllm.ops.gpu.linear import TritonLinear
+from flora_vllm.ops.gpu.opaque_linear import TritonOpaqueLinear
+from flora_vllm.ops.gpu.step import StepBuffers
 from flora_vllm.ops.terms import SlotLimits, group_by_slot
-from flora_vllm.ops.torch_linear import TorchLinear
 
 __all__ = ["fresh_memory_is_nan"]
 
@@ -40,7 +41,7 @@ def make(case: Case, path: PathChoice = "auto") -> TritonLinear:
     return kernel
 
 
-def check(case: Case, kernel: TritonLinear, slot_T: Sequence[int] | torch.Tensor) -> torch.Tensor:
+def check(case: Case, kernel: table.LinearKernel, slot_T: Sequence[int] | torch.Tensor) -> torch.Tensor:
     x_TI, segments = case.tensor(len(slot_T), case.in_features), group_by_slot(slot_T)
     y_TO = kernel.forward(x_TI, case.bias_O, segments)
     assert_close(y_TO, case.reference(x_TI, segments), case.bound("triton", x_TI, segments))
@@ -114,7 +115,6 @@ def test_the_row_says_why_it_does_not_serve(caplog: pytest.LogCaptureFixture, mo
         ((weight_OI.bfloat16(),), "interpreter does not multiply bfloat16"),
         ((weight_OI.double(),), "dtype is torch.float64"),
         ((torch.zeros(16, 32)[:, ::2],), "not contiguous rows"),
-        ((None,), "does not show its weight"),
         ((weight_OI, torch.device("cuda")), "device is cuda and TRITON_INTERPRET is 1"),
     ):
         assert chosen(*refused) == "torch"
@@ -123,7 +123,34 @@ def test_the_row_says_why_it_does_not_serve(caplog: pytest.LogCaptureFixture, mo
     assert chosen(weight_OI, rank=33) == "torch"
     assert "not triton: ranks up to 33 are asked for, it has 32" in caplog.messages[-1]
     base = table.make_linear(None, case.base, case.sizes, DispatchRule(), 16, CPU)
-    assert isinstance(base, TorchLinear)
+    assert isinstance(base, TritonOpaqueLinear)
+
+
+@pytest.mark.parametrize("path", ["auto", "stacked"])
+def test_over_an_opaque_base(path: PathChoice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of the base a step; low-rank terms alone are launches, eager and in a graph, the rest is torch's."""
+    case = Case(torch.float32, 33, (24, 10)).add_slots(3, 4)
+    case.slots.append((case.terms(24, low=4, plain="one"), case.terms(10, low=2, plain="one")))
+    calls = []
+
+    def base(x_TI: torch.Tensor) -> torch.Tensor:
+        calls.append(x_TI.shape[0])
+        return case.base(x_TI)
+
+    kernel = table.make_linear(None, base, case.sizes, DispatchRule(path), 33, CPU, LIMITS)
+    for slot, terms in enumerate(case.slots[1:], 1):
+        kernel.write_slot(slot, terms)
+    check(case, kernel, [1, 0, 2, 3, 5, 4, 5])
+    launches = record_launches(monkeypatch)
+    calls.clear()
+    check(case, kernel, [5, 0, 5])
+    assert calls == [3]
+    assert [name_of(launch) for launch in launches] == ["flora_low_down", "flora_low_up"]
+    assert [table.graph_rows_of(kernel, case.slots[slot]) for slot in (1, 5)] == [NEVER, 1]
+    step, x_TI, segments = StepBuffers(4, 3, CPU), case.tensor(4, 33), group_by_slot([0, 5, 5, 0])
+    step.fill(segments)
+    y_TO = kernel.graph_form(x_TI, case.bias_O, step, 9)
+    assert_close(y_TO, case.reference(x_TI, segments), case.bound("triton", x_TI, segments))
 
 
 def test_the_check_before_serving_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,4 +159,22 @@ def test_the_check_before_serving_passes_and_can_fail(monkeypatch: pytest.Monkey
     monkeypatch.setattr(TritonLinear, "write_slot", lambda kernel, slot, terms: write_slot(kernel, slot % 3 + 1, terms))
     reason = triton_check.why_wrong.__wrapped__(CPU, torch.float32)
     assert reason is not None
-    assert "compute something else" in reason
+    assert "the kernels: computes something else" in reason
+
+
+def test_the_graph_check_before_serving_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured once with empty slots; a graph that kept what was in a slot would be found out."""
+    launches = record_launches(monkeypatch)
+
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        run()
+        launches.clear()
+        return run(), lambda: replay(launches)
+
+    assert triton_check.why_graphs_wrong.__wrapped__(CPU, torch.float32, capture) is None
+    assert {name_of(launch) for launch in launches} == {"flora_stacked", "flora_low_up"}
+    assert launches[0][3]["SPLIT"] > 1, "the sum of a cut product is tried too"
+    monkeypatch.setattr(TritonLinear, "write_slot", lambda *_: None)
+    reason = triton_check.why_graphs_wrong.__wrapped__(CPU, torch.float32, capture)
+    assert reason is not None
+    assert "a CUDA graph with the kernels: computes something else" in reason

@@ -48,11 +48,16 @@ class Recorder:
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list:
     """The list that every launch is added to from now on."""
     launches: list = []
-    recorded = {"flora_stacked", "flora_modulated", "flora_sum", "flora_low_down"}
+    recorded = {"flora_stacked", "flora_modulated", "flora_low_down", "flora_low_up"}
     for module in (triton_kernels, triton_low_rank):
         for name in recorded & vars(module).keys():
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     return launches
+
+
+def name_of(launch: tuple) -> str:
+    """The kernel's name, or the word that a test recorded."""
+    return launch[0] if isinstance(launch[0], str) else launch[0].fn.__name__
 
 
 def replay(launches: Sequence) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ENTRY_POINT = ("vllm.general_plugins", "flora_vllm.plugin:register")
 MISFITS = {"torchvision": "torchvision", "torchaudio": "torchaudio", "torchcodec": "torchcodec"}
@@ -190,6 +191,8 @@ def _kernels() -> list[Finding]:
         probe = torch.empty((1, 2), dtype=dtype, device=device)
         findings.append(_check(f"op for {dtype}", lambda probe=probe: implementation_of(probe, device)))
     findings.append(Finding("op for quantised layers", None, f"{implementation_of(None, device)}, stacked path only"))
+    if device.type == "cuda":
+        findings += [_graphs(device, dtype) for dtype in (torch.bfloat16, torch.float16)]
     for in_features, out_features in SAMPLE_SHAPES:
 
         def text(shape: tuple[int, int] = (in_features, out_features)) -> str:
@@ -198,3 +201,16 @@ def _kernels() -> list[Finding]:
 
         findings.append(_check(f"calibration {out_features}x{in_features} bfloat16", text))
     return findings
+
+
+def _graphs(device: Any, dtype: Any) -> Finding:
+    """The self-test of an engine's start."""
+    from flora_vllm.ops.gpu.check import why_graphs_wrong
+
+    def text() -> str:
+        reason = why_graphs_wrong(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{reason}; steps with adapter tokens run without CUDA graphs")
+        return "a captured graph follows slots, ranks and segments"
+
+    return _check(f"CUDA graphs with adapters, {dtype}", text)

@@ -2,7 +2,7 @@
 
     row         serves                                    needs
     native      CPU, bfloat16 and float32, W readable      a C++ compiler once, unless FLORA_NATIVE=0
-    triton      NVIDIA GPUs, W readable, ranks to 32       Triton, its driver, right results; TRITON_INTERPRET=1: a CPU
+    triton      NVIDIA GPUs, ranks to 32                   Triton, its driver, right results; TRITON_INTERPRET=1: a CPU
     torch       everything, also bases with no readable W  nothing
 
 A further implementation is one more `_Row` above `torch`.
@@ -19,6 +19,7 @@ from flora_vllm.ops.cpu import linear as native
 from flora_vllm.ops.dispatch import RANKS_MEASURED, SLOTS_MEASURED, DispatchRule, PathChoice, calibrate
 from flora_vllm.ops.gpu import check as triton_check
 from flora_vllm.ops.gpu import linear as triton_linear
+from flora_vllm.ops.gpu.opaque_linear import TritonOpaqueLinear
 from flora_vllm.ops.gpu.step import StepBuffers
 from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.terms import LayerTerms, Segments, SlotLimits
@@ -33,9 +34,11 @@ GraphForm = Callable[[torch.Tensor, torch.Tensor | None, StepBuffers, int], torc
 class LinearKernel(Protocol):
     """One layer's adapted linear: owns its form of W and its slots' terms, but for the rare ones (`shell`).
 
-    A kernel may have two further members. `direct_form() -> DirectForm`: what compiled code calls without Python
+    A kernel may have three further members. `direct_form() -> DirectForm`: what compiled code calls without Python
     (`direct_calls`). `graph_form(x_TI, bias_O, buffers, rows) -> y_TO`: `forward` as launches that depend on no step,
     which a CUDA graph may capture; they read the step from `buffers` and are sized for `rows` stacked rows.
+    `graph_rows(terms) -> int`: base products of a token with such terms in that form, NEVER if it does not serve them;
+    without it, the most of any slice.
     """
 
     implementation: str
@@ -54,6 +57,12 @@ def direct_form_of(kernel: LinearKernel) -> native.DirectForm | None:
 def graph_form_of(kernel: LinearKernel) -> GraphForm | None:
     """The kernel's `forward` as a CUDA graph may hold it; None if it has no such form."""
     return getattr(kernel, "graph_form", None)
+
+
+def graph_rows_of(kernel: LinearKernel, terms: LayerTerms) -> int:
+    """Base products that a token with these terms needs of the kernel in a CUDA graph; NEVER: it cannot be in one."""
+    own = getattr(kernel, "graph_rows", None)
+    return max((1 if part is None else part.products for part in terms), default=1) if own is None else own(terms)
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,14 @@ def _make_native(layer: _Layer, rule: DispatchRule) -> LinearKernel:
 
 def _triton_refuses(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits) -> str | None:
     reason = triton_linear.why_refused(weight_OI, device, limits)
-    if reason is None and weight_OI is not None and device.type == "cuda":
-        reason = triton_check.why_wrong(device, weight_OI.dtype)
+    if reason is None and device.type == "cuda":
+        reason = triton_check.why_wrong(device, torch.bfloat16 if weight_OI is None else weight_OI.dtype)
     return reason
 
 
 def _make_triton(layer: _Layer, rule: DispatchRule) -> LinearKernel:
-    assert layer.weight_OI is not None, "chosen only for a readable weight"
+    if layer.weight_OI is None:
+        return TritonOpaqueLinear(layer.base, layer.sizes, rule, layer.in_features, layer.limits, layer.device)
     return triton_linear.TritonLinear(layer.weight_OI, layer.base, layer.sizes, rule, layer.in_features, layer.limits)
 
 

@@ -140,30 +140,7 @@ def _after_config(config: Any) -> None:
         config.lora_config.fully_sharded_loras = False
     if config.model_config.is_encoder_decoder:
         encoder_rows.prepare_config(config)
-    if options.graph_rows and (faults := _graph_faults(config)):
-        raise ConfigError(f"graph_rows (--flora-graph-rows) cannot be used here: {'; '.join(faults)}; leave it out")
+    from flora_vllm.plugin import graphs
     from flora_vllm.plugin.carried import carried
 
-    config.additional_config = {**config.additional_config, KEY: carried(options)}
-
-
-def _graph_faults(config: Any) -> list[str]:
-    """Why CUDA graphs of this engine cannot hold the op."""
-    graph_modes = importlib.import_module("vllm.config").CUDAGraphMode
-    breakable = importlib.import_module("vllm.compilation.breakable_cudagraph")
-    platform = importlib.import_module("vllm.platforms").current_platform
-    found = {
-        "the device is not an NVIDIA GPU": platform.device_type != "cuda",
-        "CUDA graphs are off (enforce_eager or cudagraph_mode)": (
-            config.compilation_config.cudagraph_mode == graph_modes.NONE
-            or not config.compilation_config.max_cudagraph_capture_size
-        ),
-        "an encoder's rows are no tokens": config.model_config.is_encoder_decoder,
-        "data parallel ranks must agree on their graphs": config.parallel_config.data_parallel_size > 1,
-        "microbatches run layers on parts of a step": config.parallel_config.use_ubatching,
-        "speculative decoding has graphs of its own": config.speculative_config is not None,
-        "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH) replay out of our sight": (
-            breakable.is_breakable_cudagraph_enabled()
-        ),
-    }
-    return [fault for fault, holds in found.items() if holds]
+    config.additional_config = {**config.additional_config, KEY: carried(graphs.resolve(options, config))}

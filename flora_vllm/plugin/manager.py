@@ -16,23 +16,22 @@ import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.errors import AdapterError, ConfigError
+from flora_vllm.errors import AdapterError
 from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
-from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
 from flora_vllm.plugin.activation import BaseRows, follow_positions
 from flora_vllm.plugin.attach import Attached, attach
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
+from flora_vllm.plugin.graphs import graph_steps
 from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
 from flora_vllm.plugin.trial import layers_elsewhere
-from flora_vllm.step import GraphSteps
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +59,16 @@ def before_replay(num_adapters: int, num_tokens: int) -> None:
 class LoadedAdapter:
     """An adapter in host memory, cut to this rank: layer name -> slot contents. `id` and `rank` are vLLM's to read.
 
+    `rows`: where graphs hold adapters, the most base products that one of its tokens needs in a layer; NEVER if a graph
+    cannot serve its terms.
     `is_stand_in`: one of those that vLLM makes up to rehearse steps with adapters.
     """
 
     id: int
     rank: int
     layers: Mapping[str, LayerTerms]
+    rows: int = 1
     is_stand_in: bool = False
-
-    @functools.cached_property
-    def rows(self) -> int:
-        """The most base products that one of its tokens needs in a layer; NEVER if a graph cannot serve its terms."""
-        parts = [part for terms in self.layers.values() for part in terms if part is not None]
-        return NEVER if any(part.rare for part in parts) else max((part.products for part in parts), default=1)
 
 
 class FloraModelManager(LRUCacheLoRAModelManager):
@@ -121,8 +117,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
-        if self.options.graph_rows:
-            self.rows.tokens.graphs = self._graph_steps()
+        layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes
+        self.rows.tokens.graphs = graph_steps(self.options, layers, dtypes, largest, self.lora_slots, self.device)
+        if self.rows.tokens.graphs is not None:
+            install.install_replays()
         logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
 
     def _elsewhere(self, layers: Mapping[str, Any]) -> Mapping[str, str]:
@@ -131,18 +129,6 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if self.rows.has_encoder:
             return {}
         return layers_elsewhere(layers, self.model, self._vllm_config, self.device)
-
-    def _graph_steps(self) -> GraphSteps:
-        """Raises ConfigError if a layer cannot be captured: a graph without it would leave its adapters out."""
-        reasons = {name: layer.why_not_captured() for name, layer in self.attached.layers.items()}
-        faults = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
-        if faults:
-            raise ConfigError(
-                f"graph_rows (--flora-graph-rows) cannot be used with this model; leave it out. {len(faults)} layers "
-                f"cannot be captured, the first {faults[0]}"
-            )
-        install.install_replays()
-        return GraphSteps(self.options.graph_rows, self._max_graph_tokens, self.lora_slots, self.device)
 
     def step_fits_graph(self) -> bool:
         """Whether a CUDA graph that holds the op may serve the present step."""
@@ -264,7 +250,11 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                 in_step=in_step,
                 check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=fresh),
             )
-        return LoadedAdapter(number, adapter.rank, adapter.layers)
+        manager, rows = self._adapter_manager, 1
+        if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
+            adapted = manager.attached.layers
+            rows = max((adapted[name].graph_rows(terms) for name, terms in adapter.layers.items()), default=1)
+        return LoadedAdapter(number, adapter.rank, adapter.layers, rows)
 
     def note_batch(self, requests: Any, computed: Any, scheduled: Any, sampled: Any = None) -> None:
         """Of each request of the step that comes, in batch order: id, LoRARequest and prompt; then token counts."""

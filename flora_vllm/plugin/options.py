@@ -4,7 +4,7 @@ Python and Ray. `carried.py` brings them to every process of an engine.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flora_vllm.ops.paths import PATHS, PathChoice
 from flora_vllm.options import Values, check, from_mapping, one_of, option, text, whole
@@ -38,13 +38,13 @@ class FloraOptions:
         "Directory that adapter paths arriving by request must lie in. Paths in --lora-modules are not confined.",
         metavar="DIR",
     )
-    graph_rows: int = option(
-        0,
+    graph_rows: int | Literal["auto"] = option(
+        "auto",
         "--flora-graph-rows",
-        whole(0),
-        "Experimental, never run on a GPU: capture CUDA graphs with adapters in them, for steps whose adapter tokens "
-        "need at most this many base products in all (a FLoRA token of rank r needs r). 0: steps with adapter tokens "
-        "run without CUDA graphs.",
+        whole(0, "auto"),
+        "GPUs: steps whose adapter tokens need at most this many base products in all (a FLoRA token of rank r needs "
+        "r, most others one) replay CUDA graphs that hold the adapters; larger ones run without. auto: max(256, "
+        "largest captured graph), after a self-test on this GPU. 0: every step with adapter tokens runs without.",
         metavar="N",
     )
     max_dense_bytes: int = option(

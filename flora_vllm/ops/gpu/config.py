@@ -1,9 +1,10 @@
-"""Launch parameters of the Triton kernels: one frozen record made by one function, all numbers in one place.
+"""Launch parameters of the Triton kernels: frozen records made by functions, all numbers in one place.
 
 No number here was timed on a GPU. They come from what the compiler makes of the kernels (registers, spills, shared
 memory: `benchmarks/results/triton_compile.jsonl`, `python benchmarks/triton_compile.py`) and from roofline arithmetic.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,66 +16,104 @@ MAX_RANK = 32
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes, warps and pipeline depth. Rows (m), out features (n) and in features (k) per program."""
+class Machine:
+    """`processors`: the GPU's SMs; `capability`: its major compute capability. The defaults are an H100's."""
 
-    stacked_m: int
-    stacked_n: int
-    stacked_k: int
-    stacked_warps: int
-    stacked_stages: int
-    modulated_m: int
-    modulated_n: int
-    modulated_k: int
-    modulated_warps: int
-    modulated_stages: int
-    rank: int  # the modulation product's inner size: rank padded in registers, at least the tensor core's 16
-    split: int  # runs of in features that the stacked product is cut into
-    sum_n: int  # out features per program of the sums and elementwise kernels
-    low_k: int
-    low_r: int  # low ranks per program of the low-rank terms' first half
+    processors: int = 132
+    capability: int = 9
 
 
-def launch_config(
+@dataclass(frozen=True)
+class StackedConfig:
+    """Rows (m), out features (n), in features (k) of a tile, warps, pipeline depth, the cut of in features."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: int
+
+
+@dataclass(frozen=True)
+class ModulatedConfig:
+    """The same of the modulated product. `rank`: the modulation's inner size, at least the tensor core's 16."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """Of low-rank terms: tokens (m), ranks (r) and in features (k) a program, the cut of in features; `n`: out features
+    a program of the second half, `workers` of the first."""
+
+    m: int
+    r: int
+    k: int
+    split: int
+    n: int
+    workers: int
+    warps: int
+
+
+def stacked_config(
     dtype: torch.dtype,
-    max_rank: int,
+    most_rows: int,
     in_features: int,
     out_features: int,
     rows: int,
     is_aligned: bool = True,
-    processors: int = 132,
-    capability: int = 9,
-) -> LaunchConfig:
-    """Parameters for a step with `rows` stacked rows (or a budget of them).
+    machine: Machine = Machine(),
+) -> StackedConfig:
+    """Parameters for a step with `rows` stacked rows (or a budget of them), at most `most_rows` a token.
 
-    `is_aligned`: every feature count is a multiple of 16. `processors`: the GPU's SMs; `capability`: its major compute
-    capability. `split` depends on the layer's shape alone, so a token's sum does not depend on what else is in the
-    step.
+    `is_aligned`: every feature count is a multiple of 16.
     """
     # float32 takes three tensor-core products for one, and element-wise loads an address each: both want registers.
+    small = dtype == torch.float32 or not is_aligned
+    few = small or rows <= 64 - most_rows
+    m = 64 if few else 128
+    # A decode step is one or two row tiles. What keeps all processors reading W is, first, narrow column tiles.
+    n = 32 if small or -(-out_features // 64) < machine.processors else 64
+    tiles = -(-out_features // n) * -(-max(rows, 1) // (m - most_rows + 1))
+    # Then a cut of in features, each run long enough for the pipeline to fill.
+    split = max(1, min(machine.processors // tiles, in_features // 512, 8))
+    # A third stage of 128 rows spills on sm_80, where the sum's operands are in registers too.
+    stages = 2 if small or (machine.capability < 9 and not few) else 3
+    return StackedConfig(m, n, k=32 if small else 64, warps=8, stages=stages, split=split)
+
+
+def modulated_config(dtype: torch.dtype, max_rank: int, is_aligned: bool = True) -> ModulatedConfig:
+    """Parameters for slots of ranks up to `max_rank`."""
     wide = dtype == torch.float32
     small = wide or not is_aligned
-    few = small or rows <= 64 - max_rank
-    stacked_n = 32 if small else 64
-    # A decode step is one or two row tiles: without a split, 576 out features would keep 9 of 132 processors busy
-    # (kernels.md, section 8).
-    programs = -(-out_features // stacked_n)
-    return LaunchConfig(
-        stacked_m=64 if few else 128,
-        stacked_n=stacked_n,
-        stacked_k=32 if small else 64,
-        stacked_warps=8,
-        # A third stage of 128 rows spills on sm_80, where the sum's operands are in registers too.
-        stacked_stages=2 if small or (capability < 9 and not few) else 3,
-        # The tile whose modulation hides behind its product and that leaves registers for it (kernels.md, section 8).
-        modulated_m=64 if small else 128,
-        modulated_n=64 if small else 128,
-        modulated_k=16 if wide else 32 if small else 64,
-        modulated_warps=8,
-        modulated_stages=2 if small else 3,
-        rank=16 if max_rank <= 16 else 32,
-        split=max(1, min(processors // programs, in_features // 512, 8)),
-        sum_n=256,
-        low_k=256,
-        low_r=16,
+    # The tile whose modulation hides behind its product and that leaves registers for it (kernels.md, section 8).
+    tile = 64 if small else 128
+    k = 16 if wide else 32 if small else 64
+    return ModulatedConfig(tile, tile, k, warps=8, stages=2 if small else 3, rank=16 if max_rank <= 16 else 32)
+
+
+@functools.cache
+def low_rank_config(
+    dtype: torch.dtype,
+    most_low: int,
+    in_features: int,
+    slices: int,
+    blocks: int,
+    is_aligned: bool = True,
+    machine: Machine = Machine(),
+) -> LowRankConfig:
+    """Parameters for `blocks` blocks of up to 16 tokens, or a budget of them; ranks up to `most_low`."""
+    small = dtype == torch.float32 or not is_aligned
+    r = 16 if most_low <= 16 else 32
+    k = 64 if small else 128
+    items = blocks * slices * -(-most_low // r)
+    split = max(1, min(machine.processors // items, in_features // 512, 8))
+    return LowRankConfig(
+        m=16, r=r, k=k, split=split, n=64 if small else 128, workers=min(items * split, machine.processors), warps=4
     )

@@ -1,6 +1,6 @@
 """Launchers of the Triton kernels: what a kernel refuses is refused here, beside the launch, with the reason.
 
-Grids depend on what the caller passes as rows or budget, never on device data. Importing this module needs Triton.
+Grids depend on what the caller passes as rows or budgets, never on device data. Importing this module needs Triton.
 """
 
 from typing import Any
@@ -11,12 +11,15 @@ import triton
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.gpu import kernels as triton_kernels
 from flora_vllm.ops.gpu import low_rank as triton_low_rank
-from flora_vllm.ops.gpu.config import DTYPES, LaunchConfig
+from flora_vllm.ops.gpu.config import DTYPES, LowRankConfig, Machine, ModulatedConfig, StackedConfig
 from flora_vllm.ops.gpu.slots import SlotTable
 from flora_vllm.ops.gpu.step import StepBuffers
 
 # Decided when the kernels were decorated: TRITON_INTERPRET=1 runs them in Python on the CPU.
 INTERPRETED = not isinstance(triton_kernels.flora_stacked, triton.JITFunction)
+# More programs than this for each processor only wait for one another.
+_PROGRAMS_PER_PROCESSOR = 2
+STACK_ALL = 2**31 - 1  # as `stack_below`: no segment is so long
 
 
 class ColumnTiles:
@@ -37,176 +40,202 @@ class ColumnTiles:
         return self._of_width[width]
 
 
-def launch_stacked(
-    x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    out: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    step: StepBuffers,
-    slots: SlotTable,
-    tiles: ColumnTiles,
-    config: LaunchConfig,
-    rows: int,
-    most_rows: int,
-    finish: bool,
-) -> None:
-    """Stacked segments into `out`, written in place: y_TO, or (split, T, O) float32 if config.split > 1.
+class Counters:
+    """Zeros that the programs of a cut product count their arrivals in, and leave zero: one run of them a device.
 
-    `rows`: stacked rows of the step, or a budget of them; more rows than that take longer. `most_rows`: of any token
-    of any slice, for as long as this launch may be replayed: a token with more would lose some.
+    Launches that use it must follow one another in a stream, as a model's layers do.
     """
-    _check_product(x_TI, weight_OI, bias_O, step, slots)
-    parts = config.split
-    _check_output(out, (parts, *_shape(x_TI, slots)) if parts > 1 else _shape(x_TI, slots), x_TI.device)
-    assert not (finish and parts > 1), "bias and offset belong to the sum of the parts"
-    exact = x_TI.dtype == torch.float32
-    assert slots.most_rows() <= most_rows <= config.stacked_m, f"{most_rows} rows a token, tiles of {config.stacked_m}"
-    window = config.stacked_m - most_rows + 1
-    tile_table = tiles.of(config.stacked_n)
-    grid = (triton.cdiv(max(rows, 1), window), tile_table.shape[0], parts)
-    kernel: Any = triton_kernels.flora_stacked
-    kernel[grid](
-        x_TI, weight_OI, out, _present(bias_O, x_TI), step.tokens, step.token_slots, step.stacked, step.counts,
-        slots.table, slots.layout, tile_table,
-        len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out.stride(-2),
-        out.stride(0) if parts > 1 else 0, window,
-        BM=config.stacked_m, BN=config.stacked_n, BK=config.stacked_k, SPLIT=parts, STAGES=config.stacked_stages,
-        FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=slots.is_aligned,
-        DOT=_precision(exact), EXACT_SUM=exact or INTERPRETED,
-        num_warps=config.stacked_warps,
-    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Captured graphs keep the addresses of earlier ones.
+        self._kept = [torch.zeros(4096, dtype=torch.int32, device=device)]
+
+    def of(self, count: int) -> torch.Tensor:
+        if self._kept[-1].numel() < count:
+            # Inside a capture the zeros would only be written by a replay.
+            assert not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()), "run it once before"
+            self._kept.append(torch.zeros(2 * count, dtype=torch.int32, device=self._device))
+        return self._kept[-1]
 
 
-def launch_modulated(
+class Layer:
+    """What the launches of one layer share: its weight, slots, and where the kernels run."""
+
+    def __init__(self, weight_OI: torch.Tensor | None, slots: SlotTable, machine: Machine, counters: Counters) -> None:
+        if weight_OI is not None and (
+            weight_OI.shape != (sum(slots.sizes), slots.in_features) or weight_OI.stride(1) != 1
+        ):
+            raise ConfigError(
+                f"the weight is {tuple(weight_OI.shape)} with strides {weight_OI.stride()}; needed are "
+                f"{(sum(slots.sizes), slots.in_features)} and contiguous rows"
+            )
+        if not INTERPRETED and slots.device.type != "cuda":
+            raise ConfigError(f"the Triton kernels need an NVIDIA GPU; the layer is on {slots.device}")
+        self.weight_OI = weight_OI
+        self.weight_stride = 0 if weight_OI is None else weight_OI.stride(0)
+        self.slots = slots
+        self.machine = machine
+        self.counters = counters
+        self.tiles = ColumnTiles(slots.sizes, slots.device)
+        self.slices = len(slots.sizes)
+        self.out_features = sum(slots.sizes)
+
+    def programs(self, wanted: int, others: int) -> int:
+        """Of `wanted` programs on an axis of a grid, with `others` for each, those worth launching."""
+        return max(1, min(wanted, self.machine.processors * _PROGRAMS_PER_PROCESSOR // others))
+
+
+class LowRank:
+    """A step's low-rank terms: what both of their launches must agree on. `middle` is written by the first.
+
+    Raises ConfigError for an x that the kernels would read wrongly.
+    """
+
+    def __init__(self, layer: Layer, x_TI: torch.Tensor, config: LowRankConfig, blocks: int, most_low: int) -> None:
+        """`blocks` of up to `config.m` tokens, or a budget of them; `most_low`: the largest rank of any slot, for as
+        long as the launches may be replayed."""
+        slots = layer.slots
+        assert int(slots.low_ranks.max()) <= most_low, f"ranks of {most_low} at most, {slots.low_ranks}"
+        if x_TI.stride(1) != 1 or slots.dtype not in (None, x_TI.dtype) or x_TI.device != slots.device:
+            raise ConfigError(
+                f"x is {x_TI.dtype} on {x_TI.device} with strides {x_TI.stride()}, the slots' terms {slots.dtype} on "
+                f"{slots.device}; they must agree, with contiguous rows"
+            )
+        self.config = config
+        self.blocks = blocks
+        self.most_low = most_low
+        shape = (config.split, x_TI.shape[0], layer.slices, most_low)
+        self.middle = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
+
+
+def check(layer: Layer, x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers) -> None:
+    """Raises ConfigError for an x, a bias or a step that the kernels would read wrongly."""
+    slots, shape = layer.slots, x_TI.shape
+    assert layer.weight_OI is not None, "an opaque base sees to its own x"
+    if x_TI.dtype != layer.weight_OI.dtype or x_TI.device != slots.device or step.device != slots.device:
+        raise ConfigError(
+            f"x is {x_TI.dtype} on {x_TI.device}, the step on {step.device}, the weight {layer.weight_OI.dtype} on "
+            f"{slots.device}; they must agree"
+        )
+    if len(shape) != 2 or shape[1] != slots.in_features or x_TI.stride(1) != 1:
+        raise ConfigError(
+            f"x is {tuple(shape)} with strides {x_TI.stride()}; needed are (T, {slots.in_features}) and contiguous rows"
+        )
+    if shape[0] > step.max_tokens:
+        raise ConfigError(f"x has {shape[0]} tokens, the step's buffers hold {step.max_tokens}")
+    if bias_O is not None and (bias_O.shape != (layer.out_features,) or not bias_O.is_contiguous()):
+        raise ConfigError(f"the bias has shape {tuple(bias_O.shape)}; needed is ({layer.out_features},), contiguous")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises ConfigError for a dtype that the kernels do not serve."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"the Triton kernels serve {', '.join(map(str, DTYPES))}, not {dtype}")
+    if dtype == torch.bfloat16 and INTERPRETED:
+        raise ConfigError("Triton's interpreter does not multiply bfloat16 correctly; use float32 or float16 there")
+
+
+def launch_stacked(
+    layer: Layer,
     x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    out_TO: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    step: StepBuffers,
-    slots: SlotTable,
-    tiles: ColumnTiles,
-    config: LaunchConfig,
-    programs: int,
-    finish: bool,
-) -> None:
-    """Modulated segments into `out_TO`, written in place. `programs`: row tiles, or a budget of them."""
-    _check_product(x_TI, weight_OI, bias_O, step, slots)
-    _check_output(out_TO, _shape(x_TI, slots), x_TI.device)
-    most = slots.limits.rank
-    assert most <= config.rank, f"rank {most} does not fit a modulation of {config.rank}"
-    tile_table = tiles.of(config.modulated_n)
-    kernel: Any = triton_kernels.flora_modulated
-    kernel[(max(programs, 1), tile_table.shape[0])](
-        x_TI, weight_OI, out_TO, _present(bias_O, x_TI), step.tokens, step.modulated, step.counts,
-        slots.table, tile_table,
-        len(slots.sizes), slots.in_features, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0),
-        BM=config.modulated_m, BN=config.modulated_n, BK=config.modulated_k, RANKS=config.rank,
-        STAGES=config.modulated_stages, FINISH=finish, HAS_BIAS=finish and bias_O is not None,
-        ALIGNED=slots.is_aligned, DOT=_precision(x_TI.dtype == torch.float32),
-        num_warps=config.modulated_warps,
-    )  # fmt: skip
-
-
-def launch_low_down(
-    x_TI: torch.Tensor, middle_TNR: torch.Tensor, step: StepBuffers, slots: SlotTable, config: LaunchConfig
-) -> None:
-    """down x of every token whose slot has a low-rank term into `middle_TNR` float32, written in place."""
-    _check_x(x_TI, None, step, slots)
-    shape = (x_TI.shape[0], len(slots.sizes), slots.limits.low_rank)
-    _check_output(middle_TNR, shape, x_TI.device)
-    assert middle_TNR.dtype == torch.float32, f"the low-rank middle is {middle_TNR.dtype}"
-    kernel: Any = triton_low_rank.flora_low_down
-    kernel[(shape[0], shape[1], triton.cdiv(shape[2], config.low_r))](
-        x_TI, middle_TNR, step.tokens, step.token_slots, step.counts, slots.table,
-        shape[1], slots.in_features, x_TI.stride(0), shape[2],
-        BR=config.low_r, BK=config.low_k, ALIGNED=slots.is_aligned, num_warps=4,
-    )  # fmt: skip
-
-
-def launch_sum(
-    parts: torch.Tensor,
     y_TO: torch.Tensor,
     bias_O: torch.Tensor | None,
     step: StepBuffers,
-    slots: SlotTable,
-    tiles: ColumnTiles,
-    config: LaunchConfig,
-    finish: bool,
-    stacked_only: bool,
-    middle_TNR: torch.Tensor | None = None,
+    config: StackedConfig,
+    rows: int,
+    most_rows: int,
+    stack_below: int,
+    low: LowRank | None,
 ) -> None:
-    """Sum of `parts` (P, T, O) float32, with bias and offset if `finish`, into `y_TO`, written in place.
+    """Stacked segments into `y_TO`, written in place, and the first half of low-rank terms beside them.
 
-    `middle_TNR`: what `launch_low_down` wrote; up times it is added.
+    `rows`: stacked rows of the step, or a budget of them; more rows than that take longer. `most_rows`: of any token
+    of any slice, for as long as this launch may be replayed: a token with more would lose some. `stack_below`: 0, or
+    STACK_ALL where no launch serves modulated segments.
     """
-    _check_output(parts, (parts.shape[0], *y_TO.shape), y_TO.device)
-    assert middle_TNR is None or slots.dtype in (None, y_TO.dtype), f"up is {slots.dtype}, y {y_TO.dtype}"
-    tile_table = tiles.of(config.sum_n)
-    kernel: Any = triton_low_rank.flora_sum
-    kernel[(y_TO.shape[0], tile_table.shape[0])](
-        parts, y_TO, _present(bias_O, y_TO), step.tokens, step.token_slots, step.counts,
-        slots.table, parts if middle_TNR is None else middle_TNR, tile_table,
-        len(slots.sizes), parts.stride(0), parts.stride(1), y_TO.stride(0), slots.limits.low_rank,
-        COUNT=2 if stacked_only else 3, PARTS=parts.shape[0], BN=config.sum_n, LOW=middle_TNR is not None,
-        FINISH=finish, HAS_BIAS=finish and bias_O is not None, ALIGNED=slots.is_aligned, num_warps=4,
+    slots, parts = layer.slots, config.split
+    assert slots.most_rows <= most_rows <= config.m, f"{slots.most_rows} rows a token, {most_rows}, tiles of {config.m}"
+    window = config.m - most_rows + 1
+    tile_table = layer.tiles.of(config.n)
+    column_tiles = tile_table.shape[0]
+    row_tiles = layer.programs(-(-max(rows, 1) // window), column_tiles * parts)
+    tokens, out_features = x_TI.shape[0], layer.out_features
+    parts_STO = counters = y_TO
+    if parts > 1:
+        parts_STO = torch.empty((parts, tokens, out_features), dtype=torch.float32, device=x_TI.device)
+        counters = layer.counters.of(-(-tokens * most_rows // window) * column_tiles)
+    down, down_programs = _NO_LOW, 0
+    if low is not None:
+        down = low.config
+        down_programs = -(-down.workers // (row_tiles * parts))
+    kernel: Any = triton_kernels.flora_stacked
+    kernel[(row_tiles, down_programs + column_tiles, parts)](
+        x_TI, layer.weight_OI, y_TO, x_TI if bias_O is None else bias_O, step.tokens, step.segments, step.counts,
+        slots.table, slots.layout, tile_table, parts_STO, counters, x_TI if low is None else low.middle,
+        layer.slices, slots.in_features, out_features, x_TI.stride(0), layer.weight_stride, y_TO.stride(0),
+        tokens * out_features, 0 if low is None else low.middle.stride(0), 0 if low is None else low.most_low,
+        window, stack_below, down_programs,
+        BM=config.m, BN=config.n, BK=config.k, SPLIT=parts, STAGES=config.stages,
+        LOW=low is not None, LOW_M=down.m, LOW_R=down.r, LOW_K=down.k, LOW_SPLIT=down.split,
+        HAS_BIAS=bias_O is not None, ALIGNED=slots.is_aligned, DOT=_precision(x_TI),
+        EXACT_SUM=x_TI.dtype == torch.float32 or INTERPRETED, num_warps=config.warps,
     )  # fmt: skip
 
 
-def _check_product(
+# Constants of a launch without low-rank terms.
+_NO_LOW = LowRankConfig(m=16, r=16, k=64, split=1, n=64, workers=0, warps=4)
+
+
+def launch_modulated(
+    layer: Layer,
     x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    y_TO: torch.Tensor,
     bias_O: torch.Tensor | None,
     step: StepBuffers,
-    slots: SlotTable,
+    config: ModulatedConfig,
+    programs: int,
 ) -> None:
-    _check_x(x_TI, bias_O, step, slots)
-    if weight_OI.dtype != x_TI.dtype or weight_OI.device != x_TI.device:
-        raise ConfigError(
-            f"x is {x_TI.dtype} on {x_TI.device}, the weight {weight_OI.dtype} on {weight_OI.device}; they must agree"
-        )
-    if weight_OI.shape != (sum(slots.sizes), slots.in_features) or weight_OI.stride(1) != 1:
-        raise ConfigError(
-            f"the weight is {tuple(weight_OI.shape)} with strides {weight_OI.stride()}; needed are "
-            f"{(sum(slots.sizes), slots.in_features)} and contiguous rows"
-        )
+    """Modulated segments into `y_TO`, written in place. `programs`: row tiles, or a budget of them."""
+    slots = layer.slots
+    assert slots.limits.rank <= config.rank, f"rank {slots.limits.rank} does not fit a modulation of {config.rank}"
+    tile_table = layer.tiles.of(config.n)
+    kernel: Any = triton_kernels.flora_modulated
+    kernel[(max(programs, 1), tile_table.shape[0])](
+        x_TI, layer.weight_OI, y_TO, x_TI if bias_O is None else bias_O, step.tokens, step.segments, step.counts,
+        slots.table, slots.layout, tile_table,
+        layer.slices, slots.in_features, x_TI.stride(0), layer.weight_stride, y_TO.stride(0),
+        BM=config.m, BN=config.n, BK=config.k, RANKS=config.rank, STAGES=config.stages,
+        HAS_BIAS=bias_O is not None, ALIGNED=slots.is_aligned, DOT=_precision(x_TI), num_warps=config.warps,
+    )  # fmt: skip
 
 
-def _check_x(x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, slots: SlotTable) -> None:
-    if x_TI.dtype not in DTYPES:
-        raise ConfigError(f"the Triton kernels serve {', '.join(map(str, DTYPES))}, not {x_TI.dtype}")
-    if x_TI.dtype == torch.bfloat16 and INTERPRETED:
-        raise ConfigError("Triton's interpreter does not multiply bfloat16 correctly; use float32 or float16 there")
-    if not INTERPRETED and x_TI.device.type != "cuda":
-        raise ConfigError(f"the Triton kernels need an NVIDIA GPU; x is on {x_TI.device}")
-    if x_TI.dim() != 2 or x_TI.shape[1] != slots.in_features or x_TI.stride(1) != 1:
-        raise ConfigError(
-            f"x is {tuple(x_TI.shape)} with strides {x_TI.stride()}; needed are (T, {slots.in_features}) and "
-            "contiguous rows"
-        )
-    if x_TI.shape[0] > step.max_tokens:
-        raise ConfigError(f"x has {x_TI.shape[0]} tokens, the step's buffers hold {step.max_tokens}")
-    if not x_TI.device == slots.device == step.device:
-        raise ConfigError(f"x is on {x_TI.device}, the slots on {slots.device}, the step on {step.device}")
-    if slots.dtype is not None and slots.dtype != x_TI.dtype:
-        raise ConfigError(f"x is {x_TI.dtype}, the slots' terms are {slots.dtype}")
-    if bias_O is not None and (bias_O.shape != (sum(slots.sizes),) or not bias_O.is_contiguous()):
-        raise ConfigError(f"the bias has shape {tuple(bias_O.shape)}; needed is ({sum(slots.sizes)},), contiguous")
+def launch_low_down(layer: Layer, x_TI: torch.Tensor, step: StepBuffers, low: LowRank) -> None:
+    """The first half of low-rank terms alone, where the base product is not a launch of ours."""
+    slots, config = layer.slots, low.config
+    kernel: Any = triton_low_rank.flora_low_down
+    kernel[(config.workers,)](
+        x_TI, low.middle, step.tokens, step.segments, step.counts, slots.table, slots.layout,
+        layer.slices, slots.in_features, x_TI.stride(0), low.middle.stride(0), low.most_low,
+        BM=config.m, BR=config.r, BK=config.k, SPLIT=config.split, STAGES=3,
+        ALIGNED=slots.is_aligned, DOT=_precision(x_TI), num_warps=config.warps,
+    )  # fmt: skip
 
 
-def _check_output(out: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tuple(out.shape) != shape or out.stride(-1) != 1 or out.device != device:
-        raise ConfigError(f"the output is {tuple(out.shape)} {out.stride()} on {out.device}; needed is {shape}")
+def launch_low_up(layer: Layer, y_TO: torch.Tensor, step: StepBuffers, low: LowRank) -> None:
+    """The second half of low-rank terms, added to `y_TO` in place."""
+    slots, config = layer.slots, low.config
+    tile_table = layer.tiles.of(config.n)
+    column_tiles = tile_table.shape[0]
+    kernel: Any = triton_low_rank.flora_low_up
+    kernel[(layer.programs(low.blocks, column_tiles), column_tiles)](
+        y_TO, low.middle, step.tokens, step.segments, step.counts, slots.table, slots.layout, tile_table,
+        layer.slices, y_TO.stride(0), low.middle.stride(0), low.most_low,
+        BM=config.m, BN=config.n, BR=config.r, SPLIT=config.split, ALIGNED=slots.is_aligned, DOT=_precision(y_TO),
+        num_warps=config.warps,
+    )  # fmt: skip
 
 
-def _shape(x_TI: torch.Tensor, slots: SlotTable) -> tuple[int, int]:
-    return x_TI.shape[0], sum(slots.sizes)
-
-
-def _present(bias_O: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """A pointer that is never read stands in for a missing bias."""
-    return like if bias_O is None else bias_O
-
-
-def _precision(exact: bool) -> str:
+def _precision(like: torch.Tensor) -> str:
     """Of float32 products: three tensor-core products of split operands, as close as plain float32 to rounding."""
-    return "tf32x3" if exact else "tf32"
+    return "tf32x3" if like.dtype == torch.float32 else "tf32"

@@ -1,42 +1,48 @@
 """The adapted linear on Triton kernels, for NVIDIA GPUs. The kernels have not run on hardware yet.
 
-Importing this module needs neither Triton nor a GPU; building a layer does. A segment goes one way for all slices of
-a layer: modulated if the rule says so for any of them. Low-rank terms are two plain products a segment in `forward`,
-kernels in `graph_form`, whose launches may not depend on the step. No step waits for the GPU.
+Importing this module needs neither Triton nor a GPU; building a layer does. Eager steps and captured CUDA graphs take
+the same launches, with everything of a step and of the slots read from device buffers; no step waits for the GPU.
+
+    a step's tokens in this layer        launches
+    no adapter, or nothing here          the base call
+    low-rank terms alone (LoRA)          the base call, down, up
+    scaled products, weights, offsets    1: scaling, product, sum and bias in one (IA3, FLoRA of any rank)
+      some in long segments              + 1 for those that are modulated
+      some low-rank terms too            + 1: down runs inside the first, up comes after it
+A CUDA graph holds the third row and, if the engine has low-rank slots, the last: 2 launches whatever the slots hold.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.dispatch import DispatchRule
-from flora_vllm.ops.gpu.config import DTYPES, MAX_RANK, LaunchConfig, launch_config
+from flora_vllm.ops.gpu.config import (
+    DTYPES,
+    MAX_RANK,
+    Machine,
+    StackedConfig,
+    low_rank_config,
+    modulated_config,
+    stacked_config,
+)
 from flora_vllm.ops.gpu.slots import SlotTable
 from flora_vllm.ops.gpu.step import DeviceSteps, StepBuffers
 from flora_vllm.ops.terms import LayerTerms, Segments, SlotLimits
 
-# A segment of plain W x this long is worth whole row tiles of its own.
-PLAIN_TOKENS = 64
+# Tokens of a block of low-rank terms.
+_LOW_TOKENS = 16
+# Numbers of stacked rows that launch parameters are chosen for.
+_ROWS_APART = 16
 _steps = DeviceSteps()
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a run of launches is sized by: the step's own numbers, or a budget that holds for many steps."""
-
-    step: StepBuffers
-    config: LaunchConfig
-    rows: int  # stacked rows
-    most_rows: int  # of one token
-    tiles: int  # row tiles of modulated segments
 
 
 def why_unavailable(device: torch.device) -> str | None:
@@ -69,16 +75,10 @@ def build_name() -> str:
 
 
 def why_refused(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits) -> str | None:
-    """Why an engine's layer is not served here, or None.
-
-    A base that hides its weight is left to the torch op: scaled rows beside base tokens in one call of it would let an
-    adapter touch its neighbours where the quantisation scales activations by the call.
-    """
+    """Why an engine's layer is not served here, or None. An opaque base is, with the torch op behind it."""
     reason = why_unavailable(device)
-    if reason is not None:
+    if reason is not None or weight_OI is None:
         return reason
-    if weight_OI is None:
-        return "the base does not show its weight"
     if weight_OI.dtype not in DTYPES:
         return f"dtype is {weight_OI.dtype}"
     if device.type == "cpu" and weight_OI.dtype == torch.bfloat16:
@@ -88,11 +88,58 @@ def why_refused(weight_OI: torch.Tensor | None, device: torch.device, limits: Sl
     return f"ranks up to {limits.rank} are asked for, it has {MAX_RANK}" if limits.rank > MAX_RANK else None
 
 
+class LowRankPair:
+    """The launches of a layer's low-rank terms, and what all its launches share (`launch`, `layer`).
+
+    weight_OI: W, or None over an opaque base. Raises ConfigError where Triton is missing.
+    """
+
+    def __init__(self, weight_OI: torch.Tensor | None, slots: SlotTable) -> None:
+        reason = why_unavailable(slots.device)
+        if reason is not None:
+            raise ConfigError(f"the Triton kernels cannot run here: {reason}")
+        from flora_vllm.ops.gpu import launch as triton_launch
+
+        self.launch: Any = triton_launch
+        self.layer = triton_launch.Layer(weight_OI, slots, *_machine_of(slots.device))
+        self._slots = slots
+
+    def step_of(self, segments: Segments) -> StepBuffers:
+        """The step as the launches read it, the same for all layers."""
+        return _steps.get(segments, self._slots.device)
+
+    def of_step(self, x_TI: torch.Tensor, step: StepBuffers) -> Any:
+        """What this step's low-rank terms are launched with."""
+        slots = self._slots
+        blocks = -(-step.sizes // _LOW_TOKENS) * (slots.low_ranks[step.slots] > 0)
+        return self._launched_with(x_TI, int(blocks.sum()), int(slots.low_ranks.max()))
+
+    def of_graph(self, x_TI: torch.Tensor, step: StepBuffers) -> Any:
+        """The same of any step of so many tokens."""
+        tokens = x_TI.shape[0]
+        blocks = min(tokens, tokens // _LOW_TOKENS + step.max_segments)
+        return self._launched_with(x_TI, blocks, self._slots.limits.low_rank)
+
+    def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, step: StepBuffers, low: Any) -> None:
+        """The low-rank terms come to y_TO, the base's output, in place."""
+        self.launch.launch_low_down(self.layer, x_TI, step, low)
+        self.launch.launch_low_up(self.layer, y_TO, step, low)
+
+    def _launched_with(self, x_TI: torch.Tensor, blocks: int, rank: int) -> Any:
+        """For ranks up to `rank`; rounded, for each is another kernel to compile."""
+        most_low = -(-rank // 16) * 16
+        slots, layer = self._slots, self.layer
+        config = low_rank_config(
+            x_TI.dtype, most_low, slots.in_features, layer.slices, blocks, slots.is_aligned, layer.machine
+        )
+        return self.launch.LowRank(layer, x_TI, config, blocks, most_low)
+
+
 class TritonLinear:
     """y = base(x) + bias with every slot's terms, on Triton kernels.
 
     weight_OI: W, rows contiguous. base: x_TI -> y_TO, W x without bias. sizes: out features of each slice, in order.
-    Raises ConfigError where Triton is missing, or for a path or a rank that cannot be served.
+    Raises ConfigError where Triton is missing, or for a weight, a path or a rank that cannot be served.
     """
 
     implementation = "triton"
@@ -108,137 +155,99 @@ class TritonLinear:
     ) -> None:
         if not 1 <= limits.rank <= MAX_RANK:
             raise ConfigError(f"the Triton kernels serve ranks up to {MAX_RANK}, not {limits.rank}")
-        self.device = weight_OI.device
-        reason = why_unavailable(self.device)
-        if reason is not None:
-            raise ConfigError(f"the Triton kernels cannot run here: {reason}")
-        from flora_vllm.ops.gpu import launch as triton_launch
-
-        self._launch: Any = triton_launch
-        self.weight_OI = weight_OI
         self.base = base
-        self.rule = rule
-        self.slots = SlotTable(sizes, in_features, limits, self.device)
-        self.parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-        self.out_features = sum(sizes)
-        self._tiles = triton_launch.ColumnTiles(self.slots.sizes, self.device)
-        self._machine: dict[str, int] = {}
-        if self.device.type == "cuda":
-            properties = torch.cuda.get_device_properties(self.device)
-            self._machine = {"processors": properties.multi_processor_count, "capability": properties.major}
+        self.slots = SlotTable(sizes, in_features, limits, rule, weight_OI.dtype, weight_OI.device)
+        self._low = LowRankPair(weight_OI, self.slots)
+        self._launch, self._layer = self._low.launch, self._low.layer
+        self._launch.check_dtype(weight_OI.dtype)
+        self._modulated = modulated_config(weight_OI.dtype, limits.rank, self.slots.is_aligned)
+        self._dtype = weight_OI.dtype
+        self._stacked_configs: dict[tuple[int, int], StackedConfig] = {}
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on; None clears it. Read by captured graphs too."""
-        self.slots.write(slot, terms, self.weight_OI.dtype)
+        self.slots.write(slot, terms)
 
     def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor:
         """y_TO; `segments` None says that no token has an adapter."""
         if segments is None or x_TI.shape[0] == 0:
-            y_TO = self.base(x_TI)
-            return y_TO if bias_O is None else y_TO.add_(bias_O)
+            return self._base(x_TI, bias_O)
         assert segments.tokens == x_TI.shape[0], f"{segments.tokens} tokens in segments, {x_TI.shape[0]} in x"
         x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-        counts = [segments.starts[i + 1] - segments.starts[i] for i in range(len(segments.slots))]
-        modulates = tuple(self._modulates(slot, n) for slot, n in zip(segments.slots, counts, strict=True))
-        step = _steps.get(segments, modulates, self.device)
-        rows = self.stacked_rows(segments, modulates)
-        config = self._config(x_TI, rows)
-        tiles = sum(-(-n // config.modulated_m) for n, modulated in zip(counts, modulates, strict=True) if modulated)
-        plan = _Plan(step, config, rows, self.slots.most_rows(), tiles)
-        if not any(_has_low_rank(self.slots.terms(slot)) for slot in segments.slots):
-            return self._run(x_TI, bias_O, plan, x_TI.dtype)
-        y_TO = self._run(x_TI, None, plan, torch.float32, finish=False)
-        self._add_low_rank(y_TO, x_TI, step, segments, modulates)
-        out_TO = torch.empty_like(y_TO, dtype=x_TI.dtype)
-        self._launch.launch_sum(
-            y_TO[None], out_TO, bias_O, step, self.slots, self._tiles, config, finish=True, stacked_only=False
-        )
-        return out_TO
+        step, slots = self._low.step_of(segments), self.slots
+        self._launch.check(self._layer, x_TI, bias_O, step)
+        low = self._low.of_step(x_TI, step) if step.slot_bits & slots.low_bits else None
+        if not step.slot_bits & slots.product_bits:
+            y_TO = self._base(x_TI, bias_O)
+            if low is not None:
+                self._low.add(y_TO, x_TI, step, low)
+            return y_TO
+        rows, tiles = int(slots.rows[step.slots] @ step.sizes), 0
+        if step.longest >= slots.least_modulated:
+            is_modulated = step.sizes >= slots.modulate_from[step.slots]
+            rows = int(slots.rows[step.slots] @ (step.sizes * ~is_modulated))
+            tiles = int((-(-step.sizes // self._modulated.m))[is_modulated].sum())
+        return self._products(x_TI, bias_O, step, rows, slots.most_rows, tiles, low, stack_below=0)
 
     def graph_form(
         self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, row_budget: int
     ) -> torch.Tensor:
-        """y_TO of whatever step is in `step` when the launches run: the form that a CUDA graph may capture.
+        """y_TO of whatever step is in `step` when the launches run: the same launches as a CUDA graph may capture them.
 
-        Launches depend on x's shape and `row_budget` (stacked rows; more than that run slower) alone, whatever terms
-        the slots come to hold. Every segment of `step` is a stacked one.
+        They depend on x's shape and `row_budget` (stacked rows; more than that run slower) alone, whatever terms the
+        slots come to hold; every segment is stacked.
         """
         x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+        self._launch.check(self._layer, x_TI, bias_O, step)
+        limits = self.slots.limits
+        low = self._low.of_graph(x_TI, step) if limits.low_rank else None
         # Slots may hold any rank when the launches are replayed.
-        most_rows = self.slots.limits.rank + 1
-        plan = _Plan(step, self._config(x_TI, row_budget), max(row_budget, 1), most_rows, tiles=0)
-        shape = (x_TI.shape[0], len(self.parts), self.slots.limits.low_rank)
-        middle_TNR = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
-        self._launch.launch_low_down(x_TI, middle_TNR, step, self.slots, plan.config)
-        parts = self._stacked_parts(x_TI, plan)
-        y_TO = torch.empty(x_TI.shape[0], self.out_features, dtype=x_TI.dtype, device=x_TI.device)
-        around = (step, self.slots, self._tiles, plan.config)
-        self._launch.launch_sum(parts, y_TO, bias_O, *around, finish=True, stacked_only=False, middle_TNR=middle_TNR)
-        return y_TO
+        most_rows = limits.rank + 1
+        rows = min(row_budget, x_TI.shape[0] * most_rows)
+        return self._products(x_TI, bias_O, step, rows, most_rows, 0, low, self._launch.STACK_ALL)
 
-    def stacked_rows(self, segments: Segments, modulates: Sequence[bool]) -> int:
-        """Rows of the base product that the step's stacked segments need, of the slice with the most."""
-        rows = [0] * len(self.parts)
-        for i, slot in enumerate(segments.slots):
-            if not modulates[i]:
-                tokens = segments.starts[i + 1] - segments.starts[i]
-                rows = [total + tokens * of_slice for total, of_slice in zip(rows, self.slots.rows(slot), strict=True)]
-        return max(rows)
+    def _base(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        y_TO = self.base(x_TI)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
 
-    def _modulates(self, slot: int, tokens: int) -> bool:
-        counts = [
-            (part.products, part.a_RI.shape[0])
-            for part in self.slots.terms(slot) or ()
-            if part is not None and part.a_RI is not None
-        ]
-        if not counts:
-            return tokens >= PLAIN_TOKENS if self.rule.path == "auto" else self.rule.path == "modulated"
-        return any(tokens >= self.rule.modulate_from(products, scaled) for products, scaled in counts)
-
-    def _config(self, x_TI: torch.Tensor, rows: int) -> LaunchConfig:
-        slots = self.slots
-        return launch_config(
-            x_TI.dtype, slots.limits.rank, slots.in_features, self.out_features, rows, slots.is_aligned, **self._machine
-        )
-
-    def _run(
-        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, plan: _Plan, dtype: torch.dtype, finish: bool = True
+    def _products(
+        self,
+        x_TI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        step: StepBuffers,
+        rows: int,
+        most_rows: int,
+        tiles: int,
+        low: Any,
+        stack_below: int,
     ) -> torch.Tensor:
-        y_TO = torch.empty(x_TI.shape[0], self.out_features, dtype=dtype, device=x_TI.device)
-        config, rows = plan.config, plan.rows
-        around = (plan.step, self.slots, self._tiles, config)
-        if rows and config.split == 1:
-            self._launch.launch_stacked(x_TI, self.weight_OI, y_TO, bias_O, *around, rows, plan.most_rows, finish)
-        elif rows:
-            parts = self._stacked_parts(x_TI, plan)
-            self._launch.launch_sum(parts, y_TO, bias_O, *around, finish, stacked_only=True)
-        if plan.tiles:
-            self._launch.launch_modulated(x_TI, self.weight_OI, y_TO, bias_O, *around, plan.tiles, finish)
+        layer = self._layer
+        y_TO = torch.empty((x_TI.shape[0], layer.out_features), dtype=x_TI.dtype, device=x_TI.device)
+        if rows or low is not None:
+            config = self._stacked_config(-(-rows // _ROWS_APART) * _ROWS_APART, most_rows)
+            self._launch.launch_stacked(layer, x_TI, y_TO, bias_O, step, config, rows, most_rows, stack_below, low)
+        if tiles:
+            self._launch.launch_modulated(layer, x_TI, y_TO, bias_O, step, self._modulated, tiles)
+        if low is not None:
+            self._launch.launch_low_up(layer, y_TO, step, low)
         return y_TO
 
-    def _stacked_parts(self, x_TI: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """The stacked segments' products as (split, T, O) float32, each part over a run of in features."""
-        shape = (plan.config.split, x_TI.shape[0], self.out_features)
-        parts = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
-        out = parts if plan.config.split > 1 else parts[0]
-        around = (plan.step, self.slots, self._tiles, plan.config)
-        self._launch.launch_stacked(x_TI, self.weight_OI, out, None, *around, plan.rows, plan.most_rows, finish=False)
-        return parts
-
-    def _add_low_rank(
-        self, y_TO: torch.Tensor, x_TI: torch.Tensor, step: StepBuffers, segments: Segments, modulates: Sequence[bool]
-    ) -> None:
-        for i, (first, last) in step.positions(segments, modulates):
-            terms = self.slots.terms(segments.slots[i])
-            if not _has_low_rank(terms):
-                continue
-            assert terms is not None
-            rows_N = step.tokens[first:last]
-            for part, piece in zip(terms, self.parts, strict=True):
-                if part is not None and part.down_RI is not None:
-                    assert part.up_RO is not None, "checked by the slot table"
-                    y_TO[rows_N, piece] += (x_TI[rows_N] @ part.down_RI.T) @ part.up_RO
+    def _stacked_config(self, rows: int, most_rows: int) -> StackedConfig:
+        config = self._stacked_configs.get((rows, most_rows))
+        if config is None:
+            layer, slots = self._layer, self.slots
+            sizes = (slots.in_features, layer.out_features)
+            config = stacked_config(self._dtype, most_rows, *sizes, rows, slots.is_aligned, layer.machine)
+            self._stacked_configs[rows, most_rows] = config
+        return config
 
 
-def _has_low_rank(terms: LayerTerms | None) -> bool:
-    return any(part is not None and part.down_RI is not None for part in terms or ())
+@functools.cache
+def _machine_of(device: torch.device) -> tuple[Machine, Any]:
+    """A device's size and the arrival counters of its layers."""
+    from flora_vllm.ops.gpu import launch as triton_launch
+
+    if device.type != "cuda":
+        return Machine(), triton_launch.Counters(device)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.multi_processor_count, properties.major), triton_launch.Counters(device)
