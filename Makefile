@@ -11,7 +11,7 @@ BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test test-cluster lint table format bench serve
+.PHONY: setup model demo test test-cluster soak lint table format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -32,6 +32,10 @@ test: setup
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster
+
+# Random loads and unloads under checked traffic for an hour; MINUTES=5 for less.
+soak: setup
+	@$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),60)
 
 lint: setup
 	$(BIN)/ruff format --check .
