@@ -13,6 +13,10 @@
     loader.py         one adapter directory -> what a worker keeps
     identity.py       the name under which the engine knows one content
     frontend.py       server side: names and identities, load, unload, resolvers
+    guard.py          which names, paths and digests are taken, what an answer may say
+    names.py          what adapters may be called
+    access.py         API keys, tenants and the adapters they see
+    gate.py           the server's door: which requests need a key
     speech.py         the adapter's part in vLLM's speech server
     offline.py        flora_vllm.LLM
 
