@@ -44,7 +44,8 @@ lint: setup
 
 # README's table of families, from the rows.
 table: setup
-	@$(BIN)/python -c "from pathlib import Path; from flora_vllm.formats.family_table import write_into; write_into(Path('README.md'))"
+	@$(BIN)/python -c "from pathlib import Path; from flora_vllm.formats.family_table import family_table, group_table, write_into; \
+	write_into(Path('README.md'), group_table()); write_into(Path('flora_vllm/formats/README.md'), family_table())"
 
 format: setup
 	$(BIN)/ruff check --fix --select I .
