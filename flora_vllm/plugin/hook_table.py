@@ -298,9 +298,6 @@ ENCODER_HOOKS = (
     Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_encoder_inputs"),
     Hook(f"{_RUNNER}._execute_mm_encoder", ("self", "scheduler_output")),
     Hook(f"{_RUNNER}._batch_mm_inputs_from_scheduler", ("self", "scheduler_output"), unless=_ORDERED),
-    Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch")),
-    Hook("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids"),
-    Hook("vllm.v1.worker.gpu.input_batch:InputBatch.req_ids"),
     Hook(
         "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
         ("model", "lora_manager", "scheduled_encoder_inputs"),
@@ -321,7 +318,6 @@ _V1, _V2 = "vllm.v1.worker.gpu_input_batch", "vllm.v1.worker.gpu"
 RUNNER_HOOKS = {
     1: (
         Hook(f"{_MIXIN}.set_active_loras", ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens")),
-        Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("requests",)),
         Hook(f"{_V1}:InputBatch.__init__", ("self",), sets=("num_computed_tokens_cpu",)),
         Hook(f"{_V1}:InputBatch.req_ids"),
         Hook(f"{_V1}:CachedRequestState.req_id"),
@@ -340,6 +336,7 @@ RUNNER_HOOKS = {
     ),
 }
 _CORE = (
+    Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch", "requests")),
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
     Hook(f"{_KEYS}:_gen_prompt_embeds_extra_hash_keys", ("request", "start_token_idx", "end_token_idx")),
     Hook(f"{_KEYS}:generate_block_hash_extra_keys", ("request", "start_token_idx", "end_token_idx")),
