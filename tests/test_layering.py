@@ -46,7 +46,7 @@ PARTS = (
     Part("plugin.options", ("errors", "options", "ops.paths")),
     Part("plugin", ("adapter", "step", "compact", "errors", "formats", "layers", "ops", "ops.terms", "options",
                     "plugin.options", "slots", "terms"),
-         ("torch", "vllm")),
+         ("torch", "vllm", "safetensors")),
     Part("train_request", ("errors", "options")),
     Part("training", ("adapter", "errors", "formats", "ops", "ops.terms", "options", "terms", "train_request"),
          ("torch", "peft", "transformers", "safetensors", "trl", "datasets", "tqdm", "jinja2", "numpy", "yaml", "av")),
