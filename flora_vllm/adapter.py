@@ -58,6 +58,9 @@ class Adapter:
     digest: str
     base_model: str | None = None
     invocation_tokens: tuple[int, ...] | None = None
+    # Tensor name -> an embedding or output layer that the file holds whole: no change where it equals the base's, else
+    # not served.
+    saved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -119,7 +119,7 @@ def test_pickled_folder(tmp_path: Path, capsys) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in load_file(path / WEIGHTS).items()}
     (path / WEIGHTS).unlink()
     torch.save({"state_dict": tensors, "epoch": 3}, path / "adapter_model.bin")
-    assert "pickle files are never read" in the_fault(path)
+    assert "`flora-vllm convert --pickle DIR OUT`" in the_fault(path)
     assert convert("--repair", path, tmp_path / "out") == 1
     assert "--pickle" in capsys.readouterr().err
     for source, out in ((path, "out"), (path / "adapter_model.bin", "out2")):

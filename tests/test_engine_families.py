@@ -16,9 +16,10 @@ import pytest
 import torch
 from engine_support import Answer, Ask, State
 from families_support import Fill, fill_normal
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 
+import flora_vllm
 from flora_vllm.formats.families.table import ROWS, family_of
 
 pytestmark = support.ENGINE_MARKS
@@ -244,3 +245,30 @@ def test_the_base_is_the_base_before_and_after(served: Served) -> None:
     assert served.base_after is not None
     for ask, answer in [*served.answers["base"], (Ask(PROMPT), served.base_after)]:
         assert oracle.error(None, ask, answer) < TOLERANCE
+
+
+def test_embeddings_saved_unchanged_are_no_change_and_others_are_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What PEFT writes beside an adapter with `modules_to_save` and `save_embedding_layers`."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = TINY_MODELS["llama"](folder / "model")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for name, change in (("equal", 0.0), ("changed", 0.1)):
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(support.load(model), config)
+        for key, parameter in wrapped.named_parameters():
+            if "lora_" in key:
+                fill_normal(key, parameter.data)
+            elif "modules_to_save" in key:
+                parameter.data[7] += change
+        wrapped.save_pretrained(str(folder / name), save_embedding_layers=True)
+    saved = load_file(folder / "equal" / "adapter_model.safetensors")
+    assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= set(saved)
+    with support.running(model, max_loras=2) as engine:
+        served = Served(model, {"equal": folder / "equal"})
+        ask = Ask(PROMPT, folder / "equal")
+        served.answers["equal"] = [(ask, engine.ask([ask], NEW)[0])]
+        with pytest.raises(flora_vllm.AdapterError, match="'lm_head' is saved whole and differs"):
+            engine.ask([Ask(PROMPT, folder / "changed")], NEW)
+    assert errors_of(served)["equal"] < TOLERANCE

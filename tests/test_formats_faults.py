@@ -52,7 +52,10 @@ CONFIG_CASES = {
     "alpha": ({"lora_alpha": 8}, "key 'lora_alpha' (value 8) is unknown and could change the result"),
     "unknown": ({"use_magic": True}, "key 'use_magic' (value True) is unknown"),
     "unknown-null": ({"use_magic": None}, "key 'use_magic' (value None) is unknown"),
-    "modules-to-save": ({"modules_to_save": ["lm_head"]}, "'modules_to_save' is ['lm_head']; allowed: null or empty"),
+    "modules-to-save": (
+        {"modules_to_save": ["score"]},
+        "'modules_to_save' is ['score']; allowed: null, empty, or names",
+    ),
     "targets-missing": ({"target_modules": ...}, "key 'target_modules' is missing"),
     "targets-null": ({"target_modules": None}, "'target_modules' is None"),
     "targets-type": ({"target_modules": [1]}, "'target_modules' is [1]"),
@@ -122,7 +125,7 @@ TENSOR_CASES: dict[str, tuple[dict, str]] = {
         "'model.x.flora_A.weight' in place of 'base_model.model.model.x.",
     ),
     "lora": ({f"base_model.model.{Q0}.lora_A.weight": torch.ones(2, 6)}, "belongs to another family"),
-    "head": ({"base_model.model.lm_head.weight": torch.ones(4, 6)}, "whole weights beside the adapter"),
+    "head": ({"base_model.model.score.weight": torch.ones(4, 6)}, "whole weights beside the adapter"),
 }
 
 

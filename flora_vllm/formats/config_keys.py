@@ -101,13 +101,19 @@ BOOKKEEPING: Mapping[str, Key] = {
     "task_type": ANYTHING,
 }
 
+# Embeddings and output layers by the last part of their path: PEFT saves them whole beside an adapter, changed or not.
+SAVED_WHOLE = ("embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "word_embeddings")
+
 # `fan_in_fan_out` says how the *base* stores its weight; PEFT's factors are (R, I) and (O, R) either way
 # (`lora/layer.py::get_delta_weight` transposes the product, not the factors), so it does not change the terms.
 TARGETS: Mapping[str, Key] = {
     "target_modules": MODULES,
     "exclude_modules": OPTIONAL_MODULES,
     "fan_in_fan_out": BOOLEAN,
-    "modules_to_save": NOTHING,
+    "modules_to_save": Key(
+        f"null, empty, or names of embeddings and output layers ({', '.join(SAVED_WHOLE)}) that equal the base's",
+        lambda value: value is None or (_is_names(value) and all(n.split(".")[-1] in SAVED_WHOLE for n in value)),
+    ),
 }
 LAYER_SUBSET: Mapping[str, Key] = {"layers_to_transform": LAYERS, "layers_pattern": LAYERS_PATTERN}
 

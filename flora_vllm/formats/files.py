@@ -129,7 +129,8 @@ def _missing(name: str, names: list[str]) -> str:
     if name == WEIGHTS_NAME and pickles:
         return (
             f"{', '.join(pickles)}: pickle files are never read, they can run code; "
-            f"save the adapter as {WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True))"
+            f"save the adapter as {WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True)), or run "
+            "`flora-vllm convert --pickle DIR OUT` and serve OUT"
         )
     return f"{name}: missing; the directory holds {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
 

@@ -135,13 +135,14 @@ def _load(file: Path) -> tuple[Tensors, list[str]]:
 def _unwrapped(file: Path, content: object, notes: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(content, Mapping):
         raise AdapterError(f"{file}: it holds a {type(content).__name__}, not tensors by name")
+    entries: Mapping[Any, Any] = content
     inner = [name for name in _WRAPPED_IN if isinstance(content.get(name), Mapping)]
     if len(inner) == 1:
         left = sorted(str(name) for name in content if name != inner[0])
         if left:
             notes.append(f"left out what lies beside its {inner[0]!r}: {', '.join(left[:10])}")
-        content = content[inner[0]]
-    for name, value in content.items():
+        entries = content[inner[0]]
+    for name, value in entries.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise AdapterError(
                 f"{file}: entry {name!r} is a {type(value).__name__}, not a tensor; save the tensors alone"

@@ -17,6 +17,7 @@ from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel
 from flora_vllm.formats.base_probe import FileProbe
+from flora_vllm.formats.repair import equals_base
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
 from flora_vllm.terms import Gain, Offset, Swap, Term, merged, resolve
 
@@ -68,6 +69,11 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
             plan[bias] = plan[weight]
         elif changes is not None and changes.any():
             faults.append(f"module {module!r} gets a bias, which the base model has none of; it cannot be merged")
+    faults += [
+        f"tensor {name!r} is saved whole and differs from the base model's; it cannot be merged"
+        for name, tensor in adapter.saved.items()
+        if not equals_base(name, tensor, base)
+    ]
     if faults:
         raise adapter_error(f"{adapter.family} for {base.directory}", faults)
     return plan

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
+from flora_vllm.formats.config_keys import SAVED_WHOLE
 from flora_vllm.formats.families.family import Family
 
 ROOT = "base_model."
@@ -27,6 +28,16 @@ def split_name(family: Family, name: str) -> tuple[str | None, str] | None:
         return found[1], found[2]
     found = of_adapter.match(name)
     return None if found is None else (None, found[1])
+
+
+_WRAPS = r"(?:\.(?:base_layer|original_module|modules_to_save(?:\.default)?))?"
+_SAVED = re.compile(rf"{re.escape(PREFIX)}((?:.+\.)?(?:{'|'.join(SAVED_WHOLE)})){_WRAPS}\.weight\Z")
+
+
+def saved_module(name: str) -> str | None:
+    """The module that a tensor holds whole, if it is an embedding or an output layer."""
+    found = _SAVED.match(name)
+    return None if found is None else found[1]
 
 
 def not_understood(family: Family, name: str) -> str:

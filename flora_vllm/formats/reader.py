@@ -28,7 +28,7 @@ from flora_vllm.formats.module_faults import (
     shared_faults,
     value_faults,
 )
-from flora_vllm.formats.names import not_understood, split_name
+from flora_vllm.formats.names import not_understood, saved_module, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
@@ -62,6 +62,7 @@ class _Tensors:
     shared: Records
     strange: tuple[str, ...]
     misnamed: Mapping[str, str]
+    saved: Records  # embeddings and output layers that the file holds whole
 
 
 def read_adapter(
@@ -152,9 +153,9 @@ def examine_files(
     if faults:
         return _refused(name, faults)
     base_model = config.values.get("base_model_name_or_path")
-    return Examination(
-        Adapter(family.name, stated_rank(config, family), modules, digest="", base_model=base_model), (), name
-    )
+    saved = _views(data, tensors.saved)
+    rank = stated_rank(config, family)
+    return Examination(Adapter(family.name, rank, modules, digest="", base_model=base_model, saved=saved), (), name)
 
 
 def _refused(name: str | None, faults: list[str]) -> Examination:
@@ -221,7 +222,11 @@ def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tenso
     shared: dict[str, TensorRecord] = {}
     strange = []
     misnamed: dict[str, str] = {}
+    saved: dict[str, TensorRecord] = {}
     for record in records:
+        if saved_module(record.name) is not None:
+            saved[record.name] = record
+            continue
         split = split_name(family, record.name)
         better = (
             as_peft_names(family, record.name, nested) if split is None or looks_wrapped(record.name) else record.name
@@ -234,7 +239,7 @@ def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tenso
             shared[split[1]] = record
         else:
             modules.setdefault(split[0], {})[split[1]] = record
-    return _Tensors(modules, shared, tuple(strange), misnamed)
+    return _Tensors(modules, shared, tuple(strange), misnamed, saved)
 
 
 def _built(

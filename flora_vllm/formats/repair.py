@@ -85,7 +85,7 @@ def _without_base(tensors: Tensors, family: Family, base: BaseModel | None) -> t
     assert base is not None or not whole
     dropped, kept = [], []
     for name in whole:
-        (dropped if base is not None and _equals_base(name, tensors[name], base) else kept).append(name)
+        (dropped if base is not None and equals_base(name, tensors[name], base) else kept).append(name)
     if kept:
         raise AdapterError(
             f"{len(kept)} tensors are no part of {family.name} and not equal to the base model's ({_some(kept)}); "
@@ -94,7 +94,8 @@ def _without_base(tensors: Tensors, family: Family, base: BaseModel | None) -> t
     return {name: tensor for name, tensor in tensors.items() if name not in dropped}, dropped
 
 
-def _equals_base(name: str, tensor: torch.Tensor, base: BaseModel) -> bool:
+def equals_base(name: str, tensor: torch.Tensor, base: BaseModel) -> bool:
+    """Whether the base model has these numbers under the adapter's name for them."""
     return any(
         torch.equal(read_tensor(base, candidate).float(), tensor.float())
         for candidate in _base_names(name)

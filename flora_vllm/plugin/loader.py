@@ -29,6 +29,7 @@ from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
+from flora_vllm.plugin.saved import saved_faults
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, resolve
 
@@ -42,6 +43,7 @@ class AdapterLoader:
 
     def __init__(self, attached: Attached, limits: Limits, model: Any, base: EngineBase) -> None:
         self._attached = attached
+        self._model = model
         self._limits = limits
         self._base = base
         self._device = base.device
@@ -93,6 +95,8 @@ class AdapterLoader:
         if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
             faults.append("the directory changed after the server read it; load it again")
         where = f"{name!r} ({shown})"
+        if found.adapter is not None:
+            faults += saved_faults(self._model, self._layout.rename, found.adapter.saved)
         # Ranks ask the base together, and keep an adapter together or not at all.
         if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
