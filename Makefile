@@ -11,7 +11,7 @@ BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test test-cluster lint table format bench serve
+.PHONY: setup model demo test test-cluster soak lint table format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -33,6 +33,10 @@ test: setup
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster
 
+# Random loads and unloads under checked traffic for an hour; MINUTES=5 for less.
+soak: setup
+	@$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),60)
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,7 +44,8 @@ lint: setup
 
 # README's table of families, from the rows.
 table: setup
-	@$(BIN)/python -c "from pathlib import Path; from flora_vllm.formats.family_table import write_into; write_into(Path('README.md'))"
+	@$(BIN)/python -c "from pathlib import Path; from flora_vllm.formats.family_table import family_table, group_table, write_into; \
+	write_into(Path('README.md'), group_table()); write_into(Path('flora_vllm/formats/README.md'), family_table())"
 
 format: setup
 	$(BIN)/ruff check --fix --select I .

@@ -55,10 +55,10 @@ def make_world(model: Path, folder: Path) -> World:
 
 
 class Client:
-    """The `openai` client and the two admin routes of one server."""
+    """The `openai` client and the two admin routes of one server; `pid`: its process."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, pid: int = 0) -> None:
+        self.url, self.pid = url, pid
         self.openai = openai.OpenAI(base_url=url, api_key="none", timeout=300, max_retries=0)
 
     def ask(self, model: str, tokens: Sequence[int], new: int = 8, **more: Any) -> Answer:
@@ -141,7 +141,7 @@ def serving(
         mock.patch.dict(os.environ, more),
         ServerProcess(model, adapters, served_name=BASE, options=[*TINY_OPTIONS, *options], quiet=True) as server,
     ):
-        yield Client(server.url)
+        yield Client(server.url, server.pid)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""README's table is the rows': every family that PEFT has is in it, served or refused with its reason."""
+"""The tables are the rows': every family that PEFT has is in them, served or refused with its reason."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,16 +8,27 @@ from peft import PeftType
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats.families.table import REFUSED, ROWS
-from flora_vllm.formats.family_table import family_table, write_into
+from flora_vllm.formats.family_table import GROUPS, family_table, group_table, write_into
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_readme_has_the_table(tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text(README.read_text())
-    write_into(copy)
-    assert copy.read_text() == README.read_text(), "run `make table`"
+@pytest.mark.parametrize(
+    ("file", "table"), [("README.md", group_table), ("flora_vllm/formats/README.md", family_table)]
+)
+def test_the_file_has_its_table(file: str, table: Callable[[], str], tmp_path: Path) -> None:
+    text = (ROOT / file).read_text()
+    (tmp_path / "copy.md").write_text(text)
+    write_into(tmp_path / "copy.md", table())
+    assert (tmp_path / "copy.md").read_text() == text, "run `make table`"
+
+
+def test_readme_does_not_overstate_the_families() -> None:
+    lines = group_table().splitlines()[2:-1]
+    assert len(lines) <= len(GROUPS)
+    served = [name for line in lines for name in line.split("|")[2].split(", ")]
+    assert "more than forty families" in (ROOT / "README.md").read_text()
+    assert len(served) > 40
 
 
 def test_every_peft_type_is_served_or_refused_with_a_reason() -> None:
@@ -34,4 +46,4 @@ def test_every_row_says_what_it_becomes() -> None:
 def test_a_file_without_marks(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no table here\n")
     with pytest.raises(ConfigError, match="has no lines"):
-        write_into(tmp_path / "README.md")
+        write_into(tmp_path / "README.md", "")

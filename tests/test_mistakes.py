@@ -85,6 +85,7 @@ def test_lora_modules_are_looked_at_before_anything_is_loaded(tmp_path: Path) ->
     assert "good=" not in message
     assert "hub=" not in message
     mistakes.check_lora_modules(None)
+    mistakes.check_lora_modules([SimpleNamespace(name="task", path=f"{tmp_path}/good#3")])
 
 
 @pytest.mark.engine

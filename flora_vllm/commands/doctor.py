@@ -30,6 +30,18 @@ EXAMPLES = """\
 examples:
   flora-vllm doctor              one line for each check; exit status 1 if one fails
   flora-vllm doctor --json       the same for machines
+
+installing on a CPU by hand (in a clone `make setup` does all of it; doctor notices each):
+  pip install "flora-vllm[cpu]"  needs PyTorch's CPU build; if your index lacks it, add
+                                 --extra-index-url https://download.pytorch.org/whl/cpu
+  pip uninstall -y torchvision torchaudio torchcodec
+                                 their builds do not fit and break vLLM's import
+  python -m vllm.entrypoints.openai.api_server --model MODEL --enable-flora
+                                 in place of the `vllm` command, which asks for a distribution of that name
+  VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=<cores - 1>
+                                 vLLM pins every CPU engine to the same core, and the HTTP server needs one of its own:
+                                 an engine that has them all waits at each of a step's barriers for the thread that the
+                                 server displaces. `flora-vllm serve` sets both
 """
 
 

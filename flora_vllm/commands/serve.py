@@ -101,7 +101,10 @@ class Supervisor:
         """The command with the adapters that the last server had; those whose directory is gone are left out."""
         if not self._adapters:
             return self._command
-        there = {name: path for name, path in self._adapters.items() if Path(path).is_dir()}
+        # The path of one task of several is directory#task.
+        there = {
+            n: p for n, p in self._adapters.items() if Path(p).is_dir() or Path(p.rpartition("#")[0] or p).is_dir()
+        }
         for name in self._adapters.keys() - there.keys():
             _say(f"adapter {name}: {self._adapters[name]} is gone; serving without it")
         kept, words = [], iter(self._command)

@@ -1,4 +1,7 @@
-"""README's table of families, made from the rows that the reader goes by, so that it cannot say anything else."""
+"""The tables of families, made from the rows that the reader goes by, so that they cannot say anything else.
+
+README has them in groups, formats/README.md one by one.
+"""
 
 from pathlib import Path
 
@@ -23,6 +26,33 @@ def family_table() -> str:
     return "\n".join(lines)
 
 
+# What a family does to a layer: the first group one of whose terms it is read into.
+GROUPS = {
+    "turn or swap its inputs or outputs": ("Turn", "Swap"),
+    "multiply its weights": ("Product",),
+    "add a full matrix, kept small": ("Kron", "Circulant", "Sparse", "Bases", "Dense"),
+    "add a product of low rank": ("Added",),
+    "move its outputs": ("Offset",),
+}
+
+
+def group_table() -> str:
+    """Markdown: a line for each group of served families, then one of what is refused."""
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for family in ROWS:
+        kinds = {kind.__name__ for kind in family.kinds}
+        group = next((group for group, terms in GROUPS.items() if kinds & set(terms)), None)
+        assert group is not None, f"{family.title} belongs to no group: add its terms {kinds} to GROUPS"
+        name = family.title.split(",")[0].split(" (")[0].split(" with")[0]
+        if all(name not in names for names in groups.values()):
+            groups[group].append(name)
+    lines = [f"| {group} | {', '.join(names)} |" for group, names in groups.items() if names]
+    refused = {**REFUSED, **REFUSED_VARIANTS}
+    return "\n".join(
+        ["| what they do to a layer | families |", "|---|---|", *lines, f"| refused by name | {', '.join(refused)} |"]
+    )
+
+
 def _served(family: Family) -> str:
     # What a module or the adapter has by name, without the parts of those.
     parts = [name for name in (*family.names, *family.shared_names) if name not in BIAS_NAMES]
@@ -37,10 +67,10 @@ def _served(family: Family) -> str:
     return f"| {family.title} | {family.type_name}: {tensors} | {', '.join(kinds)} | {'; '.join(status)} |"
 
 
-def write_into(path: Path) -> None:
-    """Put the table between its marks in the file at `path`. Raises ConfigError if they are not there."""
+def write_into(path: Path, table: str) -> None:
+    """Put `table` between its marks in the file at `path`. Raises ConfigError if they are not there."""
     before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{path}: it has no lines {BEGIN!r} and {END!r} for the table to stand between")
-    path.write_text(f"{before}{BEGIN}\n{family_table()}\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")

@@ -6,12 +6,14 @@ same before and after, for all files, when everything has been read.
 """
 
 import hashlib
+import itertools
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.beneath import Directory
 from flora_vllm.formats.limits import MAX_CONFIG_BYTES, MAX_SIDECAR_BYTES, MAX_WEIGHTS_BYTES
 from flora_vllm.formats.tasks import digest_of_task, split_task
 
@@ -24,6 +26,8 @@ MAX_BYTES = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES, SID
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # How often to start over when the whole directory was replaced meanwhile.
 _ATTEMPTS = 10
+# How many entries of a directory are looked at for a hint.
+_MAX_LISTED = 1000
 _CHANGED = "changed while it was read; publish adapters by renaming a complete directory"
 
 
@@ -36,21 +40,21 @@ class AdapterFiles:
     digest: str
 
 
-def read_files(path: str | os.PathLike[str]) -> AdapterFiles:
+def read_files(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> AdapterFiles:
     """The files of the adapter directory at `path`. Raises AdapterError listing everything that is wrong."""
-    files, faults = collect_files(path)
+    files, faults = collect_files(path, root)
     if faults:
         raise adapter_error(str(path), faults)
     return AdapterFiles(bytes(files[CONFIG_NAME]), files[WEIGHTS_NAME], digest_of(files))
 
 
-def content_digest(path: str | os.PathLike[str]) -> str:
+def content_digest(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> str:
     """Hex SHA-256 of the files' names and bytes: the same as `read_adapter(path).digest`. Raises AdapterError.
 
-    Of `directory#task` it is another for each task.
+    Of `directory#task` it is another for each task. `root`: see `collect_files`.
     """
     directory, task = split_task(os.fspath(path))
-    return digest_of_task(read_files(directory).digest, task)
+    return digest_of_task(read_files(directory, root).digest, task)
 
 
 def digest_of(files: dict[str, bytearray]) -> str:
@@ -62,21 +66,24 @@ def digest_of(files: dict[str, bytearray]) -> str:
     return digest.hexdigest()
 
 
-def collect_files(path: str | os.PathLike[str]) -> tuple[dict[str, bytearray], list[str]]:
-    """The files that could be read, by name, and the faults; the two that must be are there if there is no fault."""
+def collect_files(
+    path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, bytearray], list[str]]:
+    """The files that could be read, by name, and the faults; the two that must be are there if there is no fault.
+
+    With a `root` nothing outside it is opened, whatever is renamed or linked meanwhile; `path` may be relative to it.
+    """
     files: dict[str, bytearray] = {}
     faults: list[str] = []
     for _ in range(_ATTEMPTS):
         try:
-            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            directory = Directory(path, root)
         except (OSError, ValueError) as error:
             return {}, [_directory_fault(error)]
-        try:
+        with directory:
             files, faults = _collect_from(directory)
-            if not faults or not _was_replaced(path, directory):
+            if not faults or not _was_replaced(path if root is None else Path(root, path), directory.descriptor):
                 break
-        finally:
-            os.close(directory)
     return files, faults
 
 
@@ -93,12 +100,13 @@ def _directory_fault(error: OSError | ValueError) -> str:
         return "the path does not exist; give the directory that holds adapter_config.json"
     if isinstance(error, NotADirectoryError):
         return f"the path is not a directory; give the directory that holds {CONFIG_NAME}"
-    return f"the path cannot be opened ({error.strerror if isinstance(error, OSError) else error})"
+    if isinstance(error, AdapterError):
+        return str(error)
+    return f"the path cannot be opened ({error.strerror if isinstance(error, OSError) else 'not a path'})"
 
 
-def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
-    names = sorted(os.listdir(directory))
-    if not names:
+def _collect_from(directory: Directory) -> tuple[dict[str, bytearray], list[str]]:
+    if _is_empty(directory.descriptor):
         return {}, [f"the directory is empty; it must hold {CONFIG_NAME} and {WEIGHTS_NAME}"]
     files: dict[str, bytearray] = {}
     states: dict[str, tuple[int, ...]] = {}
@@ -108,7 +116,7 @@ def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
             files[name], states[name] = _read_one(directory, name)
         except FileNotFoundError:
             if name != SIDECAR_NAME:
-                faults.append(_missing(name, names))
+                faults.append(_missing(name, directory.descriptor))
         except OSError as error:
             faults.append(f"{name}: cannot be read ({error.strerror})")
         except AdapterError as error:
@@ -116,7 +124,7 @@ def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
     # Through the name, after all reading: this sees a change of any of them, and a file that took its place.
     for name in (*states, SIDECAR_NAME):
         try:
-            now = _state(os.stat(name, dir_fd=directory))
+            now = _state(os.stat(name, dir_fd=directory.descriptor))
         except OSError:
             now = None
         if now != states.get(name) and not any(fault.startswith(f"{name}: ") for fault in faults):
@@ -124,20 +132,30 @@ def _collect_from(directory: int) -> tuple[dict[str, bytearray], list[str]]:
     return files, faults
 
 
-def _missing(name: str, names: list[str]) -> str:
-    pickles = [other for other in names if other.endswith(_PICKLE_ENDINGS)]
-    if name == WEIGHTS_NAME and pickles:
-        return (
-            f"{', '.join(pickles)}: pickle files are never read, they can run code; "
-            f"save the adapter as {WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True)), or run "
-            "`flora-vllm convert --pickle DIR OUT` and serve OUT"
-        )
-    return f"{name}: missing; the directory holds {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+def _is_empty(directory: int) -> bool:
+    with os.scandir(directory) as entries:
+        return next(entries, None) is None
 
 
-def _read_one(directory: int, name: str) -> tuple[bytearray, tuple[int, ...]]:
+def _missing(name: str, directory: int) -> str:
+    """What is said of a missing file: what else the directory holds is not told, but for pickled weights."""
+    if name == WEIGHTS_NAME:
+        with os.scandir(directory) as entries:
+            some = itertools.islice(entries, _MAX_LISTED)
+            pickles = sorted(entry.name for entry in some if entry.name.endswith(_PICKLE_ENDINGS))[:4]
+        if pickles:
+            named = ", ".join(name if name.isprintable() else ascii(name) for name in pickles)
+            return (
+                f"{named}: pickle files are never read, they can run code; "
+                f"save the adapter as {WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True)), or run "
+                "`flora-vllm convert --pickle DIR OUT` and serve OUT"
+            )
+    return f"{name}: missing; an adapter's directory holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+
+
+def _read_one(directory: Directory, name: str) -> tuple[bytearray, tuple[int, ...]]:
     # O_NONBLOCK: opening a FIFO must not wait for its writer.
-    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    descriptor = directory.open(name, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):

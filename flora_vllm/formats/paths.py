@@ -3,21 +3,25 @@
 import os
 from pathlib import Path
 
-from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.errors import adapter_error
 from flora_vllm.formats.files import FILE_NAMES
+from flora_vllm.formats.limits import brief
+
+MAX_PATH_LETTERS = 4_000
 
 
 def resolve_under(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """The real directory of `path` (relative to `root`, or absolute) if it and its files lie under `root`.
 
+    What is read afterwards is read by `collect_files` with the same root, which holds against changes made meanwhile.
     Raises AdapterError for `..`, for a path outside, and for symbolic links of the directory, one of its parents
     or one of its files whose target is outside. Whether the files exist is the reader's business.
     """
     text = os.fspath(path)
-    if "\0" in text:
-        raise adapter_error(repr(text), ["the path contains a NUL byte"])
+    if fault := path_fault(text):
+        raise adapter_error(brief(text), [fault])
     if ".." in Path(text).parts:
-        raise adapter_error(text, [f"the path contains '..'; give a path below {os.fspath(root)}"])
+        raise adapter_error(text, ["the path contains '..'; give a path below the adapter root"])
     real_root = Path(os.path.realpath(root))
     directory = _real(real_root / text, text)
     faults = []
@@ -32,8 +36,21 @@ def resolve_under(root: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     return directory
 
 
+def path_fault(path: str) -> str | None:
+    """Why `path` cannot be a path, whatever the file system; None if it can."""
+    if "\0" in path:
+        return "the path contains a NUL byte"
+    if len(path) > MAX_PATH_LETTERS:
+        return f"the path has {len(path)} letters; at most {MAX_PATH_LETTERS} are allowed"
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return "the path contains letters that no file system has"
+    return None
+
+
 def _real(path: Path, text: str) -> Path:
     try:
         return Path(os.path.realpath(path))
     except OSError as error:
-        raise AdapterError(f"adapter {text}: the path cannot be resolved ({error.strerror})") from None
+        raise adapter_error(text, [f"the path cannot be resolved ({error.strerror})"]) from None

@@ -23,6 +23,10 @@
     sleeping.py       the sleep that would lose adapters
     uploads.py        the route that takes an adapter's files
     published.py      metrics and events: the names that clients use
+    guard.py          which names, paths and digests are taken, what an answer may say
+    names.py          what adapters may be called
+    access.py         API keys, tenants and the adapters they see
+    gate.py           the server's door: which requests need a key
     speech.py         the adapter's part in vLLM's speech server
     offline.py        flora_vllm.LLM
 

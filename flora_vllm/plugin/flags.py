@@ -94,6 +94,11 @@ def _fold_what_is_parsed(parser: Any) -> None:
     parser.parse_known_args = parse_known_args
 
 
+def options_from(args: Any) -> FloraOptions | None:
+    """The options that a server's arguments ask for; None if it is to serve without FLoRA. Raises ConfigError."""
+    return options_of(getattr(_fold(argparse.Namespace(**vars(args))), "additional_config", None))
+
+
 def _fold(args: argparse.Namespace) -> argparse.Namespace:
     mistakes.tell_in_one_line()
     on_command_line = given(FloraOptions, args)

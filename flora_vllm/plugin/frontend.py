@@ -16,9 +16,12 @@ from typing import Any
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
 from flora_vllm.plugin import preload, sleeping, uploads
+from flora_vllm.plugin.access import root_of_request
+from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
+from flora_vllm.plugin.options import FloraOptions
 from flora_vllm.plugin.preload import NAMED, options_of_engine
 from flora_vllm.plugin.published import identity_of
 from flora_vllm.plugin.refusals import refusal
@@ -178,13 +181,20 @@ def _resolve(path: str, root: str | None) -> str:
 
 
 def _is_missing(self: Any, path: str) -> bool:
-    return not Path(split_task(path)[0]).exists() and _adapter_root(self) is None
+    try:
+        return _adapter_root(self) is None and not Path(split_task(path)[0]).exists()
+    except OSError:  # a name that is too long for the file system
+        return True
+
+
+def _checked_options(self: Any) -> FloraOptions:
+    options = options_of_engine(self.engine_client)
+    assert options is not None, "called for engines with FLoRA only"
+    return options
 
 
 def _adapter_root(self: Any) -> str | None:
-    options = options_of_engine(self.engine_client)
-    assert options is not None, "called for engines with FLoRA only"
-    return options.adapter_root
+    return root_of_request(_checked_options(self).adapter_root)
 
 
 async def _identify(self: Any, request: Any, confined: bool) -> None:
@@ -192,7 +202,9 @@ async def _identify(self: Any, request: Any, confined: bool) -> None:
     root = _adapter_root(self)
     name = request.lora_name
     request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
-    known = identity(name, await asyncio.to_thread(content_digest, request.lora_path))
+    digest = await asyncio.to_thread(content_digest, request.lora_path, root if confined else None)
+    await asyncio.to_thread(check_digest, _checked_options(self).adapter_digests, name, digest)
+    known = identity(name, digest)
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1)

@@ -24,12 +24,14 @@ def device_type() -> str:
 def install_all() -> None:
     """Verify this vLLM, then replace every seam in this process. Raises HookError with all faults."""
     hooks.verify(device_type())
-    from flora_vllm.plugin import frontend
+    from flora_vllm.plugin import frontend, gate, guard
 
     _once("cpu platform", _keep_compile_on_cpu)
     frontend.install()
     _once("published names", published.name_metrics)
     _once("failed requests", step_faults.install_request_side)
+    guard.install()
+    gate.install()
     install_worker_side()
 
 

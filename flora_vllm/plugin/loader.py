@@ -7,6 +7,8 @@ have changed or gone. The copies live in a private temporary directory that ends
 
 import contextlib
 import functools
+import logging
+import os
 import shutil
 import tempfile
 import weakref
@@ -33,6 +35,8 @@ from flora_vllm.plugin.saved import saved_faults
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, resolve
 
+logger = logging.getLogger(__name__)
+
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
@@ -41,13 +45,16 @@ RETIRED_COPIES = 64
 class AdapterLoader:
     """Reads, checks and cuts adapters for one worker. Owns the copies."""
 
-    def __init__(self, attached: Attached, limits: Limits, model: Any, base: EngineBase) -> None:
+    def __init__(
+        self, attached: Attached, limits: Limits, model: Any, base: EngineBase, adapter_root: str | None = None
+    ) -> None:
         self._attached = attached
         self._model = model
         self._limits = limits
         self._base = base
         self._device = base.device
         self._layout = model_layout(attached, model)
+        self._adapter_root = None if adapter_root is None else os.path.realpath(adapter_root)
         self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._retired: OrderedDict[int, None] = OrderedDict()
@@ -89,7 +96,7 @@ class AdapterLoader:
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
-        files, faults = collect_files(path)
+        files, faults = collect_files(path, self._root_of(path))
         found = examine_files(files, self._layout, self._limits, task)
         faults = [*faults, *found.faults]
         if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
@@ -108,6 +115,15 @@ class AdapterLoader:
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
         return files, (found.adapter.rank, layers)
+
+    def _root_of(self, path: Path) -> str | None:
+        """The operator's root if `path` names something below it: then nothing outside it is read.
+
+        Paths that came by request are always such, and the server has resolved their links; others are the operator's.
+        """
+        if self._adapter_root is None or not path.is_relative_to(self._adapter_root):
+            return None
+        return self._adapter_root
 
     def _cut(self, where: str, adapter: Adapter) -> CompactLayers:
         modules = self._resolved(where, adapter)
@@ -173,7 +189,8 @@ class AdapterLoader:
         except OSError as error:
             with contextlib.suppress(OSError):
                 shutil.rmtree(unfinished)
-            raise AdapterError(f"adapter {name!r} cannot be kept in {self._root}: {error.strerror}") from error
+            logger.error("adapter %r cannot be kept in %s: %s", name, self._root, error)
+            raise adapter_error(repr(name), [f"the server cannot keep a copy of it ({error.strerror})"]) from error
 
 
 def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:

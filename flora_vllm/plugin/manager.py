@@ -240,7 +240,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         manager = self._adapter_manager
         limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
         base = EngineBase(manager.attached, manager.device, _lister_of(model, vllm_config.model_config))
-        self._loader = AdapterLoader(manager.attached, limits, model, base)
+        self._loader = AdapterLoader(manager.attached, limits, model, base, manager.options.adapter_root)
         return model
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:

@@ -68,9 +68,11 @@ def log_in_one_line() -> None:
 
 def check_lora_modules(modules: Sequence[Any] | None) -> None:
     """Refuse now what would fail minutes later, with the model loaded. Raises ConfigError with every fault."""
+    from flora_vllm.formats.tasks import split_task
+
     faults = []
     for module in modules or ():
-        path = Path(module.path).expanduser()
+        path = Path(split_task(str(module.path))[0]).expanduser()
         if str(module.path).startswith(_PATH_BEGINNINGS) and not path.is_dir():
             faults.append(f"{module.name}={module.path}: {'not a directory' if path.exists() else 'no such directory'}")
         elif path.is_dir() and not (path / "adapter_config.json").is_file():

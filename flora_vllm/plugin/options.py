@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.ops.paths import PATHS, PathChoice
-from flora_vllm.options import check, from_mapping, one_of, option, text, whole
+from flora_vllm.options import Values, check, from_mapping, one_of, option, text, whole
+from flora_vllm.plugin import names
 
 KEY = "flora"
 
@@ -53,6 +54,29 @@ class FloraOptions:
         "Largest total of an adapter's whole matrices (LoKr, C3A, SHiRA and others that have no factors), in bytes; "
         "larger ones are refused.",
         metavar="BYTES",
+    )
+    adapter_names: str = option(
+        names.DEFAULT,
+        "--flora-adapter-names",
+        Values("a regular expression", names.is_expression),
+        "What adapters may be called: names that this expression matches as a whole. Whatever it says, a name has at "
+        f"most {names.MAX_LETTERS} printable letters and no empty part, . or .. between slashes.",
+        metavar="REGEX",
+    )
+    adapter_acl: str | None = option(
+        None,
+        "--adapter-acl",
+        text("a file"),
+        "JSON file that says which API key sees, uses and loads which adapters (flora_vllm/plugin/THREATS.md). Keys of "
+        "--api-key remain the operator's, who may do everything.",
+        metavar="FILE",
+    )
+    adapter_digests: str | None = option(
+        None,
+        "--flora-adapter-digests",
+        text("a file"),
+        "Load only adapters whose digest (flora-vllm inspect) begins a line of this file.",
+        metavar="FILE",
     )
 
     max_upload_bytes: int = option(

@@ -1,0 +1,225 @@
+"""What operators feel: streams while adapters load, more active adapters than slots, memory over cycles, start-up.
+
+    python benchmarks/bench_operate.py --quick     # at most 12 minutes on 2 cores, prints the summary
+    python benchmarks/bench_operate.py             # everything, a row in benchmarks/results/operate.jsonl
+
+SmolLM2-135M behind real servers: this plugin, and vLLM's own LoRA beside it for the time of a load. A quick run
+registers 1,000 adapters and counts ten times their memory, starts with 500 and four times their time, and cycles 200
+times; `quick` in its row says so.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from harness import RESULTS, append_rows, environment, finish, progress
+from operate_streams import (
+    first_token_s,
+    gaps_while,
+    in_parallel,
+    load,
+    names,
+    resident_bytes,
+    thrash,
+    unload,
+)
+from serving_adapters import make_pool
+from serving_load import percentile
+
+from flora_vllm.commands.server_process import ServerProcess
+from flora_vllm.demo.model_assets import fetch_smollm2
+from flora_vllm.environment import cache_root
+
+SLOTS, STREAMS = 8, 16
+PARTS = ("loads", "thrash", "cycles", "start", "registered")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. `started` and `registered` are scaled to 2,000 and 10,000."""
+
+    loads: int
+    thrash_requests: int
+    cycles: int
+    started: int
+    registered: int
+
+
+FULL = Sizes(loads=200, thrash_requests=256, cycles=2000, started=2000, registered=10_000)
+QUICK = Sizes(loads=24, thrash_requests=96, cycles=200, started=500, registered=1000)
+
+
+def main() -> None:
+    options = _arguments()
+    sizes = QUICK if options.quick else FULL
+    model = fetch_smollm2(cache_root() / "smollm2")
+    os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    result: dict = {"benchmark": "operate", "quick": options.quick, "slots": SLOTS, "streams": STREAMS}
+    with tempfile.TemporaryDirectory(prefix="flora-operate-") as text:
+        folder = Path(text)
+        os.environ["VLLM_LORA_RESOLVER_CACHE_DIR"] = text  # adapters are also found by name, at their first use
+        progress("writing adapters")
+        pool = make_pool(folder, model, "flora", 8, max(sizes.loads, 4 * SLOTS))
+        if {"loads", "thrash", "cycles"} & set(options.parts):
+            with _server(model) as server:
+                if "loads" in options.parts:
+                    result |= asyncio.run(_loads(server.url, pool, sizes))
+                if "thrash" in options.parts:
+                    result |= asyncio.run(_thrash(server.url, pool, sizes))
+                if "cycles" in options.parts:
+                    result |= asyncio.run(_cycles(server, pool, sizes))
+        if "loads" in options.parts:
+            lora = make_pool(folder, model, "lora", 8, 12)
+            with _server(model, flora=False) as server:
+                result["load_ms_vllm_lora_r8"] = asyncio.run(_load_ms(server.url, lora))
+        small = make_pool(folder, model, "flora", 1, _small(options.parts, sizes))
+        if "start" in options.parts:
+            result |= _start(model, small, sizes)
+        if "registered" in options.parts:
+            with _server(model, "--max-cpu-loras", str(sizes.registered + SLOTS)) as server:
+                result |= asyncio.run(_registered(server, small, sizes))
+    row = {**environment(), **result}
+    if not options.quick or options.write:
+        append_rows(RESULTS / "operate.jsonl", [row])
+    finish(row)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="less of everything, nothing written")
+    parser.add_argument("--write", action="store_true", help="write a quick run's row all the same")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these (default: all)")
+    return parser.parse_args()
+
+
+def _small(parts: tuple[str, ...], sizes: Sizes) -> int:
+    return max(sizes.started if "start" in parts else 0, sizes.registered if "registered" in parts else 0)
+
+
+@contextlib.contextmanager
+def _server(
+    model: Path, *options: str, flora: bool = True, adapters: Mapping[str, Path] | None = None
+) -> Iterator[ServerProcess]:
+    common = ["--enable-lora", "--max-loras", str(SLOTS), "--max-num-seqs", str(2 * STREAMS), "--max-lora-rank", "8"]
+    common += ["--no-enable-prefix-caching"]
+    cached = [] if "--max-cpu-loras" in options else ["--max-cpu-loras", "512"]
+    more = [*common, *cached, *options]
+    with ServerProcess(model, adapters, flora=flora, served_name="base", quiet=True, options=more) as server:
+        progress("a server is up")
+        yield server
+
+
+async def _load_ms(url: str, pool: Mapping[str, Path]) -> float:
+    """Median milliseconds of a load by the API, nothing else running."""
+    async with aiohttp.ClientSession() as session:
+        times = [await load(session, url, name, path) for name, path in list(pool.items())[:12]]
+        for name in list(pool)[:12]:
+            await unload(session, url, name)
+    return round(1e3 * statistics.median(times[2:]), 2)
+
+
+async def _loads(url: str, pool: Mapping[str, Path], sizes: Sizes) -> dict:
+    """Streams with and without adapters loading: one after another, eight at once, and at their first use."""
+    result = {"load_ms_flora_r8": await _load_ms(url, pool)}
+    quiet = await gaps_while(url, ["base"] * STREAMS, lambda _: asyncio.sleep(10.0))
+    wanted = list(pool.items())[: sizes.loads]
+    third = len(wanted) // 3
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        for name, path in wanted[:third]:
+            await load(session, url, name, path)
+        await in_parallel([lambda n=n, p=p: load(session, url, n, p) for n, p in wanted[third : 2 * third]], 8)
+        await in_parallel([lambda n=n: first_token_s(session, url, n) for n, _ in wanted[2 * third :]], 8)
+
+    busy = await gaps_while(url, ["base"] * STREAMS, work)
+    async with aiohttp.ClientSession() as session:
+        for name in names(url) & set(pool):
+            await unload(session, url, name)
+    result |= {
+        "itl_p99_quiet_ms": round(1e3 * percentile(quiet, 99), 2),
+        "itl_p99_loads_ms": round(1e3 * percentile(busy, 99), 2),
+        "itl_p99_loads_over_quiet": round(percentile(busy, 99) / percentile(quiet, 99), 3),
+        "itl_max_loads_over_quiet": round(max(busy) / percentile(quiet, 99), 3),
+    }
+    progress(f"loads: {result}")
+    return result
+
+
+async def _thrash(url: str, pool: Mapping[str, Path], sizes: Sizes) -> dict:
+    """As many active adapters as slots, twice and four times as many."""
+    async with aiohttp.ClientSession() as session:
+        for name, path in list(pool.items())[: 4 * SLOTS]:
+            await load(session, url, name, path)
+    found = {}
+    for times in (1, 2, 4):
+        models = list(pool)[: times * SLOTS]
+        await thrash(url, models, len(models), SLOTS)  # warm
+        found[times] = await thrash(url, models, sizes.thrash_requests, STREAMS)
+    warm = statistics.median(found[1][1])
+    async with aiohttp.ClientSession() as session:
+        for name in names(url) & set(pool):
+            await unload(session, url, name)
+    result = {
+        "thrash2_throughput": round(found[2][0] / found[1][0], 3),
+        "thrash4_throughput": round(found[4][0] / found[1][0], 3),
+        "thrash2_ttft_p50_over_warm": round(statistics.median(found[2][1]) / warm, 3),
+        "thrash2_ttft_max_s": round(max(found[2][1]), 3),
+    }
+    progress(f"thrash: {result}")
+    return result
+
+
+async def _cycles(server: ServerProcess, pool: Mapping[str, Path], sizes: Sizes) -> dict:
+    """Memory after a tenth of the cycles against after all of them, as a fraction."""
+    items = list(pool.items())[:16]
+    start = 0
+    async with aiohttp.ClientSession() as session:
+        for cycle in range(sizes.cycles):
+            name, path = items[cycle % len(items)]
+            await load(session, server.url, name, path)
+            if cycle % 10 == 0:
+                await first_token_s(session, server.url, name)
+            await unload(session, server.url, name)
+            if cycle == sizes.cycles // 10:
+                start = resident_bytes(server.pid)
+    growth = resident_bytes(server.pid) / start - 1
+    progress(f"{sizes.cycles} cycles: memory {growth:+.2%}")
+    return {"cycles": sizes.cycles, "cycles_rss_growth": round(growth, 4)}
+
+
+def _start(model: Path, small: Mapping[str, Path], sizes: Sizes) -> dict:
+    """Seconds that 2,000 adapters on the command line add to a server's start."""
+    seconds = []
+    for adapters in (None, dict(list(small.items())[: sizes.started])):
+        begin = time.perf_counter()
+        with _server(model, "--max-cpu-loras", str(sizes.started + SLOTS), adapters=adapters):
+            seconds.append(time.perf_counter() - begin)
+    added = (seconds[1] - seconds[0]) * 2000 / sizes.started
+    progress(f"start: {seconds}")
+    return {"start_empty_s": round(seconds[0], 1), "start_2000_s": round(added, 1)}
+
+
+async def _registered(server: ServerProcess, small: Mapping[str, Path], sizes: Sizes) -> dict:
+    """GiB that 10,000 adapters of rank 1 take beside the engine."""
+    items = list(small.items())
+    async with aiohttp.ClientSession() as session:
+        for name, path in items[:SLOTS]:
+            await load(session, server.url, name, path)
+        before = resident_bytes(server.pid)
+        rest = items[SLOTS : sizes.registered]
+        await in_parallel([lambda n=n, p=p: load(session, server.url, n, p) for n, p in rest], 4)
+    taken = (resident_bytes(server.pid) - before) / len(rest) * 10_000 / 2**30
+    progress(f"registered: {taken:.2f} GiB for 10,000")
+    return {"registered_10000_gib": round(taken, 3)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The server's door: which requests need a key, and whose they are.
+
+vLLM's own middleware guards the routes below /v1, /v2, … only. Others load adapters and use them too: `/adapters`,
+`/invocations` (SageMaker's), `/tokenize`, `/pooling`, …. Where there are keys, everything that does something needs one
+here: every method but GET, HEAD and OPTIONS. Only probes stay open.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from flora_vllm.plugin.access import CURRENT, NOBODY, AccessRules
+from flora_vllm.plugin.flags import options_from
+
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+
+_READING = ("GET", "HEAD", "OPTIONS")
+_GUARDED_READING = ("/v1", "/v2", "/inference", "/cohere", "/adapters", "/invocations")
+_PROBES = ("/ping", "/health")
+# What keeps out those without the operator's key, in vLLM.
+_STOCK = "AuthenticationMiddleware"
+_WRAPPED = "_flora_wrapped"
+# Names every adapter of every tenant.
+_GUARDED_FROM_TENANTS = ("/metrics", "/docs", "/openapi.json", "/server_info")
+
+
+def install() -> None:
+    """Wraps the function that gives the server's app its middleware."""
+    launcher: Any = importlib.import_module("vllm.entrypoints.launchers.app")
+    original = launcher.init_entrypoints_middleware
+    if hasattr(original, _WRAPPED):
+        return
+
+    @functools.wraps(original)
+    def init_entrypoints_middleware(args: Any, app: Any, supported_tasks: Any) -> None:
+        original(args, app, supported_tasks)
+        options = options_from(args)
+        if options is None:
+            return
+        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        rules = AccessRules(keys, options.adapter_acl, has_root=options.adapter_root is not None)
+        if rules.has_tenants:
+            # It knows the operator's keys only and would turn tenants away; the gate asks for a key wherever it does.
+            app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
+        app.add_middleware(Gate, rules=rules)
+
+    setattr(init_entrypoints_middleware, _WRAPPED, original)
+    launcher.init_entrypoints_middleware = init_entrypoints_middleware
+
+
+class Gate:
+    """ASGI middleware, the outermost: sets CURRENT for the request, or answers 401."""
+
+    def __init__(self, app: App, rules: AccessRules) -> None:
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        holder = self._rules.keys().holder(_authorization(scope))
+        if holder is None and self._needs_key(scope):
+            return await _refuse(scope, receive, send)
+        token = CURRENT.set(holder or NOBODY)
+        try:
+            return await self._app(scope, receive, send)
+        finally:
+            CURRENT.reset(token)
+
+    def _needs_key(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        method = scope.get("method", "WEBSOCKET")
+        if method == "OPTIONS" or path in _PROBES:
+            return False
+        if method not in _READING:
+            return True
+        return path.startswith(_GUARDED_READING + (_GUARDED_FROM_TENANTS if self._rules.has_tenants else ()))
+
+
+def _authorization(scope: Scope) -> str | None:
+    values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+    return values[0].decode("latin-1") if len(values) == 1 else None
+
+
+async def _refuse(scope: Scope, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = b'{"error": "Unauthorized"}'
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,165 @@
+"""What an answer may say, without a server."""
+
+import asyncio
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flora_vllm.formats import write_flora
+from flora_vllm.plugin import flags, frontend, gate, guard
+from flora_vllm.plugin.access import CURRENT, NOBODY
+from flora_vllm.plugin.guard import Locks, presentable, without_paths
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def answer(message: str, code: int = 400) -> SimpleNamespace:
+    return SimpleNamespace(error=SimpleNamespace(message=message, code=code))
+
+
+@pytest.mark.parametrize(
+    ("message", "sent", "shown"),
+    [
+        (
+            "adapter 'a' (/srv/adapters/team/a): missing",
+            "/srv/adapters/team/a",
+            "adapter 'a' (/srv/adapters/team/a): missing",
+        ),
+        ("adapter 'a' (/srv/adapters/team/a): missing", "team/a", "adapter 'a' (<path>): missing"),
+        ("adapter 'a' (/srv/adapters/v3)", "/srv/adapters/current", "adapter 'a' (<path>)"),
+        ("kept in '/tmp/flora-adapters-x/7'", None, "kept in '<path>'"),
+        ("rank 1/2 of model.layers.0, 3/4/5", None, "rank 1/2 of model.layers.0, 3/4/5"),
+        ("org/name is no directory", "org/name", "org/name is no directory"),
+        ("https://example.com/a/b", None, "https://example.com/a/b"),
+    ],
+)
+def test_paths_in_messages(message: str, sent: str | None, shown: str) -> None:
+    assert without_paths(message, sent) == shown
+
+
+def test_the_servers_own_errors_are_not_told() -> None:
+    assert presentable(answer("CUDA error at /usr/lib/x", 500), None).error.message == (
+        "the server could not load the adapter; its log says why"
+    )
+    assert presentable(answer("x" * 100_000), None).error.message.endswith("…")
+    assert presentable("name@digest", None) == "name@digest"
+
+
+def test_locks_are_kept_while_somebody_holds_them() -> None:
+    locks = Locks()
+    held = locks["a"]
+    assert locks["a"] is held
+    for i in range(1000):
+        locks[f"n{i}"]
+    assert len(locks._locks) == 1
+    del held
+    assert len(locks._locks) == 0
+
+
+class Engine:
+    """What OpenAIServingModels reads of an engine client; it loads nothing."""
+
+    def __init__(self, options: dict) -> None:
+        self.vllm_config = SimpleNamespace(additional_config={"flora": options})
+        self.model_config = SimpleNamespace(model="base", max_model_len=8)
+        self.renderer = self.input_processor = None
+
+    async def add_lora(self, request: object) -> bool:
+        raise RuntimeError("out of memory in /usr/lib/cuda/x.so")
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Any]:
+    """vLLM's own class, wrapped as in a server."""
+    module = importlib.import_module("vllm.entrypoints.openai.models.serving")
+    texts = [importlib.import_module(f"vllm.entrypoints.serve.exception_handling.{name}") for name in ERROR_TEXTS]
+    before = [(module.OpenAIServingModels, dict(vars(module.OpenAIServingModels)))] + [
+        (t, dict(vars(t))) for t in texts
+    ]
+    frontend.install()
+    guard.install()
+    guard.install()
+    yield module.OpenAIServingModels
+    for owner, attributes in before:
+        for name in vars(owner).keys() - attributes.keys():
+            delattr(owner, name)
+        for name, value in attributes.items():
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
+
+
+ERROR_TEXTS = ("error_response", "handlers.http", "handlers.validation")
+
+
+def load(serving: Any, name: str, path: str, **options: Any) -> Any:
+    protocol = importlib.import_module("vllm.entrypoints.serve.lora.protocol")
+    models = serving(Engine(options), [SimpleNamespace(name="base", model_path="base")])
+    request = protocol.LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+    return asyncio.run(models.load_lora_adapter(request)).error
+
+
+def test_loads_through_vllms_own_class(serving: Any, tmp_path: Path) -> None:
+    write_flora(tmp_path / "root" / "a", {"layers.0.q_proj": (torch.ones(1, 4), torch.ones(4, 1))})
+    assert "is too long" in load(serving, "n" * 1000, "a").message
+    assert load(serving, "\ud800", "a").code == 400
+    assert "no file system has" in load(serving, "a", "\ud800").message
+    missing = load(serving, "a", "/nowhere/at/all")
+    assert (missing.code, "/nowhere/at/all" in missing.message) == (404, True)
+    below = load(serving, "a", "b", adapter_root=str(tmp_path / "root"))
+    assert (below.code, str(tmp_path) in below.message) == (400, False)
+    failed = load(serving, "a", "a", adapter_root=str(tmp_path / "root"))
+    assert (failed.code, failed.message) == (500, "the server could not load the adapter; its log says why")
+    (tmp_path / "digests").write_text("")
+    unlisted = load(serving, "a", "a", adapter_root=str(tmp_path / "root"), adapter_digests=str(tmp_path / "digests"))
+    assert (unlisted.code, "is not on the operator's list" in unlisted.message) == (400, True)
+
+
+def test_unloads_and_requests_through_vllms_own_class(serving: Any) -> None:
+    protocol = importlib.import_module("vllm.entrypoints.serve.lora.protocol")
+    models = serving(Engine({}), [SimpleNamespace(name="base", model_path="base")])
+    unloaded = asyncio.run(models.unload_lora_adapter(protocol.UnloadLoRAAdapterRequest(lora_name="x" * 5000))).error
+    assert (unloaded.code, len(unloaded.message) < 400) == (404, True)
+    for name in ("../../etc", "x" * 5000, "\ud800"):
+        found = asyncio.run(models.resolve_lora(name)).error
+        assert (found.code, len(found.message) < 400) == (404, True)
+        found.message.encode()
+    token = CURRENT.set(NOBODY)
+    try:
+        refused = asyncio.run(models.load_lora_adapter(protocol.LoadLoRAAdapterRequest(lora_name="a", lora_path="a")))
+        assert refused.error.code == 403
+    finally:
+        CURRENT.reset(token)
+
+
+def test_the_app_has_the_gate(tmp_path: Path) -> None:
+    """vLLM's own app of a server's command line: the gate is its outermost layer, and stands alone beside an ACL."""
+    launcher = importlib.import_module("vllm.entrypoints.launchers.app")
+    cli_args = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+    parsing = importlib.import_module("vllm.utils.argparse_utils")
+    before = launcher.init_entrypoints_middleware
+    (tmp_path / "acl").write_text('{"tenants": []}')
+    flags.install()
+    gate.install()
+    gate.install()
+    try:
+        found = {}
+        for case, words in (
+            ("plain", ["--api-key", "k"]),
+            ("keys", ["--api-key", "k", "--enable-flora"]),
+            ("acl", ["--api-key", "k", "--enable-flora", "--adapter-acl", str(tmp_path / "acl")]),
+        ):
+            args = cli_args.make_arg_parser(parsing.FlexibleArgumentParser()).parse_args(["--model", "x", *words])
+            layers = [layer.cls.__name__ for layer in launcher.build_app(args, ("generate",)).user_middleware]
+            found[case] = [name for name in layers if name in ("Gate", "AuthenticationMiddleware")]
+        assert found == {
+            "plain": ["AuthenticationMiddleware"],
+            "keys": ["Gate", "AuthenticationMiddleware"],
+            "acl": ["Gate"],
+        }
+    finally:
+        launcher.init_entrypoints_middleware = before
