@@ -32,7 +32,7 @@ def answer(message: str, code: int = 400) -> SimpleNamespace:
         ),
         ("adapter 'a' (/srv/adapters/team/a): missing", "team/a", "adapter 'a' (<path>): missing"),
         ("adapter 'a' (/srv/adapters/v3)", "/srv/adapters/current", "adapter 'a' (<path>)"),
-        ("kept in '/tmp/flora-adapters-x/7'", None, "kept in '<path>'"),
+        ("kept in '/var/flora-adapters-x/7'", None, "kept in '<path>'"),
         ("rank 1/2 of model.layers.0, 3/4/5", None, "rank 1/2 of model.layers.0, 3/4/5"),
         ("org/name is no directory", "org/name", "org/name is no directory"),
         ("https://example.com/a/b", None, "https://example.com/a/b"),

@@ -7,8 +7,6 @@ operator's in its place. Whatever it says, a name is at most MAX_LETTERS printab
 import functools
 import re
 
-from flora_vllm.formats.limits import brief
-
 # A file's name has at most 255, and an identity adds 17.
 MAX_LETTERS = 200
 # Letters, digits and . _ - + = : @ / ; the first is a letter or a digit. Hub ids, `team/name` and `model:name` fit.
@@ -18,6 +16,9 @@ _ALPHABET = "letters, digits and . _ - + = : @ /, the first a letter or a digit"
 
 def name_fault(name: str, pattern: str = DEFAULT) -> str | None:
     """Why no adapter may be called `name`, in words for the client that sent it; None if it may."""
+    # Here, for the options name this module and must not wait for torch.
+    from flora_vllm.formats.limits import brief
+
     if not name:
         return "an adapter's name must not be empty"
     if len(name) > MAX_LETTERS:
