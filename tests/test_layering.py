@@ -37,7 +37,7 @@ PARTS = (
     Part("formats", ("errors", "adapter", "terms"),
          ("torch", "numpy", "regex", "safetensors", "huggingface_hub", "sklearn", "transformers")),
     Part("ops.paths"),
-    Part("ops", ("environment", "errors", "ops.paths", "ops.rare", "ops.terms"), ("torch", "triton")),
+    Part("ops", ("environment", "errors", "ops.paths", "ops.rare", "ops.terms"), ("numpy", "torch", "triton")),
     Part("slots", ("adapter", "ops.terms", "terms"), ("torch",)),
     Part("compact", ("ops.terms", "slots"), ("torch",)),
     Part("mixing", ("errors", "ops.rare", "ops.terms"), ("torch",)),
