@@ -117,7 +117,7 @@ class FloraModel(BaseTuner):
         try:
             for layer in layers:
                 names = list(adapter_names) if id(layer) in in_encoder else repeated
-                hook = partial(_pass_adapter_names, adapter_names=names)
+                hook = partial(pass_adapter_names, adapter_names=names)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -130,9 +130,10 @@ def rank_of(config: FloraConfig, module_name: str) -> int:
     return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
 
 
-def _pass_adapter_names(
+def pass_adapter_names(
     _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's forward pre-hook: says which adapter each example is for."""
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
