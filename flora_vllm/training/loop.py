@@ -6,20 +6,22 @@ the gradient it would get alone.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from flora_vllm.errors import FloraError
 from flora_vllm.training.checkpoint import Settings, load_state, log_row, save_state
 from flora_vllm.training.data import IGNORED, Batch, Examples, Split, as_batch, batches
-from flora_vllm.training.model import FloraModel
+from flora_vllm.training.model import FloraModel, pass_adapter_names
 
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.05
@@ -146,11 +148,27 @@ def _diverged(run: Progress, loss: float, norm: float) -> str:
     )
 
 
-def example_adapters(model: PeftModel, names: Sequence[str]) -> AbstractContextManager[None]:
-    """Example i of the batch through adapter `names[i]`; FLoRA only, PEFT's own methods refuse it while training."""
+@contextmanager
+def example_adapters(model: PeftModel, names: Sequence[str]) -> Generator[None]:
+    """Example i of the batch through adapter `names[i]`; FLoRA's, or plain LoRA's on linear layers.
+
+    PEFT refuses `adapter_names` while a LoRA model trains, at the model's door alone: its layers' mixed forward is
+    differentiable, so they are handed the names directly.
+    """
     tuner = model.base_model
-    assert isinstance(tuner, FloraModel), "mixed training is for FLoRA"
-    return tuner.adapter_of_each_example(names)
+    if isinstance(tuner, FloraModel):
+        with tuner.adapter_of_each_example(names):
+            yield
+        return
+    assert isinstance(tuner, LoraModel), "mixed training is for FLoRA and LoRA"
+    hook = partial(pass_adapter_names, adapter_names=list(names))
+    layers = [m for m in tuner.modules() if isinstance(m, LoraLayer)]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
