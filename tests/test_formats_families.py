@@ -22,7 +22,6 @@ LORA_CASES: dict[str, tuple[dict, str]] = {
         init: ({"init_lora_weights": init}, "path_initial_model_for_weight_conversion")
         for init in ("pissa_niter_4", "corda", "lora_ga", "loftq")
     },
-    "pissa-alora": ({"init_lora_weights": "pissa", "alora_invocation_tokens": [5]}, "'alora_invocation_tokens'"),
     "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' is [1]"),
     "parameters": ({"target_parameters": ["experts.up"]}, "'target_parameters'"),
     "replication": ({"layer_replication": [[0, 2]]}, "'layer_replication'"),

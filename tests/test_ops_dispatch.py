@@ -29,7 +29,7 @@ def own_cache(tmp_path, monkeypatch):
     for remembered in (native_build._load, native_build._digest):
         remembered.cache_clear()
         monkeypatch.setattr(native_build, remembered.__name__, remembered)
-    yield tmp_path / "flora_vllm"
+    yield tmp_path
     native_build._load.cache_clear()
     native_build._digest.cache_clear()
 

@@ -31,10 +31,8 @@ def stated_faults(config: CheckedConfig, family: Family, limits: Limits) -> list
     rank = stated_rank(config, family)
     if limit is None or rank <= limit:
         return []
-    # Clients of stock vLLM look for its own words.
-    stock = f" (LoRA rank {rank} is greater than max_lora_rank {limit})" if family.limit == "lora" else ""
     advice = _advice(family.limit or "", rank, limit)
-    return [f"{CONFIG_NAME}: rank {rank} is above the limit {limit}{stock}; {advice}"]
+    return [f"{CONFIG_NAME}: rank {rank} is above the limit {limit}; {advice}"]
 
 
 def built_faults(modules: Mapping[str, ModuleTerms], limits: Limits) -> Iterator[str]:
