@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditio
 PROMPTS = ("hello world", "The quick brown fox", "1234")
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in TINY_MODELS if kind not in ("classifier", "embedder")])
 class TestDecoders:
     def test_text_is_no_constant_and_decided_beyond_rounding(self, tiny_model, kind):
         model = AutoModelForCausalLM.from_pretrained(tiny_model(kind))

@@ -166,7 +166,7 @@ def runner(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
 
     monkeypatch.setenv("FLORA_NATIVE", "0")
     monkeypatch.setattr(
-        importlib.import_module("flora_vllm.plugin.attach"), "calibrated_rule", lambda *_: DispatchRule("stacked")
+        importlib.import_module("flora_vllm.plugin.attach"), "calibrated_rule", lambda *_, **__: DispatchRule("stacked")
     )
     alone = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True, is_last_rank=True)
     for group in ("_TP", "_PP"):
