@@ -248,7 +248,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                 request.lora_path,
                 fresh=fresh,
                 in_step=in_step,
-                check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=fresh),
+                check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=not in_step),
             )
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
