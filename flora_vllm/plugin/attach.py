@@ -178,7 +178,9 @@ def _layout(
     in_start = module.tp_rank * local_in if row else 0
     full_sizes, sizes, starts = _outputs(module)
     parent, _, own = name.rpartition(".")
-    origins = mapped(name, len(sizes)) or origins_by_mapping(packed_modules, own, len(sizes))
+    # A class that says its checkpoint packs the layer itself (Phi-3) means it: the mapper it inherits does not know.
+    fused = list(packed_modules.get(own, ())) == [own]
+    origins = (None if fused else mapped(name, len(sizes))) or origins_by_mapping(packed_modules, own, len(sizes))
     if isinstance(origins, str):
         return origins
     slices = []
