@@ -20,18 +20,12 @@ from typing import Any
 
 import torch
 from harness import RESULTS, append_rows, environment, finish, progress, summary
-from serving_adapters import make_pool
+from serving_adapters import ENGINE_HERE, make_pool
 
 from flora_vllm.commands.server_process import engine_threads
 from flora_vllm.demo.model_assets import fetch_smollm2
+from flora_vllm.environment import cache_root
 
-ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": str(engine_threads()),
-}
 INVOCATION = [30001, 30002, 30003, 30004]
 TAIL = 16
 CALLERS = ("base", "alora_r8", "aflora_r2", "lora_r8")
@@ -39,7 +33,7 @@ CALLERS = ("base", "alora_r8", "aflora_r2", "lora_r8")
 
 def main() -> None:
     options = _arguments()
-    model = fetch_smollm2(Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora_vllm") / "smollm2")
+    model = fetch_smollm2(cache_root() / "smollm2")
     with tempfile.TemporaryDirectory(prefix="flora-activation-") as folder:
         adapters = _adapters(Path(folder), model)
         progress("starting the engine")
@@ -96,7 +90,7 @@ def _adapters(folder: Path, model: Path) -> dict[str, Path | None]:
 
 
 def _engine(model: Path, context: int) -> Any:
-    os.environ |= ENVIRONMENT
+    os.environ |= ENGINE_HERE
     import flora_vllm
 
     return flora_vllm.LLM(

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench_serving import CONCURRENCY, POOL, SLOTS
 from harness import RESULTS, append_rows, environment, finish, progress, summary
-from serving_adapters import make_pool
+from serving_adapters import ENGINE_HERE, make_pool
 from serving_load import Request, make_requests, read_lengths
 from tqdm import tqdm
 
@@ -33,13 +33,6 @@ from flora_vllm.commands.server_process import engine_threads
 from flora_vllm.demo.model_assets import fetch_smollm2
 from flora_vllm.environment import cache_root
 
-ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": str(engine_threads()),
-}
 TRAFFICS = ("base_only", "flora_r1", "lora_r8", "flora_r8")
 # OpenMP's threads spin for a moment after a step; the other engine's step starts when they sleep.
 PAUSE_S = 0.004
@@ -159,7 +152,7 @@ class _Engine:
 
 def _work(pipe: Connection, model: str, adapters: dict[str, Path] | None) -> None:
     """A process with an engine: plain vLLM if `adapters` is None, else the plugin. Answers (seconds, outputs, left)."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENGINE_HERE)
     import vllm
     from vllm.lora.request import LoRARequest
 

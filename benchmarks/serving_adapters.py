@@ -1,4 +1,4 @@
-"""Pools of random adapters for the serving benchmark: real files, near the identity, on every linear layer."""
+"""What serving benchmarks share: random adapters (real files, near the identity) and an engine's environment."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from flora_vllm.commands.server_process import engine_threads
 from flora_vllm.formats import write_flora
+
+# For an engine in the benchmark's own process.
+ENGINE_HERE = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": str(engine_threads()),
+}
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Small enough that the text stays text; costs do not depend on values.

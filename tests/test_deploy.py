@@ -40,6 +40,17 @@ def named(values: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": values, "minProperties": 1}
 
 
+def manifest(api_version: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """A Kubernetes object."""
+    return closed(
+        "apiVersion kind metadata spec",
+        apiVersion={"const": api_version},
+        kind={"const": kind},
+        metadata=METADATA,
+        spec=spec,
+    )
+
+
 TEXT = {"type": "string", "minLength": 1}
 COUNT = {"type": "integer", "minimum": 0}
 YES_NO = {"type": "boolean"}
@@ -75,24 +86,20 @@ VOLUME = closed(
     emptyDir=closed(medium={"enum": ["Memory"]}, sizeLimit=QUANTITY),
 )
 
-KSERVE = closed(
-    "apiVersion kind metadata spec",
-    apiVersion={"const": "serving.kserve.io/v1beta1"},
-    kind={"const": "InferenceService"},
-    metadata=METADATA,
-    spec=closed(
+KSERVE = manifest(
+    "serving.kserve.io/v1beta1",
+    "InferenceService",
+    closed(
         "predictor",
         predictor=closed(
             "containers", minReplicas=COUNT, maxReplicas=COUNT, containers=many(CONTAINER), volumes=many(VOLUME)
         ),
     ),
 )
-DEPLOYMENT = closed(
-    "apiVersion kind metadata spec",
-    apiVersion={"const": "apps/v1"},
-    kind={"const": "Deployment"},
-    metadata=METADATA,
-    spec=closed(
+DEPLOYMENT = manifest(
+    "apps/v1",
+    "Deployment",
+    closed(
         "selector template",
         replicas=COUNT,
         selector=closed("matchLabels", matchLabels=TEXTS),
@@ -103,12 +110,10 @@ DEPLOYMENT = closed(
         ),
     ),
 )
-MODEL_ADAPTER = closed(
-    "apiVersion kind metadata spec",
-    apiVersion={"const": "model.aibrix.ai/v1alpha1"},
-    kind={"const": "ModelAdapter"},
-    metadata=METADATA,
-    spec=closed(
+MODEL_ADAPTER = manifest(
+    "model.aibrix.ai/v1alpha1",
+    "ModelAdapter",
+    closed(
         "artifactURL podSelector",
         artifactURL=TEXT,
         baseModel=TEXT,

@@ -118,6 +118,8 @@ TARGETS: Mapping[str, Key] = {
     activation.KEY: Key(activation.ALLOWED, activation.is_invocation),
 }
 LAYER_SUBSET: Mapping[str, Key] = {"layers_to_transform": LAYERS, "layers_pattern": LAYERS_PATTERN}
+# What every PEFT config of adapted linear layers has, layer by layer.
+TUNER: Mapping[str, Key] = {**BOOKKEEPING, **TARGETS, **LAYER_SUBSET}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, RANK, TARGETS, Key
+from flora_vllm.formats.config_keys import ANYTHING, RANK, TUNER, Key
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 
@@ -82,9 +82,7 @@ ADAMSS = Family(
     name="ADAMSS",
     title="AdaMSS",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "num_subspaces": RANK,
         "random_seed": Key("an integer of at least 0", lambda value: type(value) is int and value >= 0),

@@ -7,7 +7,7 @@ puts together, the last stage first. `boft_s` scales W but not the bias (`peft/t
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, TARGETS, Key, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.oft import cayley
@@ -51,9 +51,7 @@ BOFT = Family(
     name="BOFT",
     title="BOFT, any butterfly factor",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("boft"),
         # Blocks are counted and sized by the file.
         "boft_block_size": ANYTHING,

@@ -3,7 +3,7 @@
 `c3a_kernel` (O/B, I/B, B): entry (i, j) of a block is `kernel[(j - i) mod B]` (`peft/tuners/c3a/layer.py`).
 """
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, TARGETS
+from flora_vllm.formats.config_keys import ANYTHING, TUNER
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.terms import Circulant, Offset, Term
@@ -20,9 +20,7 @@ C3A = Family(
     name="C3A",
     title="C3A",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("c3a"),
         # The file's kernels say how large their blocks are.
         "block_size": ANYTHING,

@@ -8,17 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from flora_vllm.formats.config_keys import (
-    ANYTHING,
-    BOOKKEEPING,
-    BOOLEAN,
-    LAYER_SUBSET,
-    NUMBER,
-    RANK,
-    TARGETS,
-    Key,
-    only,
-)
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER, Key, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
@@ -57,9 +47,7 @@ DEFT = Family(
     name="DEFT",
     title="DEFT, relu and qr, PaRa",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "alpha": Key("null or a finite number", lambda value: value is None or NUMBER.check(value)),
         "decomposition_method": only("relu", "qr"),

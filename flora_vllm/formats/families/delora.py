@@ -4,7 +4,7 @@ The norms of the base's columns are those at the start of training, which the fi
 (`peft/tuners/delora/layer.py::_compute_delta`).
 """
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, RANK, RANK_PATTERN, TARGETS
+from flora_vllm.formats.config_keys import ANYTHING, RANK, RANK_PATTERN, TUNER
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, pattern_rank
 from flora_vllm.terms import Added, Offset, Term
@@ -23,9 +23,7 @@ DELORA = Family(
     name="DELORA",
     title="DeLoRA",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         "bias": bias_key("delora"),

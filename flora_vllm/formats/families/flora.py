@@ -1,6 +1,6 @@
 """FLoRA on disk (arXiv 2312.05677): `W_s = c · W ∘ (flora_B @ flora_A)`, c = 1/r for mean, 1 for sum."""
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, RANK, RANK_PATTERN, TARGETS, only
+from flora_vllm.formats.config_keys import ANYTHING, RANK, RANK_PATTERN, TUNER, only
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, pattern_rank
 from flora_vllm.terms import Product, Term
 
@@ -17,9 +17,7 @@ FLORA = Family(
     name="FLORA",
     title="FLoRA, any rank, mean or sum",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         "reduction": only("mean", "sum"),

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, NUMBER, TARGETS, Key, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.projections import random_cells, sides
@@ -52,9 +52,7 @@ FOURIERFT = Family(
     name="FOURIERFT",
     title="FourierFT",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("fourierft"),
         "scaling": NUMBER,
         "random_loc_seed": SEED,

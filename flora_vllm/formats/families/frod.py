@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, TARGETS, only
+from flora_vllm.formats.config_keys import ANYTHING, TUNER, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.terms import Dense, FromBase, Offset, Probe, Term
@@ -58,9 +58,7 @@ FROD = Family(
     name="FROD",
     title="FRoD",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("frod"),
         "save_projection": replace(only(True), required=True),
         # Of projections that the file has.

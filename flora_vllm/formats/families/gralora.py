@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, NUMBER, RANK, TARGETS, Key
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK, TUNER, Key
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, Offset, Term
@@ -50,9 +50,7 @@ GRALORA = Family(
     name="GRALORA",
     title="GraLoRA, hybrid too",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "gralora_k": RANK,
         "hybrid_r": Key("an integer of at least 0", lambda value: type(value) is int and value >= 0, required=True),

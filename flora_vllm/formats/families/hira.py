@@ -1,6 +1,6 @@
 """HiRA as PEFT 0.21 saves it: `W ∘ (1 + hira_B @ hira_A)`, no scale (`peft/tuners/hira/layer.py::_merge`)."""
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, RANK, RANK_PATTERN, TARGETS
+from flora_vllm.formats.config_keys import ANYTHING, RANK, RANK_PATTERN, TUNER
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, pattern_rank
 from flora_vllm.terms import Product, Term
 
@@ -21,9 +21,7 @@ HIRA = Family(
     name="HIRA",
     title="HiRA",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         # Used only while training.

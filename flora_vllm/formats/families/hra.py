@@ -7,7 +7,7 @@ base's products with the r columns of U alone (`peft/tuners/hra/layer.py::get_de
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER_SUBSET, RANK, TARGETS
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
@@ -53,9 +53,7 @@ HRA = Family(
     name="HRA",
     title="HRA, Gram-Schmidt too",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "apply_GS": BOOLEAN,
         "bias": bias_key("hra"),

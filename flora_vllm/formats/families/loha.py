@@ -3,16 +3,7 @@
 Entry (o, i) is Σ_jk w1_a[o,j] w2_a[o,k] · w1_b[j,i] w2_b[k,i]: low rank with a pair (j, k) for each of the r² ranks.
 """
 
-from flora_vllm.formats.config_keys import (
-    ANYTHING,
-    BOOKKEEPING,
-    LAYER_SUBSET,
-    NUMBER,
-    NUMBER_PATTERN,
-    RANK,
-    RANK_PATTERN,
-    TARGETS,
-)
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, NUMBER_PATTERN, RANK, RANK_PATTERN, TUNER
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, pattern_rank
 from flora_vllm.terms import Added, Term
 
@@ -31,9 +22,7 @@ LOHA = Family(
     name="LOHA",
     title="LoHa",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         "alpha": NUMBER,

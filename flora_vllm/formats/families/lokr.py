@@ -6,16 +6,7 @@ The shapes are the file's: PEFT splits each side of the layer in two as the conf
 from collections.abc import Mapping
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import (
-    ANYTHING,
-    BOOKKEEPING,
-    LAYER_SUBSET,
-    NUMBER,
-    NUMBER_PATTERN,
-    RANK,
-    RANK_PATTERN,
-    TARGETS,
-)
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, NUMBER_PATTERN, RANK, RANK_PATTERN, TUNER
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Kron, Term
 
@@ -48,9 +39,7 @@ LOKR = Family(
     name="LOKR",
     title="LoKr",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "rank_pattern": RANK_PATTERN,
         "alpha": NUMBER,

@@ -12,15 +12,13 @@ import torch
 
 from flora_vllm.formats.config_keys import (
     ANYTHING,
-    BOOKKEEPING,
     BOOLEAN,
-    LAYER_SUBSET,
     NOTHING,
     NUMBER,
     NUMBER_PATTERN,
     RANK,
     RANK_PATTERN,
-    TARGETS,
+    TUNER,
     Key,
     only,
 )
@@ -50,9 +48,7 @@ _INIT = Key(
 )
 
 LORA_KEYS: Mapping[str, Key] = {
-    **BOOKKEEPING,
-    **TARGETS,
-    **LAYER_SUBSET,
+    **TUNER,
     "r": RANK,
     "rank_pattern": RANK_PATTERN,
     "lora_alpha": NUMBER,

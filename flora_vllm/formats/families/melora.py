@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, TARGETS, Key, is_number, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, TUNER, Key, is_number, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, Offset, Term
@@ -56,9 +56,7 @@ MELORA = Family(
     name="MELORA",
     title="MELoRA",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": _RANKS,
         "lora_alpha": _ALPHAS,
         "bias": bias_key("lora"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, LAYER_SUBSET, RANK, TARGETS, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, RANK, TUNER, Key, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, Dense, FromBase, Offset, Probe, Term
@@ -73,9 +73,7 @@ MISS = Family(
     name="MISS",
     title="MiSS, standard, mini and bat",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "mini_r": Key(RANK.allowed, RANK.check),
         "init_weights": only(True, False, "bat", "mini"),

@@ -14,17 +14,7 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import (
-    ANYTHING,
-    BOOKKEEPING,
-    BOOLEAN,
-    LAYER_SUBSET,
-    NUMBER,
-    TARGETS,
-    Key,
-    is_rank,
-    only,
-)
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, TUNER, Key, is_rank, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.terms import FromBase, Offset, Probe, Term, Turn
@@ -109,9 +99,7 @@ OFT = Family(
     name="OFT",
     title="OFT, both Cayley forms",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("oft"),
         # Blocks are counted and sized by the file; PEFT moves these to divisors of the layer.
         "r": ANYTHING,

@@ -10,17 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import (
-    ANYTHING,
-    BOOKKEEPING,
-    BOOLEAN,
-    LAYER_SUBSET,
-    NUMBER,
-    RANK,
-    TARGETS,
-    Key,
-    only,
-)
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER, Key, only
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, FromBase, Probe, Term
 
@@ -109,9 +99,7 @@ PSOFT = Family(
     name="PSOFT",
     title="PSOFT, all forms of its rotation",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "psoft_alpha": NUMBER,
         "ab_svd_init": only("psoft_init", "pissa_init"),

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER_SUBSET, NUMBER, RANK, TARGETS
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import largest_sides, sides
@@ -105,9 +105,7 @@ RANDLORA = Family(
     name="RANDLORA",
     title="RandLoRA, dense and sparse bases",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("randlora"),
         "r": RANK,
         "randlora_alpha": NUMBER,

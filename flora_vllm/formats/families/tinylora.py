@@ -9,17 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import (
-    ANYTHING,
-    BOOKKEEPING,
-    BOOLEAN,
-    LAYER_SUBSET,
-    NUMBER,
-    RANK,
-    TARGETS,
-    Key,
-    is_rank,
-)
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import targets_in_order
@@ -78,9 +68,7 @@ TINYLORA = Family(
     name="TINYLORA",
     title="TinyLoRA (LoRA-XS)",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("tinylora"),
         "r": RANK,
         "u": Key("an integer of at least 1", is_rank, required=True),

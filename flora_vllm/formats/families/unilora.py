@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER_SUBSET, RANK, TARGETS, Key
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER, Key
 from flora_vllm.formats.families.biases import BIAS_NAMES, bias_key, bias_parts, replaced_bias
 from flora_vllm.formats.families.family import INTEGERS, Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.matching import Targets
@@ -113,9 +113,7 @@ UNILORA = Family(
     name="UNILORA",
     title="UniLoRA, indices saved or drawn",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "theta_d_length": RANK,
         "proj_seed": Key("an integer", lambda value: type(value) is int and value >= 0, required=True),

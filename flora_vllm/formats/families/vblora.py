@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER_SUBSET, RANK, TARGETS
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import INTEGERS, Config, Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, Offset, Term
@@ -67,9 +67,7 @@ VBLORA = Family(
     name="VBLORA",
     title="VB-LoRA, whole logits or top-k weights only",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "r": RANK,
         "num_vectors": RANK,
         "vector_length": RANK,

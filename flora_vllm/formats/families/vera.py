@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER_SUBSET, RANK, TARGETS, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER, Key, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import largest_sides
@@ -90,9 +90,7 @@ VERA = Family(
     name="VERA",
     title="VeRA",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("vera"),
         "r": RANK,
         "projection_prng_key": SEED,

@@ -7,7 +7,7 @@ columns', and those of the lower left to the other (`peft/tuners/waveft/layer.py
 
 import torch
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, LAYER_SUBSET, NUMBER, TARGETS, Key, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.projections import random_cells, sides
@@ -78,9 +78,7 @@ WAVEFT = Family(
     name="WAVEFT",
     title="WaveFT, Daubechies, symlets and coiflets",
     keys={
-        **BOOKKEEPING,
-        **TARGETS,
-        **LAYER_SUBSET,
+        **TUNER,
         "bias": bias_key("waveft"),
         "scaling": NUMBER,
         "random_loc_seed": SEED,
