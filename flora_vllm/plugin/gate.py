@@ -46,6 +46,7 @@ def install() -> None:
             # It knows the operator's keys only and would turn tenants away; the gate asks for a key wherever it does.
             app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
         app.add_middleware(Gate, rules=rules)
+        app.add_exception_handler(RecursionError, _refuse_nested)
 
     setattr(init_entrypoints_middleware, _WRAPPED, original)
     launcher.init_entrypoints_middleware = init_entrypoints_middleware
@@ -82,6 +83,14 @@ class Gate:
 def _authorization(scope: Scope) -> str | None:
     values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
     return values[0].decode("latin-1") if len(values) == 1 else None
+
+
+async def _refuse_nested(_request: Any, _error: RecursionError) -> Any:
+    """SageMaker's routes decode a body themselves, without a bound on its depth: a client's fault, not a 500."""
+    responses = importlib.import_module("starlette.responses")
+    message = "the request's JSON is nested too deeply"
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
+    return responses.JSONResponse({"error": error}, status_code=400)
 
 
 async def _refuse(scope: Scope, receive: Any, send: Any) -> None:
