@@ -28,7 +28,7 @@ from flora_vllm.environment import cache_root
 
 INVOCATION = [30001, 30002, 30003, 30004]
 TAIL = 16
-CALLERS = ("base", "alora_r8", "aflora_r2", "lora_r8")
+CALLERS: tuple[str, ...] = ("base", "alora_r8", "aflora_r2", "lora_r8")
 
 
 def main() -> None:

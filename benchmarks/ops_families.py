@@ -55,8 +55,8 @@ class Slots:
             case "road":
                 return SliceTerms(PLAIN, rare=(Swapped(vector, torch.rand(width), 64),))
             case "lora" | "dora":
-                low = {"down_RI": bench.tensor(rank, width), "up_RO": bench.tensor(rank, width)}
-                return SliceTerms(PLAIN if name == "lora" else vector, **low)
+                down_RI, up_RO = bench.tensor(rank, width), bench.tensor(rank, width)
+                return SliceTerms(PLAIN if name == "lora" else vector, down_RI=down_RI, up_RO=up_RO)
             case "vera":
                 return SliceTerms(PLAIN, rare=(SharedLow(*self._vera, torch.rand(256), vector),))
             case "fourierft":

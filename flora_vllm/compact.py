@@ -93,7 +93,7 @@ class CompactLayers(Mapping[str, LayerTerms]):
 
         *hot, rare = part
         terms = tuple(_rare_types[number](*map(value_of, values)) for number, *values in rare)
-        return SliceTerms(*map(value_of, hot), terms)
+        return SliceTerms(*map(value_of, hot), rare=terms)
 
     def _view(self, place: tuple) -> torch.Tensor:
         if len(place) == 1:

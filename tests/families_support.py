@@ -101,7 +101,8 @@ def ours_merged(model: PreTrainedModel, base: Mapping[str, torch.Tensor], adapte
 
 def load(directory: Path) -> PreTrainedModel:
     """Every tensor of the model must be in the files, and no other."""
-    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.eval()
 

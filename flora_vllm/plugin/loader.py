@@ -201,15 +201,6 @@ class AdapterLoader:
             return None
         return self._adapter_root
 
-    def _root_of(self, path: Path) -> str | None:
-        """The operator's root if `path` names something below it: then nothing outside it is read.
-
-        Paths that came by request are always such, and the server has resolved their links; others are the operator's.
-        """
-        if self._adapter_root is None or not path.is_relative_to(self._adapter_root):
-            return None
-        return self._adapter_root
-
     def _cut(self, where: str, adapter: Adapter) -> CompactLayers:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}

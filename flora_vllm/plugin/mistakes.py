@@ -4,18 +4,19 @@ Only for errors of ours, only where `vllm serve` and its like parse a command li
 traceback shows where it went wrong. `VLLM_LOGGING_LEVEL=DEBUG` brings every traceback back.
 """
 
+import functools
 import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from flora_vllm.errors import ConfigError, FloraError, StepError
 
-_REFUSAL = re.compile(r"adapter .* cannot be served")
+_REFUSAL = re.compile(r"(Worker failed with error ')?adapter .* cannot be served")
 # Words that only a path begins with; anything else may be a hub id.
 _PATH_BEGINNINGS = ("/", "./", "../", "~")
 
@@ -23,9 +24,9 @@ _PATH_BEGINNINGS = ("/", "./", "../", "~")
 def is_users(error: BaseException | None) -> bool:
     """Whether `error` says all there is to say: one of ours, but not of a step that went wrong.
 
-    vLLM turns the refusal of one of --lora-modules into a ValueError.
+    vLLM turns the refusal of one of --lora-modules into a ValueError, and one that a worker sends into a RuntimeError.
     """
-    is_refusal = isinstance(error, ValueError) and _REFUSAL.match(str(error)) is not None
+    is_refusal = isinstance(error, ValueError | RuntimeError) and _REFUSAL.match(str(error)) is not None
     return is_refusal or (isinstance(error, FloraError) and not isinstance(error, StepError))
 
 
@@ -51,19 +52,28 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
         _others[-1](kind, error, trace)
 
 
-class _NoTraceback(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and is_users(record.exc_info[1]) and not wants_tracebacks():
-            record.msg, record.args = f"{record.getMessage()} {record.exc_info[1]}", ()
+class _OneLine:
+    """Makes log records; those of vLLM's that tell a user's mistake without its traceback."""
+
+    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = self._make(*args, **kwargs)
+        error = record.exc_info[1] if record.exc_info and record.name.startswith("vllm.") else None
+        if is_users(error) and not wants_tracebacks():
+            record.msg, record.args = f"{record.getMessage()} {error}", ()
             record.exc_info = record.exc_text = None
-        return True
+        return record
 
 
+@functools.cache
 def log_in_one_line() -> None:
-    """vLLM's log shows a user's mistake without its traceback, in this process. May be called often."""
-    for handler in logging.getLogger("vllm").handlers:
-        if not any(isinstance(known, _NoTraceback) for known in handler.filters):
-            handler.addFilter(_NoTraceback())
+    """vLLM's log shows a user's mistake without its traceback, in this process. May be called often.
+
+    Not at a handler: workers come here before vLLM has made its own, and it makes them anew with each configuration.
+    """
+    logging.setLogRecordFactory(_OneLine(logging.getLogRecordFactory()))
 
 
 def check_lora_modules(modules: Sequence[Any] | None) -> None:

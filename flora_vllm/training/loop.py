@@ -21,7 +21,7 @@ from torch import nn
 from flora_vllm.errors import FloraError
 from flora_vllm.training.checkpoint import Settings, load_state, log_row, save_state
 from flora_vllm.training.data import IGNORED, Batch, Examples, Split, as_batch, batches
-from flora_vllm.training.model import FloraModel, pass_adapter_names
+from flora_vllm.training.model import FloraModel, pass_on
 
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.05
@@ -161,7 +161,7 @@ def example_adapters(model: PeftModel, names: Sequence[str]) -> Generator[None]:
             yield
         return
     assert isinstance(tuner, LoraModel), "mixed training is for FLoRA and LoRA"
-    hook = partial(pass_adapter_names, adapter_names=list(names))
+    hook = partial(pass_on, adapter_names=list(names))
     layers = [m for m in tuner.modules() if isinstance(m, LoraLayer)]
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:

@@ -118,7 +118,7 @@ class FloraModel(BaseTuner):
                 "gradient checkpointing runs layers again where the places of alora_invocation_tokens are no longer "
                 "known; turn it off to train this adapter"
             )
-        hook = partial(_pass, alora_offsets=list(offsets))
+        hook = partial(pass_on, alora_offsets=list(offsets))
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True)
             for module in self.modules()
@@ -149,7 +149,7 @@ class FloraModel(BaseTuner):
         try:
             for layer in layers:
                 names = list(adapter_names) if id(layer) in in_encoder else repeated
-                hook = partial(_pass, adapter_names=names)
+                hook = partial(pass_on, adapter_names=names)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -162,9 +162,10 @@ def rank_of(config: FloraConfig, module_name: str) -> int:
     return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
 
 
-def _pass(
+def pass_on(
     _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **more: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's forward pre-hook that says more: which adapter each example is for, or where it begins."""
     return args, {**kwargs, **more}
 
 
