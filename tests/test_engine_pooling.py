@@ -56,7 +56,8 @@ def _embeddings(model: Any) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Engine]:
     """Of the model that the test names; one at a time."""
-    with support.running(tiny_model(request.param), runner="pooling", max_loras=2) as engine:
+    # Embedders compare texts too, for which vLLM wants the tokenizer.
+    with support.running(tiny_model(request.param), runner="pooling", max_loras=2, skip_tokenizer_init=False) as engine:
         yield engine
 
 

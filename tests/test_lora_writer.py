@@ -1,5 +1,7 @@
 """`convert --to-lora`: PEFT's forward of the LoRA that was written is its forward of the adapter it came from."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -81,16 +83,20 @@ def test_what_lora_cannot_say_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_familys_caution_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_familys_caution_is_told(tmp_path: Path) -> None:
+    """As a user sees it: nothing configures logging for the command."""
     tiny_model("llama").save_pretrained(str(tmp_path / "model"))
+    told = {}
     for name, config in (
         ("psoft", peft.PsoftConfig(r=2, target_modules=["q_proj"])),
         ("hra", peft.HRAConfig(r=2, target_modules=["q_proj"])),
     ):
         save_filled(tiny_model("llama"), config, tmp_path / name)
-        arguments = [str(tmp_path / part) for part in ("model", name, f"{name}-lora")]
-        assert convert.main(["--to-lora", *arguments]) == 0
-    told = [record.getMessage() for record in caplog.records if record.name == "flora_vllm.formats.reader"]
-    assert len(told) == 1
-    assert f"adapter {tmp_path / 'psoft'} is PSOFT" in told[0]
-    assert "signs" in told[0]
+        command = [sys.executable, "-m", "flora_vllm.commands.cli", "convert", "--to-lora"]
+        folders = [str(tmp_path / part) for part in ("model", name, f"{name}-lora")]
+        done = subprocess.run([*command, *folders], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told[name] = done.stderr
+    assert f"adapter {tmp_path / 'psoft'} is PSOFT" in told["psoft"]
+    assert "signs" in told["psoft"]
+    assert " is HRA" not in told["hra"]
