@@ -82,12 +82,23 @@ def _peft(**options) -> Callable[[Path, Path], None]:
     return save
 
 
+def _with_another_head(path: Path, model: Path) -> None:
+    _peft(target_modules=["q_proj"], modules_to_save=["lm_head"])(path, model)
+    _change_tensors(path, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+
+
+def _another_family(path: Path, _model: Path) -> None:
+    _flora(path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "LILY"}))
+
+
 # name -> (what writes it, what the one message must say)
 BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "embed_tokens": (_peft(target_modules=["embed_tokens", "q_proj"]), ("embed_tokens", "cannot be adapted|not supp")),
     "lm_head": (_peft(target_modules=["lm_head", "q_proj"]), ("'lm_head'", "cannot be adapted")),
-    "saved whole": (_peft(target_modules=["q_proj"], modules_to_save=["lm_head"]), ("modules_to_save",)),
-    "DoRA": (_peft(target_modules=["q_proj"], use_dora=True), ("DORA|DoRA|use_dora",)),
+    "saved whole": (_with_another_head, ("lm_head", "the base")),
+    "another family": (_another_family, ("LILY", "is not supported yet")),
     "another depth": (
         lambda path, _: _flora(path, module="model.layers.7.self_attn.q_proj"),
         ("model.layers.7.self_attn.q_proj", "another model"),

@@ -35,10 +35,12 @@ WITHOUT_DIFF = {
     "vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message",
     "vllm.entrypoints.serve.lora.api_router:attach_router",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+    "vllm.v1.executor.abstract:Executor.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.llm_engine:LLMEngine.sleep",
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
     "vllm.v1.metrics.loggers:PrometheusStatLogger.__init__",
+    "vllm.v1.worker.gpu_worker:Worker.add_lora",
 }
 # These a patch replaces, and tenants' checks stand around them whoever wrote what is inside.
 GUARDED = {f"{_SERVING}.{name}" for name in ("load_lora_adapter", "unload_lora_adapter", "resolve_lora")}

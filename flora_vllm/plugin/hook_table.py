@@ -223,6 +223,9 @@ _ENGINES = (
     Hook("vllm.v1.engine:EngineCoreOutputs.outputs"),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output")),
     Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self",)),
+    Hook("vllm.v1.worker.gpu_worker:Worker.add_lora", ("self", "lora_request")),
+    Hook("vllm.v1.executor.abstract:Executor.add_lora", ("self", "lora_request")),
+    Hook("vllm.v1.executor.abstract:Executor.collective_rpc", ("self", "method", "timeout", "args")),
     Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
 )
 _SERVER = (

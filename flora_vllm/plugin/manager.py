@@ -152,11 +152,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
 
     def take_fault(self) -> StepFault | None:
         """Why the step that has just run did not serve its adapter tokens; None if it did."""
-        faults = [step.take_fault() for step in self._verified_steps]
+        faults = [fault for step in self._verified_steps if (fault := step.take_fault()) is not None]
         left_out, self._left_out = self._left_out, {}
-        for fault in faults:
-            if fault is not None:
-                return StepFault(fault)
+        if faults:
+            return StepFault("; ".join(faults))
         return StepFault("; ".join(left_out.values()), frozenset(left_out)) if left_out else None
 
     def activate_adapter(self, lora_id: int) -> bool:

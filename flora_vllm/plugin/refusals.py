@@ -1,8 +1,12 @@
 """Our refusal of an adapter, found in what an engine's errors say: they cross its processes as text."""
 
+import functools
 import importlib
 import re
+from dataclasses import dataclass
+from typing import Any
 
+from flora_vllm.errors import AdapterError
 from flora_vllm.plugin.hooks import offers
 
 INVALID = "vllm.exceptions:LoRAAdapterInvalidError"  # patches/0004
@@ -23,3 +27,39 @@ def refusal(error: Exception) -> str | None:
         invalid = importlib.import_module("vllm.exceptions").LoRAAdapterInvalidError
         return getattr(error, "reason", None) if isinstance(error, invalid) else None
     return our_message(str(error))
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A worker's answer to a load in place of the exception."""
+
+    error: Exception
+
+
+def answer_with_refusals() -> None:
+    """Have workers answer a load they refuse, and the engine raise it.
+
+    An exception would leave the answers of the ranks after it unread (vLLM's multiprocess executor stops at the first),
+    and every later call of all ranks, a step's too, would be given the answer of the call before it.
+    """
+    worker: Any = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+    executor: Any = importlib.import_module("vllm.v1.executor.abstract").Executor
+    load = worker.add_lora
+
+    @functools.wraps(load)
+    def answer(self: Any, lora_request: Any) -> Any:
+        try:
+            return load(self, lora_request)
+        except Exception as error:
+            if isinstance(error, AdapterError) or refusal(error) is not None:
+                return Refused(error)
+            raise
+
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        answers = self.collective_rpc("add_lora", args=(lora_request,))
+        for given in answers:
+            if isinstance(given, Refused):
+                raise given.error
+        return all(answers)
+
+    worker.add_lora, executor.add_lora = answer, functools.wraps(executor.add_lora)(add_lora)
