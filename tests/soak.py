@@ -9,6 +9,7 @@ arrival, told from the weights that PEFT merges; "not found" counts only if the 
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -34,7 +35,9 @@ class Soak:
     world: World
     client: Client
     seed: int
-    history: dict[str, list[tuple[float, str | None]]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    history: dict[str, list[tuple[float, str | None]]] = field(
+        default_factory=lambda: {name: [(-math.inf, None)] for name in NAMES}
+    )
     answers: int = 0
     missing: int = 0
     changes: int = 0
@@ -98,7 +101,7 @@ class Soak:
         """What the name may have meant between the two times."""
         with self.lock:
             notes = list(self.history[name])
-        before = [adapter for at, adapter in notes if at <= begin][-2:] or [None]
+        before = [adapter for at, adapter in notes if at <= begin][-2:]
         return {*before, *(adapter for at, adapter in notes if begin < at <= end)}
 
     def _note(self, name: str, adapter: str | None, *, only: bool = False) -> None:
@@ -161,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text, tempfile.TemporaryDirectory() as scratch:
         model = TINY_MODELS["llama"](Path(text) / "model")
         world = make_world(model, Path(text) / "adapters")
-        slots = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8")
+        slots = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--shutdown-timeout", "5")
         with serving(model, {}, *slots, environment={"TMPDIR": scratch}) as client:
             soak = Soak(world, client, options.seed)
             soak.expect()

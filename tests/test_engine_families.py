@@ -25,13 +25,13 @@ from flora_vllm.formats.families.table import ROWS, family_of
 pytestmark = support.ENGINE_MARKS
 
 # Names of cases -> where they are; a case is (architecture, config) or (architecture, config, fill).
-SOURCES = ("test_families", "test_families_low", "test_families_maps", "test_families_shared", "test_families_dense")
+SOURCES = ("test_families", "test_families_low", "test_families_maps", "test_families_shared")
 PROMPT = support.prompt(13, seed=5)
 # Their tiny models have other sizes, or what is tested needs no engine.
 LEFT_OUT = ("conv1d", "gpt2")
 NEW = 4
 # Maps across ranks: blocks that a cut would go through, outputs whose sum no rank has.
-REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4", "glora-bias", "glora-vector", "glora-constant"}
+REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4"}
 # PEFT computes in float32 too: what is compared is two roundings of the same sums, relative to what the adapter does.
 TOLERANCE = 1e-4
 
@@ -58,10 +58,7 @@ def cases_of(architecture: str) -> dict[str, Case]:
         return {name: Case(config, fill_normal) for name, config in BIGCODE.items()}
     found: dict[str, Case] = {}
     for source in SOURCES:
-        try:
-            module = importlib.import_module(source)
-        except ModuleNotFoundError:
-            continue
+        module = importlib.import_module(source)
         for name, case in module.CASES.items():
             values: tuple[Any, ...] = case if isinstance(case, tuple) else tuple(vars(case).values())
             where, config, *rest = values

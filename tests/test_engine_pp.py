@@ -31,7 +31,12 @@ def test_two_stages_serve_the_merged_weights_and_refuse_by_name(tiny_model, tmp_
     }
     absent = "model.layers.7.self_attn.q_proj"
     flora_vllm.write_flora(tmp_path / "absent", {absent: (torch.ones(2, WIDTH), torch.ones(WIDTH, 2))})
-    options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}}
+    options = {
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "enforce_eager": False,
+        "compilation_config": {"mode": 1, "backend": "eager"},
+    }
     with support.running(model, max_loras=3, **options) as engine:
         answers = dict(zip(asks, engine.ask(list(asks.values())), strict=True))
         with pytest.raises(flora_vllm.AdapterError, match=absent):

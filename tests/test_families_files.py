@@ -224,7 +224,7 @@ def test_config_and_file_of_a_block_diagonal_lora_must_agree(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "options"), [("llama", {}), ("qwen2", {}), ("qwen2", {"use_dynamic_rank": True, "random_seed": 3})]
+    ("architecture", "options"), [("qwen2", {}), ("qwen2", {"use_dynamic_rank": True, "random_seed": 3})]
 )
 def test_adamss_finds_pefts_clusters(architecture: str, options: dict, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="AdaMSS's clusters need scikit-learn")

@@ -1,5 +1,6 @@
 """LoRA's variants and the families that become low rank: PEFT's own forward of the folder it saved, against ours."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,13 @@ CASES |= {
 
 def run(case: Case, path: Path) -> tuple[float, float]:
     return worst_errors(case.config(), path, case.architecture, case.fill, task=case.task, **case.changes)
+
+
+if importlib.util.find_spec("sklearn") is not None:  # PEFT and we find AdaMSS's clusters with it
+    CASES["adamss"] = Case(
+        "llama",
+        lambda: peft.AdamssConfig(r=20, num_subspaces=3, subspace_rank=2, target_modules=[*ATTENTION, "up_proj"]),
+    )
 
 
 # PEFT takes a LoRA bias for a shard of a factor and says so.

@@ -17,7 +17,8 @@ def test_soak(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     world = make_world(tiny_model("llama"), tmp_path / "adapters")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    options = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8")
+    # Time to remove their files: vLLM's server kills its workers otherwise.
+    options = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--shutdown-timeout", "5")
     with serving(world.model, {}, *options, environment={"TMPDIR": str(scratch)}) as client:
         soak = Soak(world, client, seed=0)
         soak.expect()

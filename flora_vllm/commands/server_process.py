@@ -20,6 +20,7 @@ from types import TracebackType
 from flora_vllm.errors import FloraError
 
 READY_S = 600.0
+ENGINE_END_S = 15.0  # after its server has ended
 LOG_LINES = 25
 KV_CACHE_BYTES = 512 << 20
 # What libraries of vLLM say at the end of every process, and that means nothing.
@@ -126,8 +127,12 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience_s)
                 break
-        # Engine processes that outlived their parent.
+        # Its engine's processes may outlive it: they have files to remove.
         with contextlib.suppress(ProcessLookupError):
+            end = time.monotonic() + ENGINE_END_S
+            while time.monotonic() < end:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
         self._log.close()
 

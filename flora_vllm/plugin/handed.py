@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, digest_of
+from flora_vllm.plugin import scratch
 
 _PREFIX = "flora-handed-"
 _users: Counter[Path] = Counter()
@@ -27,8 +27,8 @@ _users: Counter[Path] = Counter()
 
 @functools.cache
 def _root() -> Path:
-    root = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    root = scratch.make(_PREFIX)
+    atexit.register(scratch.remove, root)
     return root
 
 

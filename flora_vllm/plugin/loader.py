@@ -30,6 +30,7 @@ from flora_vllm.formats.reader import examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.mixes import Part, decoded
@@ -75,8 +76,8 @@ class AdapterLoader:
         self._layout = model_layout(attached, model)
         self._adapter_root = None if adapter_root is None else os.path.realpath(adapter_root)
         self._has_encoder = has_encoder
-        self._root = Path(tempfile.mkdtemp(prefix="flora-adapters-"))
-        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
+        self._root = scratch.make("flora-adapters-")
+        weakref.finalize(self, scratch.remove, self._root)
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._names: dict[int, str] = {}  # whose the copies are
 
