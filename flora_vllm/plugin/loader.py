@@ -42,14 +42,17 @@ from flora_vllm.terms import Arena, FromBase, resolve
 logger = logging.getLogger(__name__)
 
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
+MIX = "MIX"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
 
 @dataclass(frozen=True, eq=False)
 class CutAdapter:
-    """An adapter for one worker: its rank, layer name -> slot contents, and from which sequence on it applies."""
+    """An adapter for one worker: its family (MIX: of several), its rank, layer name -> slot contents, and from which
+    sequence on it applies."""
 
+    family: str
     rank: int
     layers: CompactLayers
     invocation_tokens: tuple[int, ...] | None
@@ -116,7 +119,7 @@ class AdapterLoader:
             (files, adapter), error = read(), None
             check(adapter)
         except AdapterError as failure:
-            files, adapter, error = {}, CutAdapter(0, CompactLayers({}), None), failure
+            files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
         is_kept = error is None if in_step else stages_agree(error is None)
         if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
@@ -164,7 +167,7 @@ class AdapterLoader:
             error = failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
-        return files, CutAdapter(known.rank, layers, known.invocation_tokens)
+        return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
 
     def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
         """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""
@@ -201,7 +204,7 @@ class AdapterLoader:
             faults.append("its weighted values leave the range of the model's dtype; use smaller weights")
         if faults:
             raise adapter_error(f"{name!r}, a mix of {', '.join(part.name for part in parts)},", faults)
-        return CutAdapter(sum(adapter.rank for adapter in cut), kept, cut[0].invocation_tokens)
+        return CutAdapter(MIX, sum(adapter.rank for adapter in cut), kept, cut[0].invocation_tokens)
 
     def _root_of(self, path: Path) -> str | None:
         """The operator's root if `path` names something below it: then nothing outside it is read.
