@@ -136,10 +136,15 @@ def run() -> dict[str, Any]:
 
 
 def load_times() -> dict[str, float]:
-    """Milliseconds of one thread's CPU time to read, check and cut an adapter, and vLLM's own for the LoRA."""
+    """Milliseconds of one thread's CPU time to read, check and cut an adapter, and vLLM's own for the LoRA.
+
+    `first`: of an adapter whose structure the worker has not met.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: _adapter(Path(folder) / name, name) for name in ("flora", "lora")}
-        result = {f"load_ms_{name}_r8": round(_median_ms(_loader(path)), 1) for name, path in paths.items()}
+        result = {f"load_ms_{name}_r8": round(_median_ms(_loader(path, True)), 1) for name, path in paths.items()}
+        firsts = {name: _median_ms(_loader(path, False)) for name, path in paths.items()}
+        result |= {f"load_ms_{name}_r8_first": round(first, 1) for name, first in firsts.items()}
         result["load_ms_vllm_lora_r8"] = round(_median_ms(_vllm_loader(paths["lora"])), 1)
     return result
 
@@ -187,27 +192,33 @@ def _adapter(path: Path, family: str) -> Path:
     return path
 
 
-def _loader(path: Path) -> Callable[[], object]:
-    """What a worker does with an adapter's directory, but for the copy it keeps."""
+def _loader(path: Path, knows: bool) -> Callable[[], object]:
+    """What a worker does with an adapter's directory, but for the copy it keeps. `knows`: it has met its structure."""
     from flora_vllm.adapter import ModelLayout
     from flora_vllm.compact import CompactLayers
     from flora_vllm.formats.files import collect_files
     from flora_vllm.formats.ranks import Limits
     from flora_vllm.formats.reader import examine_files
+    from flora_vllm.plugin.planned import Plans
     from flora_vllm.slots import layer_terms
     from flora_vllm.terms import Arena
 
     layouts = [_layout(layer, packed, parts) for layer in range(LAYERS) for packed, parts in PARTS.items()]
     layout, limits = ModelLayout(_shapes()), Limits(16, 16)
+    known = Plans()
 
     def load() -> CompactLayers:
+        plans = known if knows else Plans()
         files, _ = collect_files(path)
+        if (planned := plans.load(files, None)) is not None:
+            return planned[1]
         adapter = examine_files(files, layout, limits).adapter
         assert adapter is not None
         arena = Arena(torch.bfloat16, sum(t.numel() for m in adapter.modules.values() for t in m.tensors()))
         layers = {one.module: layer_terms(one, adapter.modules, torch.bfloat16, arena=arena) for one in layouts}
         kept = CompactLayers({name: terms for name, terms in layers.items() if terms is not None}, arena.finished())
         assert kept.is_finite()
+        plans.learn(files, None, adapter, [arena], kept)
         return kept
 
     return load

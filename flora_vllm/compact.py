@@ -62,7 +62,24 @@ class CompactLayers(Mapping[str, LayerTerms]):
                 (_number_of(type(term)), *(placed(getattr(term, f.name)) for f in fields(term))) for term in rare
             ))  # fmt: skip
 
-        self._layers = {name: tuple(map(places_of, terms)) for name, terms in layers.items()}
+        self._layers: Mapping[str, tuple] = {name: tuple(map(places_of, terms)) for name, terms in layers.items()}
+
+    @classmethod
+    def placed(cls, places: Mapping[str, tuple], memory: Sequence[torch.Tensor]) -> "CompactLayers":
+        """Contents that lie in `memory` as `places` says; both are kept, not copied."""
+        layers = cls({}, memory)
+        layers._layers = places
+        return layers
+
+    @property
+    def places(self) -> Mapping[str, tuple]:
+        """Layer name -> for each slice None or SliceTerms' fields in order, a tensor as (memory, start, shape)."""
+        return self._layers
+
+    @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """The tensors that hold the numbers, those of `chunks` first."""
+        return self._memory
 
     def __getitem__(self, name: str) -> LayerTerms:
         views: dict[tuple, torch.Tensor] = {}  # slices that share a factor get the same tensor

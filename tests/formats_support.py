@@ -43,7 +43,7 @@ def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedMo
     torch.manual_seed(seed)
     match architecture:
         case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**_SIZES, **changes))
+            model = LlamaForCausalLM(LlamaConfig(**{**_SIZES, **changes}))
         case "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, **changes))
         case "phi3":

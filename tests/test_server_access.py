@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -58,6 +59,12 @@ class Door:
         body = {"model": model, "prompt": list(make_ask(1).prompt), "max_tokens": 4, "temperature": 0}
         return self.ask("POST", route, key, body, model if route == "/invocations" else None)
 
+    def listed(self, key: str) -> set[str]:
+        """Names of adapters by our own route."""
+        status, text = self.ask("GET", "/v1/flora/adapters", key)
+        assert status == 200
+        return {entry["name"] for entry in json.loads(text)["data"]}
+
     def names(self, key: str) -> set[str]:
         status, text = self.ask("GET", "/v1/models", key)
         assert status == 200
@@ -106,6 +113,7 @@ def test_nothing_is_done_without_a_key(key: str | None, door: Door) -> None:
         ("POST", "/v1/completions", {"model": "lora", "prompt": "a"}),
         ("GET", "/v1/models", None),
         ("GET", "/metrics", None),
+        ("GET", "/v1/flora/adapters", None),
     ):
         assert door.ask(method, route, key, body) == (401, '{"error": "Unauthorized"}'), route
     assert door.ask("GET", "/health", key)[0] == 200
@@ -128,6 +136,10 @@ def test_a_tenant_sees_and_uses_its_own(door: Door) -> None:
     assert door.complete(ACME, BASE)[0] == 200
     assert door.complete(ACME, "acme/mine")[0] == 200, "found below the resolver's directory"
     assert door.names(ACME) == {BASE, "acme/mine"}
+    assert (door.listed(ACME), door.listed(OTHER)) == ({"acme/mine"}, {"other/theirs"})
+    assert door.listed(OPERATOR) >= {"acme/mine", "other/theirs", "lora"}
+    theirs = re.findall(r'lora_adapter_loaded{adapter_name="([^"]*)"', door.ask("GET", "/metrics", OTHER)[1])
+    assert {"other/theirs"} <= {*theirs} <= {"other/theirs", "other"}
     for route in ("/v1/completions", "/invocations"):
         theirs, nobodys = (door.complete(ACME, name, route) for name in ("other/theirs", "other/nobodys"))
         assert theirs[0] == nobodys[0] == 404

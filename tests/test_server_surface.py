@@ -13,6 +13,9 @@ from engine_support import LOGPROB_TOLERANCE, difference
 from prometheus_client.parser import text_string_to_metric_families
 from server_support import BASE, Client, World, answer_of, make_ask, make_world, regret, serving
 
+from flora_vllm.commands.top import look
+from flora_vllm.formats import content_digest
+
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 # Fewer slots and fewer places in memory than there are adapters, and chunks smaller than a long prompt.
@@ -115,6 +118,67 @@ def test_chat(client: Client) -> None:
         assert response.choices[0].logprobs is not None
         texts.add(response.choices[0].message.content)
     assert len(texts) == 4
+
+
+def _listed(client: Client) -> dict[str, dict]:
+    return {
+        entry["name"]: entry for entry in httpx.get(f"{client.url}/flora/adapters").raise_for_status().json()["data"]
+    }
+
+
+def _series(client: Client, **headers: str) -> dict[tuple[str, ...], float]:
+    """(name, the labels' values in alphabetical order of the labels) -> value."""
+    answer = httpx.get(client.url.removesuffix("/v1") + "/metrics", headers=headers).raise_for_status()
+    families = text_string_to_metric_families(answer.text)
+    return {(s.name, *(v for _, v in sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_operators_see_where_each_adapter_is(client: Client, world: World) -> None:
+    for model in [*world.adapters, "flora5"]:
+        client.ask(model, make_ask(75).prompt, new=1)
+    listed = _listed(client)
+    assert listed.keys() == client.names() - {BASE}
+    states = [entry["state"] for entry in listed.values()]
+    # Three slots, one place more in memory.
+    assert (states.count("resident"), states.count("host")) == (3, 1)
+    assert states.count("registered") == len(listed) - 4
+    flora5 = listed["flora5"]
+    assert (flora5["state"], flora5["family"], flora5["rank"], flora5["pinned"]) == ("resident", "FLORA", 5, False)
+    assert content_digest(world.adapters["flora5"]).startswith(flora5["digest"])
+    assert flora5["bytes"] >= 4 * 5 * 64 * 2
+    before = flora5["last_used"]
+    assert abs(time.time() - before) < 600
+    client.ask("flora5", make_ask(76).prompt, new=1)
+    assert _listed(client)["flora5"]["last_used"] > before
+    assert max(listed.values(), key=lambda entry: entry["last_used"] or 0)["name"] == "flora5"
+    assert look(client.url.removesuffix("/v1")).details["flora5"]["family"] == "FLORA"
+
+
+def test_series_of_adapters(client: Client, world: World) -> None:
+    time.sleep(1.1)  # what was said to an earlier scrape is old
+    # As Prometheus asks: for what cannot be added to.
+    series = _series(client, accept="application/openmetrics-text; version=1.0.0", **{"accept-encoding": "gzip"})
+    assert series["vllm:lora_adapter_loaded", "flora5", "gpu", "false", "5"] == 1
+    loaded = {key[1:]: value for key, value in series.items() if key[0] == "vllm:lora_adapter_loaded"}
+    assert sum(value for (_, level, *_), value in loaded.items() if level == "gpu") == 3
+    assert sum(loaded.values()) == 4
+    assert series["vllm:num_gpu_loaded_lora_adapters",] == series["vllm:max_gpu_lora_adapters",] == 3
+    assert series["vllm:num_cpu_loaded_lora_adapters",] == 4
+    assert series["flora_adapter_evictions_total", "cpu"] > 0
+    assert series["flora_adapter_evictions_total", "gpu"] > 0
+    done = sum(series["flora_adapter_loads_total", result] for result in ("loaded", "reloaded"))
+    assert series["flora_adapter_loads_total", "reloaded"] > 0
+    assert series["vllm:lora_adapter_load_seconds_count",] == done
+    assert 0 < series["vllm:lora_adapter_load_seconds_sum",] < 60 * done
+    assert any(name == "vllm:num_requests_running" for name, *_ in series), "vLLM's own are still there"
+    client.load("gone", world.adapters["lora"])
+    broken = client.load("broken", "/nowhere")
+    assert broken[0] != 200
+    assert client.unload("gone")[0] == 200
+    time.sleep(1.1)
+    after = _series(client)
+    assert after["flora_adapter_loads_total", "loaded"] == series["flora_adapter_loads_total", "loaded"] + 1
+    assert not any(key[1] == "gone" for key in after if key[0] == "vllm:lora_adapter_loaded")
 
 
 def test_load_use_unload(client: Client, world: World) -> None:

@@ -15,6 +15,8 @@
     encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are
     encoder_order.py  the order in which vLLM's runners encode
     loader.py         one adapter directory -> what a worker keeps
+    planned.py        the same of an adapter like one met before, in a fraction of the time
+    loads.py          counts of loads and evictions, and the engine's report of its adapters
     activation.py     activated adapters: whose a request's first tokens and cached blocks are
     mixes.py          how clients write a mix, and how the engine is told of it
     mix_requests.py   server side: the mix of a request
@@ -26,6 +28,7 @@
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see
     gate.py           the server's door: which requests need a key
+    listing.py        the list of adapters and their series at /metrics
     handed.py         adapters given as tensors or files instead of by a path
     sleeping.py       the sleep that would lose adapters
     uploads.py        the route that takes an adapter's files

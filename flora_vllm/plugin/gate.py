@@ -11,6 +11,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from flora_vllm.plugin import listing
 from flora_vllm.plugin.access import CURRENT, NOBODY, AccessRules
 from flora_vllm.plugin.flags import options_from
 
@@ -45,6 +46,7 @@ def install() -> None:
         if rules.has_tenants:
             # It knows the operator's keys only and would turn tenants away; the gate asks for a key wherever it does.
             app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
+        listing.attach(app)
         app.add_middleware(Gate, rules=rules)
         app.add_exception_handler(RecursionError, _refuse_nested)
 

@@ -34,6 +34,7 @@ from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.mixes import Part, decoded
+from flora_vllm.plugin.planned import Plans
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import saved_faults
 from flora_vllm.slots import layer_terms, overflowed
@@ -42,14 +43,17 @@ from flora_vllm.terms import Arena, FromBase, resolve
 logger = logging.getLogger(__name__)
 
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
+MIX = "MIX"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
 
 @dataclass(frozen=True, eq=False)
 class CutAdapter:
-    """An adapter for one worker: its rank, layer name -> slot contents, and from which sequence on it applies."""
+    """An adapter for one worker: its family (MIX: of several), its rank, layer name -> slot contents, and from which
+    sequence on it applies."""
 
+    family: str
     rank: int
     layers: CompactLayers
     invocation_tokens: tuple[int, ...] | None
@@ -80,6 +84,7 @@ class AdapterLoader:
         weakref.finalize(self, scratch.remove, self._root)
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._names: dict[int, str] = {}  # whose the copies are
+        self._plans = Plans()
 
     def load(
         self,
@@ -115,7 +120,7 @@ class AdapterLoader:
             (files, adapter), error = read(), None
             check(adapter)
         except AdapterError as failure:
-            files, adapter, error = {}, CutAdapter(0, CompactLayers({}), None), failure
+            files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
         is_kept = error is None if in_step else stages_agree(error is None)
         if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
@@ -135,26 +140,35 @@ class AdapterLoader:
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
         files, faults = collect_files(path, self._root_of(path))
-        found = examine_files(files, self._layout, self._limits, task)
-        faults = [*faults, *found.faults]
+        planned = None if faults else self._plans.load(files, task)
+        found = None if planned else examine_files(files, self._layout, self._limits, task)
+        faults = [*faults, *(found.faults if found else ())]
         if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
             faults.append("the directory changed after the server read it; load it again")
         where = f"{name!r} ({shown})"
-        if found.adapter is not None:
-            faults += saved_faults(self._model, self._layout.rename, found.adapter.saved)
-        if self._has_encoder and found.adapter is not None and found.adapter.invocation_tokens is not None:
+        adapter = found.adapter if found else None
+        if adapter is not None:
+            faults += saved_faults(self._model, self._layout.rename, adapter.saved)
+        if self._has_encoder and adapter is not None and adapter.invocation_tokens is not None:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         # Ranks ask the base together, and keep an adapter together or not at all.
-        if not all_agree(not faults, self._device) or found.adapter is None:
+        if not all_agree(not faults, self._device) or (planned is None and adapter is None):
             raise adapter_error(where, faults or [_ANOTHER_RANK])
-        warn_of(found.adapter.family, where)
+        known = planned[0] if planned else adapter
+        assert known is not None, "it was planned or examined"
+        warn_of(known.family, where)
+        layers, error = CompactLayers({}), None
         try:
-            layers, error = self._cut(where, found.adapter), None
+            if planned:
+                layers = planned[1]
+            elif adapter is not None:
+                layers, arenas = self._cut(where, adapter)
+                self._plans.learn(files, task, adapter, arenas, layers)
         except AdapterError as failure:
-            layers, error = CompactLayers({}), failure
+            error = failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
-        return files, CutAdapter(found.adapter.rank, layers, found.adapter.invocation_tokens)
+        return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
 
     def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
         """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""
@@ -191,7 +205,7 @@ class AdapterLoader:
             faults.append("its weighted values leave the range of the model's dtype; use smaller weights")
         if faults:
             raise adapter_error(f"{name!r}, a mix of {', '.join(part.name for part in parts)},", faults)
-        return CutAdapter(sum(adapter.rank for adapter in cut), kept, cut[0].invocation_tokens)
+        return CutAdapter(MIX, sum(adapter.rank for adapter in cut), kept, cut[0].invocation_tokens)
 
     def _root_of(self, path: Path) -> str | None:
         """The operator's root if `path` names something below it: then nothing outside it is read.
@@ -202,7 +216,7 @@ class AdapterLoader:
             return None
         return self._adapter_root
 
-    def _cut(self, where: str, adapter: Adapter) -> CompactLayers:
+    def _cut(self, where: str, adapter: Adapter) -> tuple[CompactLayers, list[Arena]]:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
@@ -235,7 +249,7 @@ class AdapterLoader:
             ]
         if faults:
             raise adapter_error(where, faults)
-        return kept
+        return kept, [*arenas.values()]
 
     def _resolved(self, where: str, adapter: Adapter) -> dict[str, ModuleTerms]:
         """The adapter's modules under the engine's names, without terms that had to wait for the base."""

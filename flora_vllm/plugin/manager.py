@@ -6,7 +6,9 @@ vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never writt
 """
 
 import functools
+import heapq
 import logging
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.graphs import graph_steps
 from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.loader import AdapterLoader
+from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
@@ -55,13 +58,14 @@ def before_replay(num_adapters: int, num_tokens: int) -> None:
             manager.rows.tokens.replay(num_tokens)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LoadedAdapter:
     """An adapter in host memory, cut to this rank: layer name -> slot contents. `id` and `rank` are vLLM's to read.
 
     `rows`: where graphs hold adapters, the most base products that one of its tokens needs in a layer; NEVER if a graph
     cannot serve its terms.
-    `is_stand_in`: one of those that vLLM makes up to rehearse steps with adapters.
+    `is_stand_in`: one of those that vLLM makes up to rehearse steps with adapters. `last_used`: Unix time of the last
+    step with it.
     """
 
     id: int
@@ -69,6 +73,9 @@ class LoadedAdapter:
     layers: Mapping[str, LayerTerms]
     rows: int = 1
     is_stand_in: bool = False
+    family: str = ""
+    nbytes: int = 0
+    last_used: float | None = None
 
 
 class FloraModelManager(LRUCacheLoRAModelManager):
@@ -87,6 +94,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
         self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
+        self.loads = Loads()
         self._vllm_config = vllm_config
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -164,6 +172,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
+            self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
         index = self.lora_index_to_id.index(None)
         for name, layer in self.attached.layers.items():
@@ -197,6 +206,29 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         slots = dict.fromkeys(self._left_out, 0)
         slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
         self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
+
+    def report(self, most: int | None) -> dict[str, Any]:
+        """What is loaded, and counts since the start, in plain values; of adapters at most `most`, used last first."""
+        loaded = [adapter for adapter in self._registered_adapters.cache.values() if not adapter.is_stand_in]
+        pinned, on_gpu = self._registered_adapters.pinned_items, {adapter.id for adapter in self._in_slots.values()}
+        shown = loaded if most is None else heapq.nlargest(most, loaded, key=lambda adapter: adapter.last_used or 0.0)
+        return self.loads.counts() | {
+            "slots": self.lora_slots,
+            "on_gpu": sum(adapter.id in on_gpu for adapter in loaded),
+            "on_cpu": len(loaded),
+            "adapters": [
+                {
+                    "id": adapter.id,
+                    "level": "gpu" if adapter.id in on_gpu else "cpu",
+                    "pinned": adapter.id in pinned,
+                    "family": adapter.family,
+                    "rank": adapter.rank,
+                    "bytes": adapter.nbytes,
+                    "last_used": adapter.last_used,
+                }
+                for adapter in shown
+            ],
+        }
 
     def remove_all_adapters(self) -> None:
         for adapter_id in list(self._active_adapters.cache):
@@ -239,7 +271,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         return model
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
-        with on_disk(lora_request) as request:  # trainers in this process hand tensors over
+        counted = self._adapter_manager.loads.counted(in_step=in_step)
+        with counted, on_disk(lora_request) as request:  # trainers in this process hand tensors over
             number, name = request.lora_int_id, request.lora_name
             adapter = self._loader.load(
                 number,
@@ -253,7 +286,12 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
             adapted = manager.attached.layers
             rows = max((adapted[name].graph_rows(terms) for name, terms in adapter.layers.items()), default=1)
-        return LoadedAdapter(number, adapter.rank, adapter.layers, rows)
+        size = adapter.layers.nbytes
+        return LoadedAdapter(number, adapter.rank, adapter.layers, rows, family=adapter.family, nbytes=size)
+
+    def report(self, most: int | None) -> dict[str, Any]:
+        """See FloraModelManager.report."""
+        return self._adapter_manager.report(most)
 
     def note_batch(self, requests: Any, computed: Any, scheduled: Any, sampled: Any = None) -> None:
         """Of each request of the step that comes, in batch order: id, LoRARequest and prompt; then token counts."""
@@ -277,17 +315,21 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
-            if self._adapter_manager.get_adapter(request.lora_int_id) is None:
+            adapter = self._adapter_manager.get_adapter(request.lora_int_id)
+            if adapter is None:
                 try:
-                    self._admit(self._load_adapter(request, fresh=False, in_step=True))
+                    adapter = self._load_adapter(request, fresh=False, in_step=True)
+                    self._admit(adapter)
                 except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
                     self._adapter_manager.leave_out(request.lora_int_id, str(error))
                     continue
+            adapter.last_used = time.time()
             self._adapter_manager.activate_adapter(request.lora_int_id)
 
     def _admit(self, adapter: LoadedAdapter) -> None:
         if len(self._adapter_manager) + 1 > self._adapter_manager.capacity:
             self._adapter_manager.remove_oldest_adapter()
+            self._adapter_manager.loads.evictions["cpu"] += 1
         self._adapter_manager.add_adapter(adapter)
 
     def add_adapter(self, lora_request: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from flora_vllm.ops.rare import RareTerm
 from flora_vllm.ops.terms import SliceTerms
-from flora_vllm.terms.arena import Arena
+from flora_vllm.terms.arena import Arena, Write
 
 
 class Term(Protocol):
@@ -89,6 +89,7 @@ class Cut:
             part_RI = factor_RI if is_whole else factor_RI[:, self.columns]
             known = self.inputs[key] = self.empty(*part_RI.shape)
             known.copy_(part_RI)
+            self.note(known, part_RI)
         return known
 
     def output_side(self, factor_OR: torch.Tensor) -> torch.Tensor:
@@ -97,6 +98,11 @@ class Cut:
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype) if self.arena is None else self.arena.take(*shape)
+
+    def note(self, target: torch.Tensor, source: torch.Tensor, scale: float = 1.0) -> None:
+        """`target`, from `empty`, is `scale · source`."""
+        if self.arena is not None:
+            self.arena.writes.append(Write(target, source, scale))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +170,8 @@ def _joined(
             outer_OR = gain_O[:, None] * outer_OR
         torch.mul(outer_OR.T, pair.scale, out=output_RO[start : start + rank])
         start += rank
+    if len(pairs) == 1 and gain_O is None:
+        cut.note(output_RO, pairs[0].output_OR.T, pairs[0].scale)
     return input_RI, output_RO
 
 

@@ -45,6 +45,7 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
 
 DORA = replace(
     LORA,
+    by_structure=False,
     name="DORA",
     title="DoRA",
     peft_type="LORA",

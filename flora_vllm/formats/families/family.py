@@ -88,6 +88,7 @@ class Family:
     whole checkpoint has no fault; raises AdapterError for what only it can see. `kinds`: the terms it may become.
     `tasks(config)`: what a user may ask for after a `#`; empty if the adapter is one thing. `implied(config)`: whether
     every module that the config selects is adapted without tensors of its own. `caution`: what its user must know.
+    `by_structure`: whether each number of a term is one of the file's or follows from the config alone.
     `rank_key`: the config's key of the rank. `limit`: which rank limit counts the rank that the config states.
     `when`: whether the flags make it this row.
     """
@@ -111,6 +112,7 @@ class Family:
     implied: Callable[[Config], bool] = lambda _config: False
     rank_key: str = "r"
     caution: str = ""
+    by_structure: bool = False
     note: str = ""  # for README: what is special, in a few words
 
     @property

@@ -31,5 +31,6 @@ FLORA = Family(
     terms=_terms,
     kinds=(Product,),
     limit="flora",
+    by_structure=True,
     note="this project's PEFT method",
 )

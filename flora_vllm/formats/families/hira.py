@@ -34,4 +34,5 @@ HIRA = Family(
     terms=_terms,
     kinds=(Product,),
     limit="flora",
+    by_structure=True,
 )

@@ -131,4 +131,5 @@ LORA = Family(
     terms=_terms,
     kinds=(Added, Offset),
     limit="lora",
+    by_structure=True,
 )

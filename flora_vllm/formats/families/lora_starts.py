@@ -73,6 +73,7 @@ def _row(
 ) -> Family:
     return replace(
         LORA,
+        by_structure=False,
         name=name,
         title=title,
         peft_type="LORA",

@@ -1,0 +1,202 @@
+"""What operators see of a server's adapters: `GET /v1/flora/adapters`, and series at /metrics.
+
+The engine is asked on demand (loads.py), one question at a time and for scrapes at most one a second; it answers
+between steps, and nobody waits for it longer than WAIT_S. The series are added to what vLLM answers at /metrics, so
+they are the same whether one or several server processes do, and none is left over from an adapter that is gone. Their
+number is bounded: adapters beyond the MOST_NAMED used last are summed as `adapter_name="other"`.
+"""
+
+import asyncio
+import importlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR
+from flora_vllm.plugin.identity import split_identity
+from flora_vllm.plugin.loads import LOAD_BOUNDS_S, REPORT
+
+logger = logging.getLogger(__name__)
+
+ROUTE = "/v1/flora/adapters"
+METRICS = "/metrics"
+MOST_NAMED = 64
+OTHER = "other"
+WAIT_S = 5.0
+_FRESH_S = 1.0
+# Place in the engine -> what the route calls it: in a slot, or in host memory only.
+_STATES = {"gpu": "resident", "cpu": "host"}
+
+
+class Reports:
+    """What the engine said last. `most`: how many adapters it names; None: all."""
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self._asking: asyncio.Future[Any] | None = None
+        self._said: Mapping[str, Any] | None = None
+        self._said_at = 0.0
+
+    async def ask(self, engine: Any, fresh_s: float = 0.0) -> Mapping[str, Any] | None:
+        """An answer, of up to `fresh_s` ago if there is one; the last one if the engine takes too long; None: none yet.
+
+        Raises what the engine raises.
+        """
+        if self._said is not None and time.monotonic() - self._said_at < fresh_s:
+            return self._said
+        asking = self._asking
+        if asking is None or asking.done():
+            asking = self._asking = asyncio.ensure_future(engine.engine_core.call_utility_async(REPORT, self._most))
+            asking.add_done_callback(self._hear)
+        await asyncio.wait({asking}, timeout=WAIT_S)
+        return asking.result() if asking.done() else self._said
+
+    def _hear(self, asking: Any) -> None:
+        """Also of an answer that nobody waits for any more."""
+        if not asking.cancelled() and asking.exception() is None:
+            self._said, self._said_at = asking.result(), time.monotonic()
+
+
+def attach(app: Any) -> None:
+    """Give a server's app the route and the series."""
+    reports = Reports(None)
+
+    async def adapters(request: Any) -> Any:
+        responses = importlib.import_module("starlette.responses")
+        state = request.app.state
+        report = await reports.ask(state.engine_client)
+        if report is None:
+            message = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
+            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+            return responses.JSONResponse({"error": error}, status_code=503)
+        return responses.JSONResponse({"object": "list", "data": entries(state, report)})
+
+    app.router.add_route(ROUTE, adapters, methods=["GET"])
+    app.add_middleware(AddedMetrics)
+
+
+def entries(state: Any, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One entry for each adapter that the present request's tenant may use, by name."""
+    there = {adapter["id"]: adapter for adapter in report["adapters"]}
+    found = []
+    for name, request in sorted(_table(state).items()):
+        adapter = there.get(request.lora_int_id, {})
+        found.append(
+            {
+                "name": name,
+                "state": _STATES[adapter["level"]] if adapter else "registered",
+                "digest": split_identity(request.lora_name)[1],
+                **{key: adapter.get(key) for key in ("family", "rank", "bytes", "pinned", "last_used")},
+            }
+        )
+    return found
+
+
+def _table(state: Any) -> Mapping[str, Any]:
+    """Adapter name -> the server's LoRARequest, of what the present request may see."""
+    serving = getattr(state, "openai_serving_models", None)
+    return {} if serving is None else serving.lora_requests
+
+
+class AddedMetrics:
+    """ASGI middleware: appends our series to a text answer at /metrics."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._reports = Reports(MOST_NAMED)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        engine = getattr(scope["app"].state, "engine_client", None) if scope["type"] == "http" else None
+        if engine is None or path.rstrip("/") != METRICS or scope["method"] != "GET":
+            await self._app(scope, receive, send)
+            return
+        text = await self._text(scope["app"].state, engine)
+        # Plain text can be added to; what Prometheus would rather have (OpenMetrics, gzip) has an end of its own.
+        headers = [(k, v) for k, v in scope["headers"] if k not in (b"accept", b"accept-encoding")]
+        messages: list[dict[str, Any]] = []
+
+        async def keep(message: dict[str, Any]) -> None:
+            messages.append(message)
+
+        await self._app({**scope, "headers": headers}, receive, keep)
+        start, *parts = messages
+        body = b"".join(part.get("body", b"") for part in parts)
+        if start["status"] == 200:
+            body += text
+        kept = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+        await send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _text(self, state: Any, engine: Any) -> bytes:
+        try:
+            report = await self._reports.ask(engine, _FRESH_S)
+        except Exception as error:  # noqa: BLE001 - a dead engine's metrics are still worth a scrape
+            logger.warning("the engine does not tell its adapters: %s", error)
+            return b""
+        return b"" if report is None else exposition(report, _names(state))
+
+
+def _names(state: Any) -> dict[int, str]:
+    """Engine's id -> name. Who needs no key to scrape sees what vLLM's own series tell everybody."""
+    token = CURRENT.set(OPERATOR if CURRENT.get() is NOBODY else CURRENT.get())
+    try:
+        return {request.lora_int_id: name for name, request in _table(state).items()}
+    finally:
+        CURRENT.reset(token)
+
+
+def exposition(report: Mapping[str, Any], names: Mapping[int, str]) -> bytes:
+    """The report in Prometheus' text format."""
+    client: Any = importlib.import_module("prometheus_client")
+    registry = client.CollectorRegistry()
+
+    class Collector:
+        def collect(self) -> Iterator[Any]:
+            return _families(report, names)
+
+    registry.register(Collector())
+    return client.generate_latest(registry)
+
+
+def _families(report: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[Any]:
+    core: Any = importlib.import_module("prometheus_client.core")
+    loaded = core.GaugeMetricFamily(
+        "vllm:lora_adapter_loaded",
+        "Adapters in a slot (gpu) or in host memory only (cpu); those used least recently summed as 'other'.",
+        labels=["adapter_name", "level", "pinned", "rank"],
+    )
+    rest = Counter({"gpu": report["on_gpu"], "cpu": report["on_cpu"] - report["on_gpu"]})
+    for adapter in report["adapters"]:
+        name = names.get(adapter["id"], OTHER)
+        if name != OTHER:
+            rest[adapter["level"]] -= 1
+            loaded.add_metric([name, adapter["level"], str(adapter["pinned"]).lower(), str(adapter["rank"])], 1)
+    for level, number in rest.items():
+        if number:
+            loaded.add_metric([OTHER, level, "", ""], number)
+    yield loaded
+    for name, value, text in (
+        ("vllm:num_gpu_loaded_lora_adapters", report["on_gpu"], "Adapters in slots."),
+        ("vllm:num_cpu_loaded_lora_adapters", report["on_cpu"], "Adapters in host memory, those in slots among them."),
+        ("vllm:max_gpu_lora_adapters", report["slots"], "Slots."),
+    ):
+        yield core.GaugeMetricFamily(name, text, value=value)
+    bounds = [*map(str, LOAD_BOUNDS_S), "+Inf"]
+    yield core.HistogramMetricFamily(
+        "vllm:lora_adapter_load_seconds",
+        "Seconds from an adapter's files to host memory, in the worker.",
+        buckets=[*zip(bounds, accumulate(report["loads_by_bound"]), strict=True)],
+        sum_value=report["load_s"],
+    )
+    for name, key, label, text in (
+        ("flora_adapter_loads", "results", "result", "Loads: asked for, after an eviction, refused."),
+        ("flora_adapter_evictions", "evictions", "level", "Adapters that made room for others in slots, host memory."),
+    ):
+        family = core.CounterMetricFamily(name, text, labels=[label])
+        for value, count in report[key].items():
+            family.add_metric([value], count)
+        yield family

@@ -1,0 +1,73 @@
+"""The plans that a worker has made, by structure: the second adapter of a training run loads in a fraction of the time.
+
+Plans are of one model, one rank and one set of limits, as their loader is. No file is trusted for looking like another:
+its structure is compared whole, by a digest, and its numbers are judged each time.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flora_vllm.adapter import Adapter
+from flora_vllm.compact import CompactLayers
+from flora_vllm.formats import FAMILIES
+from flora_vllm.formats.files import WEIGHTS_NAME
+from flora_vllm.formats.structure import structure_of
+from flora_vllm.formats.tensor_file import TORCH_DTYPES, parse_records
+from flora_vllm.plans import Plan, plan_of
+from flora_vllm.terms import Arena
+
+# A plan of 210 modules takes about 100 KB.
+MOST_PLANS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What all adapters of a structure are, and the plan that loads them."""
+
+    family: str
+    rank: int
+    invocation_tokens: tuple[int, ...] | None
+    plan: Plan
+
+
+class Plans:
+    """The structures met last."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Known] = OrderedDict()
+
+    def load(self, files: Mapping[str, bytearray], task: str | None) -> tuple[Known, CompactLayers] | None:
+        """What the files of a known structure hold; None if they have to be examined."""
+        key = structure_of(files, task)
+        if key is None or key not in self._known:
+            return None
+        self._known.move_to_end(key)
+        known = self._known[key]
+        layers = known.plan.load(files[WEIGHTS_NAME])
+        return None if layers is None else (known, layers)
+
+    def learn(
+        self,
+        files: Mapping[str, bytearray],
+        task: str | None,
+        adapter: Adapter,
+        arenas: Sequence[Arena],
+        layers: CompactLayers,
+    ) -> None:
+        """These files were examined, found without fault and cut to `layers` in `arenas`."""
+        if not FAMILIES[adapter.family].by_structure or adapter.saved:
+            return
+        key = structure_of(files, task)
+        if key is None or key in self._known:
+            return
+        data = files[WEIGHTS_NAME]
+        records = parse_records(data)
+        dtypes = {record.dtype for record in records}
+        if len(dtypes) != 1:
+            return
+        plan = plan_of(adapter, data, records[0].start, TORCH_DTYPES[dtypes.pop()], arenas, layers)
+        if plan is not None:
+            self._known[key] = Known(adapter.family, adapter.rank, adapter.invocation_tokens, plan)
+        while len(self._known) > MOST_PLANS:
+            self._known.popitem(last=False)
