@@ -41,6 +41,7 @@ from flora_vllm.terms import Arena, FromBase, resolve
 logger = logging.getLogger(__name__)
 
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
+_EXPERTS = ".experts"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
@@ -276,20 +277,23 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
     for layout in attached.layouts.values():
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
-    refused = dict(attached.refused)
+    refused, experts = dict(attached.refused), dict(attached.experts)
+    own = ModelLayout(shapes, experts=experts)
     # The parts of queries, keys and values are not laid out in one way by all checkpoints; other parts are.
     fused = {
         layout.module: (layout.full_out_features, layout.full_in_features)
         for layout in attached.layouts.values()
-        if layout.module not in shapes and not layout.holds_qkv
+        if layout.module not in shapes and not layout.holds_qkv and not own.is_of_expert(layout.module)
     }
-    for more_shapes, more_refused, more_fused in _of_other_stages((shapes, refused, fused)):
+    for more_shapes, more_refused, more_fused, more_experts in _of_other_stages((shapes, refused, fused, experts)):
         shapes |= more_shapes
         refused |= more_refused
         fused |= more_fused
+        experts |= more_experts
+    layers = {name for name in (*shapes, *refused, *fused) if not own.is_of_expert(name)}
     # Asked several times for each of an adapter's hundreds of modules.
-    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, {*shapes, *refused, *fused}))
-    return ModelLayout(shapes, refused, rename, fused)
+    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, layers | experts.keys()))
+    return ModelLayout(shapes, refused, rename, fused, experts)
 
 
 def _of_other_stages(own: Any) -> list[Any]:
@@ -305,7 +309,10 @@ def _of_other_stages(own: Any) -> list[Any]:
 def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
     """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
     by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
-    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant."""
+    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant.
+
+    Of experts `known` has the path alone. What holds a layer's experts has one name in transformers (`mlp.experts`) and
+    another in some engines and checkpoints (`block_sparse_moe.experts`): a layer has experts once."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     renames = getattr(mapper, "get_rename_mapper", None)
     if renames is not None:
@@ -315,6 +322,10 @@ def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], 
         parts = name.split(".")
         for i in range(1, len(parts)):
             endings.setdefault(".".join(parts[i:]), []).append(name)
+        if name.endswith(_EXPERTS):
+            parts[-2] = "*"
+            for i in range(len(parts) - 2):
+                endings.setdefault(".".join(parts[i:]), []).append(name)
 
     def rename(module: str) -> str:
         mapped = module
@@ -322,6 +333,13 @@ def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], 
             mapped = (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
         if mapped in known:
             return mapped
+        if mapped.endswith(_EXPERTS):
+            layer = mapped.rsplit(".", 2)[0]
+            longer = endings.get(mapped) or endings.get(f"{layer}.*{_EXPERTS}") or []
+            return longer[0] if len(longer) == 1 else mapped
+        path, number, name = ("", "", *mapped.rsplit(".", 2))[-3:]
+        if number.isdecimal() and path.endswith(_EXPERTS):
+            return f"{rename(path)}.{number}.{name}"
         longer = endings.get(mapped) or endings.get(module) or []
         return longer[0] if len(longer) == 1 else mapped
 
