@@ -4,6 +4,7 @@ The oracle is transformers on merged weights. MLA's kv_b_proj cannot be adapted 
 are served.
 """
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,10 +88,10 @@ def _saved(path: Path, make: Callable[[], transformers.PreTrainedModel]) -> Path
     return path
 
 
-def _serve(model: Path, folder: Path, states: Mapping[str, support.State]) -> dict[str, float]:
+def _serve(model: Path, folder: Path, states: Mapping[str, support.State], **options: Any) -> dict[str, float]:
     """The error of each adapter in one batch of all, of which each is the same alone."""
     asks = {name: Ask(PROMPT, None if name == "base" else folder / name) for name in states}
-    with support.running(model, max_loras=len(states)) as engine:
+    with support.running(model, max_loras=len(states), **options) as engine:
         together = dict(zip(asks, engine.ask(list(asks.values())), strict=True))
         for name, ask in asks.items():
             assert support.difference(engine.ask([ask])[0], together[name]) < support.LOGPROB_TOLERANCE, name
@@ -117,7 +118,7 @@ def test_parameters_of_experts_are_their_merged_weights(make, tmp_path):
     model = _saved(tmp_path / "model", make)
     states: dict[str, support.State] = {"base": support.load(model).state_dict()}
     for seed, (name, config) in enumerate(PARAMETERS.items()):
-        states[name] = support.save_peft_adapter(model, tmp_path / name, config, seed)
+        states[name] = support.save_peft_adapter(model, tmp_path / name, copy.deepcopy(config), seed)
     errors = _serve(model, tmp_path, states)
     assert max(errors.values()) < support.LOGPROB_TOLERANCE, errors
 
@@ -196,8 +197,18 @@ def test_modules_of_experts_are_their_merged_weights(tmp_path):
     model = _saved(tmp_path / "model", _mixtral)
     base = support.load(model).state_dict()
     states: dict[str, support.State] = {"base": base, **_by_module(base, tmp_path)}
-    states["both"] = support.save_peft_adapter(model, tmp_path / "both", PARAMETERS["both"], 3)
+    states["both"] = support.save_peft_adapter(model, tmp_path / "both", copy.deepcopy(PARAMETERS["both"]), 3)
     errors = _serve(model, tmp_path, states)
+    assert max(errors.values()) < support.LOGPROB_TOLERANCE, errors
+
+
+@pytest.mark.slow
+def test_compiled_code_serves_merged_experts(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model = _saved(tmp_path / "model", _qwen3)
+    states: dict[str, support.State] = {"base": support.load(model).state_dict()}
+    states["both"] = support.save_peft_adapter(model, tmp_path / "both", copy.deepcopy(PARAMETERS["both"]), 3)
+    errors = _serve(model, tmp_path, states, enforce_eager=False, max_num_seqs=8)
     assert max(errors.values()) < support.LOGPROB_TOLERANCE, errors
 
 

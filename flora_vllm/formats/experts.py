@@ -70,6 +70,8 @@ def take_parameters(
 
 def _targeted(path: str, targets: Sequence[str]) -> list[str]:
     """The parameters of `path` that PEFT adapts (`tuners_utils.py::_inject_parameters`), in the model's order."""
+    if path.rpartition(".")[2] != "experts":  # a target may be `down_proj` alone, which every path could end in
+        return []
     full = ((name, f"{path}.{name}") for name in EXPERTS_WHOLE)
     return [name for name, key in full if any(key == target or key.endswith(f".{target}") for target in targets)]
 

@@ -25,7 +25,6 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from flora_vllm.adapter import ExpertsLayout
-from flora_vllm.experts import AdaptedExperts
 from flora_vllm.layers import Adapted, AdaptedLinear
 from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
@@ -54,7 +53,6 @@ class Attached:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)  # their linear layers are among those above
-    mixtures: list[AdaptedExperts] = field(default_factory=list)
 
 
 def attach(
@@ -131,7 +129,6 @@ def _take_experts(attached: Attached, name: str, runner: Any, step: Step, only: 
     dtype: torch.dtype = runner.routed_experts.params_dtype
     attached.dtypes |= dict.fromkeys(taken.layers, dtype)
     attached.experts[name] = taken.names
-    attached.mixtures.append(taken.fused)
     for layout in taken.layouts.values():
         left_out = [part.module for part in layout.slices if not (only(name) or only(part.module))]
         attached.refused |= dict.fromkeys(left_out, _LEFT_OUT)

@@ -36,7 +36,6 @@ class TakenExperts:
     """The experts of one layer: expert linear's path -> layer, layout, bias."""
 
     names: ExpertsLayout
-    fused: AdaptedExperts
     layers: dict[str, ExpertLinear] = field(default_factory=dict)
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)
@@ -110,9 +109,10 @@ def take_over(name: str, runner: Any, step: Step) -> TakenExperts:
         users,
         weighs_input=experts.apply_router_weight_on_input,
     )
+    experts._flora_experts, experts._flora_handle = fused, fused.handle
     experts.quant_method = copy.copy(method)
-    experts.quant_method.apply = functools.partial(_apply, fused)
-    return TakenExperts(names, fused, layers, layouts, biases)
+    experts.quant_method.apply = _apply
+    return TakenExperts(names, layers, layouts, biases)
 
 
 def _stock_call(experts: Any, method: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -133,7 +133,6 @@ def _stock_call(experts: Any, method: Any) -> Callable[[torch.Tensor, torch.Tens
 
 
 def _apply(
-    fused: AdaptedExperts,
     layer: Any,
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -141,10 +140,10 @@ def _apply(
     shared_experts: Any = None,
     shared_experts_input: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    del layer, shared_experts, shared_experts_input
+    del shared_experts, shared_experts_input
     if torch.compiler.is_compiling():
-        return torch.ops.flora.experts(x, topk_weights, topk_ids, fused.handle)
-    return fused.forward(x, topk_weights, topk_ids)
+        return torch.ops.flora.experts(x, topk_weights, topk_ids, layer._flora_handle)
+    return layer._flora_experts.forward(x, topk_weights, topk_ids)
 
 
 class Weights:
