@@ -1,8 +1,11 @@
 """Experts computed one by one against vLLM's fused CPU kernel, and the adapted ones against merged weights."""
 
 import importlib
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import engine_support as support
 import pytest
@@ -177,3 +180,86 @@ def test_the_op_is_opaque_and_finds_its_layer():
         lambda *given: torch.ops.flora.experts(*given, adapted.handle), backend="eager", fullgraph=True
     )
     assert torch.equal(traced(*tokens), layer.fused(*tokens))
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory) -> Iterator[Any]:
+    """A layer of experts of vLLM's own, with weights and without an engine; 40 inner features, padded to 64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = importlib.import_module("vllm.config")
+        parallel = importlib.import_module("vllm.distributed")
+        mixture = importlib.import_module("vllm.model_executor.layers.fused_moe")
+    settings = config.VllmConfig()
+    with config.set_current_vllm_config(settings):
+        place = tmp_path_factory.mktemp("group") / "file"
+        parallel.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
+        parallel.initialize_model_parallel(1, 1)
+        made = mixture.FusedMoEFactory(
+            num_experts=EXPERTS, top_k=CHOSEN, hidden_size=HIDDEN, intermediate_size=INNER, prefix="a.experts"
+        )
+        experts, layer = made.routed_experts, _Layer("silu")
+        experts.w13_weight.data.copy_(torch.cat([layer.gate, layer.up], 1))
+        experts.w2_weight.data.copy_(layer.down)
+        experts.quant_method.process_weights_after_loading(experts)
+        made.settings = settings
+        yield made
+    parallel.cleanup_dist_env_and_memory()
+
+
+def _why_not(runner: Any, path: Any = "auto", device: str = "cpu") -> str | None:
+    from flora_vllm.plugin.experts import why_not_adapted
+
+    return why_not_adapted(runner, path, torch.device(device))
+
+
+def test_what_cannot_be_told_exactly_is_refused(runner, monkeypatch):
+    assert _why_not(runner) is None
+    experts = runner.routed_experts
+    assert "on a CPU only" in str(_why_not(runner, device="cuda"))
+    assert "'modulated'" in str(_why_not(runner, "modulated"))
+    for holder, name, value, reason in (
+        (experts.moe_config.moe_parallel_config, "tp_size", 2, "shared among ranks"),
+        (experts.moe_config.moe_parallel_config, "enable_eplb", True, "shared among ranks"),
+        (experts, "global_num_experts", EXPERTS + 1, "not all routed experts"),
+        (experts, "activation", SimpleNamespace(value="relu2"), "activation relu2"),
+        (experts.moe_config, "hidden_dim_unpadded", HIDDEN - 1, "this layout"),
+        (experts.quant_method.moe_kernel.fused_experts, "_use_zentorch", True, "run on CPUUnquantizedExperts"),
+        (experts.quant_method.moe_kernel.fused_experts, "isa", "none", "not known"),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(holder, name, value)
+            if name == "isa":
+                changed.setattr("flora_vllm.plugin.experts.packing", lambda isa, _dtype: None if isa == "none" else 1)
+            assert reason in str(_why_not(runner)), name
+
+
+def test_a_layer_of_vllms_is_taken_over(runner):
+    """Its own call where no adapter has terms, the merged weights where one has; also traced before any had."""
+    from vllm.forward_context import set_forward_context
+
+    from flora_vllm.plugin.experts import take_over
+
+    logits = _noise(5, EXPERTS, seed=11)
+    x = _noise(5, HIDDEN, seed=7)
+
+    def run() -> torch.Tensor:
+        with set_forward_context(None, runner.settings, num_tokens=5):
+            return runner(x, logits)
+
+    stock, step, layer = run(), Step(), _Layer("silu")
+    taken = take_over("a.experts", runner, step)
+    traced = torch.compile(run, backend="eager")
+    assert torch.equal(run(), stock)
+    assert torch.equal(traced(), stock)
+    terms, delta = _terms(INNER, HIDDEN, seed=20)
+    for number in range(EXPERTS):
+        taken.layers[f"a.experts.{number}.gate_proj+up_proj"].write_slot(1, (None, terms))
+    step.set_mapping([3, 0, 3, 0, 0], {3: 1})
+    weights, chosen = torch.softmax(logits, -1).topk(CHOSEN)
+    weights = weights / weights.sum(-1, keepdim=True)
+    merged = layer.fused(x, weights, chosen, layer.packed_with(layer.gate, layer.up + delta, layer.down))
+    for served in (run(), traced()):
+        assert torch.equal(served[[1, 3, 4]], stock[[1, 3, 4]])
+        torch.testing.assert_close(served[[0, 2]], merged[[0, 2]], rtol=1e-4, atol=1e-5)
+    assert (merged - stock).abs().max() > 0.1
