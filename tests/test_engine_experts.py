@@ -84,6 +84,9 @@ def _gpt_oss() -> transformers.PreTrainedModel:
 def _saved(path: Path, make: Callable[[], transformers.PreTrainedModel]) -> Path:
     model = make()
     randomise(model, seed=0)
+    for parameter in model.parameters():
+        if parameter.ndim == 3:  # experts in one: they must matter as much as a module of one
+            parameter.data *= parameter.shape[1] ** 0.5
     model.save_pretrained(path)
     return path
 
@@ -96,6 +99,9 @@ def _serve(model: Path, folder: Path, states: Mapping[str, support.State], **opt
         for name, ask in asks.items():
             assert support.difference(engine.ask([ask])[0], together[name]) < support.LOGPROB_TOLERANCE, name
     oracle = support.Oracle(support.load(model))  # transformers' experts take no float64
+    plain = oracle.logprobs(states["base"], PROMPT)
+    moved = {name: float((oracle.logprobs(state, PROMPT) - plain).abs().max()) for name, state in states.items()}
+    assert min(value for name, value in moved.items() if name != "base") > 0.1, moved
     return {name: oracle.error(states[name], asks[name], together[name]) for name in states}
 
 

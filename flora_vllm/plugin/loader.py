@@ -290,9 +290,10 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         refused |= more_refused
         fused |= more_fused
         experts |= more_experts
-    layers = {name for name in (*shapes, *refused, *fused) if not own.is_of_expert(name)}
+    of_experts = {name for name in shapes if own.is_of_expert(name)}
+    known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
-    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, layers | experts.keys()))
+    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, known, of_experts))
     return ModelLayout(shapes, refused, rename, fused, experts)
 
 
@@ -306,13 +307,14 @@ def _of_other_stages(own: Any) -> list[Any]:
     return found
 
 
-def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
+def _renamer(model: torch.nn.Module, known: Collection[str], of_experts: Collection[str] = ()) -> Callable[[str], str]:
     """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
     by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
     (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant.
 
-    Of experts `known` has the path alone. What holds a layer's experts has one name in transformers (`mlp.experts`) and
-    another in some engines and checkpoints (`block_sparse_moe.experts`): a layer has experts once."""
+    Of experts `known` has the path alone, and `of_experts` their linear layers. What holds a layer's experts has one
+    name in transformers (`mlp.experts`) and another in some engines and checkpoints (`block_sparse_moe.experts`): a
+    layer has experts once."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     renames = getattr(mapper, "get_rename_mapper", None)
     if renames is not None:
@@ -327,19 +329,25 @@ def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], 
             for i in range(len(parts) - 2):
                 endings.setdefault(".".join(parts[i:]), []).append(name)
 
+    def mapper_name(module: str) -> str:
+        if mapper is None:
+            return module
+        return (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+
     def rename(module: str) -> str:
-        mapped = module
-        if mapper is not None:
-            mapped = (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+        path, number, name = ("", "", *module.rsplit(".", 2))[-3:]
+        if number.isdecimal() and path.endswith(_EXPERTS):
+            place = f"{rename(path)}.{number}"
+            # Mappers are made for the names of a checkpoint's tensors, among which those of parameters may look alike.
+            other = mapper_name(module).rpartition(".")[2]
+            return f"{place}.{other if f'{place}.{other}' in of_experts else name}"
+        mapped = mapper_name(module)
         if mapped in known:
             return mapped
         if mapped.endswith(_EXPERTS):
             layer = mapped.rsplit(".", 2)[0]
             longer = endings.get(mapped) or endings.get(f"{layer}.*{_EXPERTS}") or []
             return longer[0] if len(longer) == 1 else mapped
-        path, number, name = ("", "", *mapped.rsplit(".", 2))[-3:]
-        if number.isdecimal() and path.endswith(_EXPERTS):
-            return f"{rename(path)}.{number}.{name}"
         longer = endings.get(mapped) or endings.get(module) or []
         return longer[0] if len(longer) == 1 else mapped
 
