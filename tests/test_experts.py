@@ -263,3 +263,23 @@ def test_a_layer_of_vllms_is_taken_over(runner):
         assert torch.equal(served[[1, 3, 4]], stock[[1, 3, 4]])
         torch.testing.assert_close(served[[0, 2]], merged[[0, 2]], rtol=1e-4, atol=1e-5)
     assert (merged - stock).abs().max() > 0.1
+
+
+def test_experts_are_found_by_the_names_of_checkpoints_and_of_transformers(runner):
+    """A mapper whose names of parameters look like those of an expert's layers (gpt-oss) does not touch these."""
+    from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
+
+    from flora_vllm.plugin.attach import Attached
+    from flora_vllm.plugin.experts import take_over
+    from flora_vllm.plugin.loader import model_layout
+
+    path = "model.layers.0.block_sparse_moe.experts"
+    taken = take_over(path, runner, Step())
+    attached = Attached(layouts=taken.layouts, experts={path: taken.names})
+    model: Any = SimpleNamespace(hf_to_vllm_mapper=GptOssForCausalLM.hf_to_vllm_mapper)
+    layout = model_layout(attached, model)
+    for name in ("block_sparse_moe", "mlp"):
+        assert layout.rename(f"model.layers.0.{name}.experts") == path
+        assert layout.rename(f"layers.0.{name}.experts.2.down_proj") == f"{path}.2.down_proj"
+        assert layout.shape_of(f"model.layers.0.{name}.experts.3.down_proj") == (HIDDEN, INNER)
+    assert layout.shape_of("model.layers.1.mlp.experts.3.down_proj") is None
