@@ -70,6 +70,26 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class ExpertsLayout:
+    """The experts of one layer, whose linear layers are `<path>.<number>.<gate, up or down>`.
+
+    Some checkpoints hold them as two parameters, `<path>.gate_up_proj` and `<path>.down_proj`, with an axis for the
+    number. `is_interleaved`: there the outputs of gate and up alternate; else all of gate come first.
+    """
+
+    number: int
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    is_interleaved: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, str]:
+        """What reads the layer's input."""
+        return self.gate, self.up
+
+
+@dataclass(frozen=True)
 class ModelLayout:
     """What the base model can have adapted, so that a checkpoint's shapes are judged with its other faults.
 
@@ -77,12 +97,18 @@ class ModelLayout:
     `refused`: module path (or its last part) -> why it cannot be adapted.
     `rename`: a checkpoint's module path -> the path used here (engines rename modules; several names may mean one).
     `fused`: as `shapes`, of layers that some checkpoints hold as one tensor and others as the parts that `shapes` has.
+    `experts`: path of a mixture's experts -> what they are; their linear layers are among `shapes`.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     refused: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] = str
     fused: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
+
+    def is_of_expert(self, path: str) -> bool:
+        """Whether `path`, as this layout calls it, is a linear layer of an expert."""
+        return bool(self.experts) and path.rsplit(".", 2)[0] in self.experts
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """(O, I) of a checkpoint's module; None if the model has no such module."""

@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,25 @@ from flora_vllm.ops.shell import Shell
 from flora_vllm.ops.table import LinearKernel, direct_form_of, graph_form_of, graph_rows_of
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.step import GraphSteps, Step
+
+
+class Adapted(Protocol):
+    """A linear layer of the model with its slots, whatever runs it."""
+
+    @property
+    def kernel(self) -> LinearKernel: ...
+
+    def why_not_captured(self) -> str | None:
+        """Why this layer cannot be part of a CUDA graph that serves adapters, or None."""
+        ...
+
+    def graph_rows(self, terms: LayerTerms, /) -> int:
+        """Base products that a token with these terms needs in a CUDA graph; NEVER if one cannot serve them."""
+        ...
+
+    def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
+        """Slot `slot` (>= 1) has `terms` from now on; None clears it."""
+        ...
 
 
 class AdaptedLinear:

@@ -78,6 +78,10 @@ MODELS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], list[str]]] 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_adapters_are_their_merged_weights(kind, tmp_path):
+    if kind == "qwen3_5":
+        pytest.importorskip(
+            "torchvision", reason="vLLM's Qwen3.5 imports torchvision, which has no build for this torch"
+        )
     make, targets = MODELS[kind]
     model = make()
     randomise(model, seed=0)

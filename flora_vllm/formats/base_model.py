@@ -3,12 +3,13 @@
 Only headers are read here; no weight is loaded. transformers is not needed.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from flora_vllm.adapter import ModelLayout
+from flora_vllm.adapter import ExpertsLayout, ModelLayout
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.tensor_file import TensorRecord, load_json_object, read_records
 
@@ -18,6 +19,9 @@ INDEX_NAME = "model.safetensors.index.json"
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 # What serving needs beside the weights; other weight files would bring the unmerged weights along.
 SIDE_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+# A layer, what holds its experts, and what is one of them or all.
+_OF_EXPERTS = re.compile(r"(.+)\.([^.]+)(?=\.experts(?:\.|$))")
+_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _DOWNLOAD = ("*.safetensors", *(f"*{suffix}" for suffix in SIDE_SUFFIXES), "LICENSE*")
 
 
@@ -37,7 +41,15 @@ class BaseModel:
     def rename(self, module: str) -> str:
         """`module` as the files call it: a checkpoint saved without its head says `h.0.…` for `transformer.h.0.…`."""
         first, _, rest = module.partition(".")
-        return module if any(name.startswith(f"{first}.") for name in self.records) else rest
+        name = module if any(name.startswith(f"{first}.") for name in self.records) else rest
+        found = _OF_EXPERTS.match(name)
+        return name if found is None else self._hosts.get(found[1], f"{found[1]}.{found[2]}") + name[found.end(2) :]
+
+    @cached_property
+    def _hosts(self) -> dict[str, str]:
+        """Layer -> what holds its experts in the files (`block_sparse_moe`), where transformers says `mlp`."""
+        found = (_OF_EXPERTS.match(name) for name in self.records)
+        return {place[1]: f"{place[1]}.{place[2]}" for place in found if place is not None}
 
 
 def find_base(base: str) -> Path:
@@ -77,7 +89,22 @@ def base_layout(base: BaseModel) -> ModelLayout:
         if kind == "weight" and len(record.shape) == 2:
             rows, columns = record.shape
             shapes[module] = (columns, rows) if base.stores_in_out else (rows, columns)
-    return ModelLayout(shapes, rename=base.rename)
+    return ModelLayout(shapes, rename=base.rename, experts=_experts(shapes))
+
+
+def _experts(shapes: Mapping[str, tuple[int, int]]) -> dict[str, ExpertsLayout]:
+    """The experts that the files hold as modules of their own."""
+    numbers: dict[str, set[int]] = {}
+    for path in shapes:
+        head, number = path.rpartition(".")[0].rpartition(".")[::2]
+        if number.isdecimal() and head.endswith(".experts"):
+            numbers.setdefault(head, set()).add(int(number))
+    found = {}
+    for path, known in numbers.items():
+        for names in _EXPERT_NAMES:
+            if all(f"{path}.{number}.{name}" in shapes for number in range(len(known)) for name in names):
+                found[path] = ExpertsLayout(len(known), *names)
+    return found
 
 
 def _weight_names(directory: Path) -> list[str]:

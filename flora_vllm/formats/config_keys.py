@@ -88,6 +88,12 @@ LAYERS_PATTERN = Key(
     "null, a name or a list of names",
     lambda v: v is None or _is_layers_pattern(v) or (_is_names(v) and all(map(_is_layers_pattern, v))),
 )
+# Parameters that transformers has for a layer's experts in place of modules, in the order of the model.
+EXPERTS_WHOLE = ("gate_up_proj", "down_proj")
+EXPERT_PARAMETERS = Key(
+    f"null or names of experts' {' and '.join(EXPERTS_WHOLE)}: other parameters cannot be adapted",
+    lambda v: v is None or (_is_names(v) and all(name.rpartition(".")[2] in EXPERTS_WHOLE for name in v)),
+)
 NOTHING = Key("null or empty", lambda value: value in (None, [], {}))
 
 # `inference_mode`, `auto_mapping`, … describe the file or how it was trained, not what it computes.

@@ -17,7 +17,6 @@ UNSUPPORTED_MODULES: Mapping[str, str] = {
     **dict.fromkeys(("lm_head", "embed_out"), "the output layer cannot be adapted yet"),
     **dict.fromkeys(("embed_tokens", "embed_in", "wte", "wpe"), "embeddings cannot be adapted yet"),
     "kv_b_proj": "MLA's kv_b_proj is absorbed into the attention and cannot be adapted yet",
-    "experts": "mixture-of-experts weights cannot be adapted yet",
 }
 # Names that a checkpoint's modules may have in place of the layout's, in front of what they share with it.
 MAX_PREFIXES = 64
@@ -96,7 +95,7 @@ def shared_faults(family: Family, config: CheckedConfig, records: Records) -> It
         if known is None:
             yield f"tensor {record.name!r} has no place in an adapter with this config; correct the config or remove it"
         else:
-            yield from _tensor_faults(record, parts[known], (), {})
+            yield from tensor_faults(record, parts[known], (), {})
 
 
 def _one_module_faults(
@@ -126,7 +125,7 @@ def _one_module_faults(
             yield f"tensor {record.name!r} has no place in a module with this config; correct the config or remove it"
             continue
         placed.append((record, parts[known]))
-        yield from _tensor_faults(record, parts[known], ranks, sizes)
+        yield from tensor_faults(record, parts[known], ranks, sizes)
     yield from _disagreements(placed, sizes)
 
 
@@ -162,12 +161,16 @@ def scope_of(
 
 
 def selected_modules(config: CheckedConfig, layout: ModelLayout) -> list[str]:
-    """The modules of the model that the config selects and that can be adapted."""
+    """The modules of the model that the config selects and that can be adapted.
+
+    Experts are not among them: transformers holds them as parameters, which PEFT selects by other keys.
+    """
     targets = Targets.from_config(config.values)
-    return sorted(path for path in layout.shapes if refusal(path, layout) is None and targets.select(path))
+    paths = (path for path in layout.shapes if not layout.is_of_expert(path))
+    return sorted(path for path in paths if refusal(path, layout) is None and targets.select(path))
 
 
-def _tensor_faults(record: TensorRecord, part: Part, ranks: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
+def tensor_faults(record: TensorRecord, part: Part, ranks: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
     """The tensor's dtype and shape against its part: `sizes` are O and I of the base layer if known."""
     if record.dtype not in part.dtypes:
         yield (
@@ -208,7 +211,9 @@ def refusal(module: str, layout: ModelLayout | None) -> str | None:
     """Why `module` cannot be adapted, None if it can as far as its name tells."""
     names = module.split(".")
     if layout is not None:
-        for key in (layout.rename(module), names[-1]):
+        path = layout.rename(module)
+        # Of experts that cannot be adapted the layout knows the path alone.
+        for key in (path, names[-1], path.rsplit(".", 2)[0]):
             if key in layout.refused:
                 return layout.refused[key]
     return next((UNSUPPORTED_MODULES[name] for name in reversed(names) if name in UNSUPPORTED_MODULES), None)
@@ -227,7 +232,11 @@ def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: Mode
     if len(prefixes) > MAX_PREFIXES:
         yield f"the modules' names begin in {len(prefixes)} ways; at most {MAX_PREFIXES} are read"
         return
+    has_experts = any(layout.is_of_expert(path) for path in present)
     for path in layout.shapes:
+        # Where experts are no modules but parameters, nothing selects them here.
+        if not has_experts and layout.is_of_expert(path):
+            continue
         # What this checkpoint would call the layout's path: with the prefix that its own modules have.
         name = next(
             (theirs + path.removeprefix(ours) for ours, theirs in reversed(prefixes) if path.startswith(ours)), path

@@ -17,6 +17,7 @@ from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.activation import invocation_tokens
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
+from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faults, take_parameters
 from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of
@@ -64,6 +65,7 @@ class _Tensors:
     strange: tuple[str, ...]
     misnamed: Mapping[str, str]
     saved: Records  # embeddings and output layers that the file holds whole
+    parameters: tuple[Parameter, ...] = ()  # of experts, which PEFT adapts as parameters instead of modules
 
 
 def read_adapter(
@@ -139,11 +141,15 @@ def examine_files(
         tensors = replace(
             tensors, modules={**{path: {} for path in selected_modules(config, layout)}, **tensors.modules}
         )
-    if not tensors.modules:
+    modules, parameters, misplaced = take_parameters(config.values, tensors.modules)
+    faults += misplaced
+    tensors = replace(tensors, modules=modules, parameters=parameters)
+    if not (tensors.modules or tensors.parameters or misplaced):
         faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}; nothing would be adapted")
     try:
         # No more than it takes to know that there are too many to list.
         faults += itertools.islice(module_faults(family, config, tensors.modules, layout), MAX_LOOKED_FOR)
+        faults += parameter_faults(config, tensors.parameters, layout)
         faults += shared_faults(family, config, tensors.shared)
     except AdapterError as error:  # a pattern of the config that takes too long
         faults.append(str(error))
@@ -273,6 +279,11 @@ def _built(
             modules[module] = ModuleTerms(terms)
         except AdapterError as error:
             faults.append(f"module {module!r}: {error}")
+    for parameter in tensors.parameters:
+        for module, terms in expert_modules(parameter, _views(data, parameter.records), config.values, layout):
+            if module in modules:
+                faults.append(f"module {module!r} has tensors of its own and in {parameter.full!r}; keep those of one")
+            modules[module] = ModuleTerms(terms)
     return modules, faults
 
 

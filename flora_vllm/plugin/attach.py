@@ -24,10 +24,12 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from flora_vllm.layers import AdaptedLinear
+from flora_vllm.adapter import ExpertsLayout
+from flora_vllm.layers import Adapted, AdaptedLinear
 from flora_vllm.ops.dispatch import PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import SlotLimits
+from flora_vllm.plugin import experts
 from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
@@ -35,6 +37,7 @@ from flora_vllm.step import Step
 logger = logging.getLogger(__name__)
 
 _UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+_LEFT_OUT = "the server's --lora-target-modules leaves it out"
 _POOLED_ROWS = (
     "it runs on pooled rows, one a request, which adapters cannot follow yet; train the layers below the head only"
 )
@@ -44,11 +47,12 @@ _POOLED_ROWS = (
 class Attached:
     """The adapted layers of a model: module path in the engine -> layer and layout; `refused`: path -> reason."""
 
-    layers: dict[str, AdaptedLinear] = field(default_factory=dict)
+    layers: dict[str, Adapted] = field(default_factory=dict)
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
+    experts: dict[str, ExpertsLayout] = field(default_factory=dict)  # their linear layers are among those above
 
 
 def attach(
@@ -69,6 +73,7 @@ def attach(
     """
     attached = Attached()
     found: dict[str, Any] = {}
+    mixtures: dict[str, Any] = {}
     steps: dict[str, Step] = {}
     seen: set[int] = set()
     mapped = origins_by_mapper(model)
@@ -86,9 +91,15 @@ def attach(
         elif isinstance(module, VocabParallelEmbedding):
             attached.refused[name] = "embeddings and lm_head cannot be adapted yet; train without them"
         elif isinstance(module, MoERunner):
-            attached.refused[name] = "MoE experts cannot be adapted yet; train attention and dense layers only"
+            step = step_of(name)
+            reason = _UNKNOWN_ROWS if step is None else experts.why_not_adapted(module, path, device)
+            if step is None or reason is not None:
+                attached.refused[name] = reason or _UNKNOWN_ROWS
+            else:
+                mixtures[name], steps[name] = module, step
     bypassing = _classes_that_bypass(found, device)
-    others = elsewhere({name: module for name, module in found.items() if _kind(module) not in bypassing})
+    tried = {name: module for name, module in found.items() if _kind(module) not in bypassing}
+    others = elsewhere(tried | {name: module.routed_experts for name, module in mixtures.items()})
     for name, module in found.items():
         layout = others.get(name) or _layout(name, module, packed_modules, mapped)
         kind = _kind(module)
@@ -100,9 +111,27 @@ def attach(
         else:
             attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
             _give_back(module)
+    for name, module in mixtures.items():
+        if name in others:
+            attached.refused[name] = others[name]
+        else:
+            _take_experts(attached, name, module, steps[name], only)
     _name_parts(attached, packed_modules)
     attached.refused |= idle_modules(model)
     return attached
+
+
+def _take_experts(attached: Attached, name: str, runner: Any, step: Step, only: Callable[[str], bool]) -> None:
+    taken = experts.take_over(name, runner, step)
+    attached.layers |= taken.layers
+    attached.layouts |= taken.layouts
+    attached.biases |= taken.biases
+    dtype: torch.dtype = runner.routed_experts.params_dtype
+    attached.dtypes |= dict.fromkeys(taken.layers, dtype)
+    attached.experts[name] = taken.names
+    for layout in taken.layouts.values():
+        left_out = [part.module for part in layout.slices if not (only(name) or only(part.module))]
+        attached.refused |= dict.fromkeys(left_out, _LEFT_OUT)
 
 
 def _heads(model: Any) -> Iterator[torch.nn.Module]:
@@ -123,7 +152,7 @@ def _name_parts(attached: Attached, packed_modules: Mapping[str, Sequence[str]])
 def _refusal(name: str, only: Callable[[str], bool]) -> str | None:
     if name.endswith("kv_b_proj"):
         return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
-    return None if only(name) else "the server's --lora-target-modules leaves it out"
+    return None if only(name) else _LEFT_OUT
 
 
 def _kind(module: Any) -> tuple[type, type]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.layers import AdaptedLinear
+from flora_vllm.layers import Adapted
 from flora_vllm.ops.gpu.check import why_graphs_wrong
 from flora_vllm.plugin.options import FloraOptions
 from flora_vllm.step import GraphSteps
@@ -74,7 +74,7 @@ def row_budget(options: FloraOptions, largest_graph: int) -> int:
 
 def graph_steps(
     options: FloraOptions,
-    layers: Mapping[str, AdaptedLinear],
+    layers: Mapping[str, Adapted],
     dtypes: Mapping[str, torch.dtype],
     largest_graph: int,
     slots: int,
@@ -99,7 +99,7 @@ def graph_steps(
     return None
 
 
-def _why_not_captured(layers: Mapping[str, AdaptedLinear]) -> str | None:
+def _why_not_captured(layers: Mapping[str, Adapted]) -> str | None:
     """A graph without a layer's op would leave its adapters out."""
     reasons = {name: layer.why_not_captured() for name, layer in layers.items()}
     faults = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]

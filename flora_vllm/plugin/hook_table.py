@@ -23,6 +23,8 @@ _MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
 _WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 _MANAGER = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
 _LINEAR = "vllm.model_executor.layers.linear"
+_MIXTURE = "vllm.model_executor.layers.fused_moe"
+_UNQUANTISED = f"{_MIXTURE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod"
 _CACHE = "vllm.utils.cache:LRUCache"
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
@@ -163,6 +165,42 @@ _LAYERS = (
     Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
     Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
     Hook("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled"),
+    Hook(f"{_MIXTURE}.runner.moe_runner:MoERunner.__init__", ("self", "routed_experts"), sets=("routed_experts",)),
+    Hook(
+        f"{_MIXTURE}.routed_experts:RoutedExperts.__init__",
+        ("self", "moe_config", "apply_router_weight_on_input"),
+        sets=(
+            "moe_config",
+            "params_dtype",
+            "activation",
+            "ckpt_gate_proj_name",
+            "ckpt_up_proj_name",
+            "ckpt_down_proj_name",
+            "global_num_experts",
+            "apply_router_weight_on_input",
+            "quant_method",
+        ),
+    ),
+    Hook(f"{_MIXTURE}.routed_experts:RoutedExperts.expert_map"),
+    Hook(f"{_MIXTURE}.activation:MoEActivation"),
+    Hook(
+        f"{_UNQUANTISED}.apply",
+        ("self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+    ),
+    Hook(f"{_UNQUANTISED}.create_weights", ("self", "layer", "num_experts")),
+    Hook(f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.__init__", ("self",), sets=("moe_kernel",)),
+    Hook(f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.mk_can_overlap_shared_experts"),
+    Hook(f"{_MIXTURE}.config:FusedMoEConfig.moe_parallel_config"),
+    Hook(f"{_MIXTURE}.config:FusedMoEConfig.hidden_dim_unpadded"),
+    Hook(f"{_MIXTURE}.config:FusedMoEConfig.intermediate_size_per_partition_unpadded"),
+    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.tp_size"),
+    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.dp_size"),
+    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.ep_size"),
+    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.pcp_size"),
+    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.enable_eplb"),
+    Hook(f"{_MIXTURE}.experts.cpu_moe:CPUUnquantizedExperts.isa", device="cpu"),
+    Hook(f"{_MIXTURE}.experts.cpu_moe:CPUUnquantizedExperts.__init__", ("self",), "cpu", sets=("_use_zentorch",)),
+    Hook("vllm._custom_ops:cpu_prepack_moe_weight", ("weight", "isa"), "cpu"),
     Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight"), "cpu"),
     Hook("vllm.model_executor.layers.utils:cpu_unquantized_gemm", ("layer", "x", "weight", "bias"), "cpu"),
     Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch", ("self", "num_tokens"), "cuda"),

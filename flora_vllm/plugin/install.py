@@ -144,7 +144,7 @@ def _keep_cpu_weights() -> None:
 
 
 def _build_experts_without_lora() -> None:
-    """vLLM builds experts for its LoRA kernels wherever LoRA is on; our adapters never change experts."""
+    """vLLM builds experts for its LoRA kernels wherever LoRA is on; our adapters need none of them."""
     layer: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
     current_config = importlib.import_module("vllm.config").get_current_vllm_config_or_none
 

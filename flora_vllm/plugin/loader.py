@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 MIX = "MIX"
+_EXPERTS = ".experts"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
@@ -291,20 +292,24 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
     for layout in attached.layouts.values():
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
-    refused = dict(attached.refused)
+    refused, experts = dict(attached.refused), dict(attached.experts)
+    own = ModelLayout(shapes, experts=experts)
     # The parts of queries, keys and values are not laid out in one way by all checkpoints; other parts are.
     fused = {
         layout.module: (layout.full_out_features, layout.full_in_features)
         for layout in attached.layouts.values()
-        if layout.module not in shapes and not layout.holds_qkv
+        if layout.module not in shapes and not layout.holds_qkv and not own.is_of_expert(layout.module)
     }
-    for more_shapes, more_refused, more_fused in _of_other_stages((shapes, refused, fused)):
+    for more_shapes, more_refused, more_fused, more_experts in _of_other_stages((shapes, refused, fused, experts)):
         shapes |= more_shapes
         refused |= more_refused
         fused |= more_fused
+        experts |= more_experts
+    of_experts = {name for name in shapes if own.is_of_expert(name)}
+    known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
-    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, {*shapes, *refused, *fused}))
-    return ModelLayout(shapes, refused, rename, fused)
+    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, known, of_experts))
+    return ModelLayout(shapes, refused, rename, fused, experts)
 
 
 def _of_other_stages(own: Any) -> list[Any]:
@@ -317,10 +322,14 @@ def _of_other_stages(own: Any) -> list[Any]:
     return found
 
 
-def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
+def _renamer(model: torch.nn.Module, known: Collection[str], of_experts: Collection[str] = ()) -> Callable[[str], str]:
     """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
     by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
-    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant."""
+    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant.
+
+    Of experts `known` has the path alone, and `of_experts` their linear layers. What holds a layer's experts has one
+    name in transformers (`mlp.experts`) and another in some engines and checkpoints (`block_sparse_moe.experts`): a
+    layer has experts once."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     renames = getattr(mapper, "get_rename_mapper", None)
     if renames is not None:
@@ -330,13 +339,30 @@ def _renamer(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], 
         parts = name.split(".")
         for i in range(1, len(parts)):
             endings.setdefault(".".join(parts[i:]), []).append(name)
+        if name.endswith(_EXPERTS):
+            parts[-2] = "*"
+            for i in range(len(parts) - 2):
+                endings.setdefault(".".join(parts[i:]), []).append(name)
+
+    def mapper_name(module: str) -> str:
+        if mapper is None:
+            return module
+        return (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
 
     def rename(module: str) -> str:
-        mapped = module
-        if mapper is not None:
-            mapped = (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+        path, number, name = ("", "", *module.rsplit(".", 2))[-3:]
+        if number.isdecimal() and path.endswith(_EXPERTS):
+            place = f"{rename(path)}.{number}"
+            # Mappers are made for the names of a checkpoint's tensors, among which those of parameters may look alike.
+            other = mapper_name(module).rpartition(".")[2]
+            return f"{place}.{other if f'{place}.{other}' in of_experts else name}"
+        mapped = mapper_name(module)
         if mapped in known:
             return mapped
+        if mapped.endswith(_EXPERTS):
+            layer = mapped.rsplit(".", 2)[0]
+            longer = endings.get(mapped) or endings.get(f"{layer}.*{_EXPERTS}") or []
+            return longer[0] if len(longer) == 1 else mapped
         longer = endings.get(mapped) or endings.get(module) or []
         return longer[0] if len(longer) == 1 else mapped
 

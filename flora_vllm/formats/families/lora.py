@@ -13,6 +13,8 @@ import torch
 from flora_vllm.formats.config_keys import (
     ANYTHING,
     BOOLEAN,
+    EXPERT_PARAMETERS,
+    MODULES,
     NOTHING,
     NUMBER,
     NUMBER_PATTERN,
@@ -123,7 +125,13 @@ def _parts(scope: Scope) -> Mapping[str, Part]:
 LORA = Family(
     name="LORA",
     title="LoRA, rsLoRA, rank and alpha patterns, biases",
-    keys={**LORA_KEYS, "monteclora_config": ANYTHING, "velora_config": ANYTHING},
+    keys={
+        **LORA_KEYS,
+        "monteclora_config": ANYTHING,
+        "velora_config": ANYTHING,
+        "target_modules": Key("null or " + MODULES.allowed, lambda v: v is None or MODULES.check(v), required=True),
+        "target_parameters": EXPERT_PARAMETERS,
+    },
     names=(*LORA_NAMES, *_OF_TRAINING),
     alone=frozenset(BIAS_NAMES),
     parts=_parts,
