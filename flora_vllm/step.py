@@ -93,15 +93,9 @@ class Step:
 
         An adapter that changes nothing on this rank sits in slot 0: its tokens are base tokens.
         """
-        ids_T = torch.as_tensor(adapter_of_token, dtype=torch.int64)
-        used = [int(i) for i in torch.unique(ids_T).tolist() if i > 0]
+        slot_T = slots_of(adapter_of_token, slot_of_adapter)
         self._forget()
         self.words.known = 1
-        if not used:
-            return
-        slot_T = torch.zeros_like(ids_T)
-        for adapter_id in used:
-            slot_T[ids_T == adapter_id] = slot_of_adapter[adapter_id]
         self.segments = group_by_slot(slot_T) if slot_T.any() else None
 
     def rehearse(self, tokens: int) -> None:
@@ -203,6 +197,16 @@ class Step:
         """Raises StepError with the fault, if there is one to take."""
         if (fault := self.take_fault()) is not None:
             raise StepError(fault)
+
+
+def slots_of(adapter_of_row: Sequence[int], slot_of_adapter: Mapping[int, int]) -> torch.Tensor:
+    """(rows,) int64: the slot of each row's adapter, 0 where its id is 0 or less."""
+    ids_T = torch.as_tensor(adapter_of_row, dtype=torch.int64)
+    slot_T = torch.zeros_like(ids_T)
+    for adapter_id in torch.unique(ids_T).tolist():
+        if adapter_id > 0:
+            slot_T[ids_T == adapter_id] = slot_of_adapter[adapter_id]
+    return slot_T
 
 
 def _base_rows(tokens: int) -> Segments:

@@ -8,7 +8,7 @@ from flora_vllm.adapter import ModelLayout
 from flora_vllm.formats.config_keys import CheckedConfig
 from flora_vllm.formats.families.family import FLOATS, Family, Part, Scope
 from flora_vllm.formats.limits import shown
-from flora_vllm.formats.matching import Targets
+from flora_vllm.formats.matching import OUTPUT_LAYERS, Targets
 from flora_vllm.formats.names import PREFIX, ROOT, part_of
 from flora_vllm.formats.tensor_file import TensorRecord, tensor_view
 
@@ -208,6 +208,8 @@ def refusal(module: str, layout: ModelLayout | None) -> str | None:
     """Why `module` cannot be adapted, None if it can as far as its name tells."""
     names = module.split(".")
     if layout is not None:
+        if layout.shape_of(module) is not None and names[-1] in OUTPUT_LAYERS:
+            return None
         for key in (layout.rename(module), names[-1]):
             if key in layout.refused:
                 return layout.refused[key]

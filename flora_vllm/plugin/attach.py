@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from flora_vllm.layers import AdaptedLinear
 from flora_vllm.ops.dispatch import PathChoice
@@ -34,8 +34,9 @@ from flora_vllm.step import Step
 
 logger = logging.getLogger(__name__)
 
-_UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
-_POOLED_ROWS = (
+UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+LEFT_OUT = "the server's --lora-target-modules leaves it out"
+POOLED_ROWS = (
     "it runs on pooled rows, one a request, which adapters cannot follow yet; train the layers below the head only"
 )
 
@@ -61,7 +62,7 @@ def attach(
     only: Callable[[str], bool],
     elsewhere: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> Attached:
-    """Take over every linear layer that adapters may change.
+    """Take over every linear layer that adapters may change, but for the output layer (`head`).
 
     `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `step_of`: the step that says whose a layer's
     rows are, None if nothing does. `only`: the operator's restriction to some modules. `elsewhere`: of some layers,
@@ -77,14 +78,14 @@ def attach(
         if isinstance(module, LinearBase) and id(module) not in seen:
             seen.add(id(module))
             step = step_of(name)
-            reason = _POOLED_ROWS if id(module) in pooled else _refusal(name, only)
+            reason = POOLED_ROWS if id(module) in pooled else _refusal(name, only)
             if step is None or reason is not None:
-                attached.refused[name] = reason or _UNKNOWN_ROWS
+                attached.refused[name] = reason or UNKNOWN_ROWS
                 _give_back(module)
             else:
                 found[name], steps[name] = module, step
-        elif isinstance(module, VocabParallelEmbedding):
-            attached.refused[name] = "embeddings and lm_head cannot be adapted yet; train without them"
+        elif isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            attached.refused[name] = "embeddings cannot be adapted yet; train without them"
         elif isinstance(module, MoERunner):
             attached.refused[name] = "MoE experts cannot be adapted yet; train attention and dense layers only"
     bypassing = _classes_that_bypass(found, device)
@@ -123,7 +124,7 @@ def _name_parts(attached: Attached, packed_modules: Mapping[str, Sequence[str]])
 def _refusal(name: str, only: Callable[[str], bool]) -> str | None:
     if name.endswith("kv_b_proj"):
         return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
-    return None if only(name) else "the server's --lora-target-modules leaves it out"
+    return None if only(name) else LEFT_OUT
 
 
 def _kind(module: Any) -> tuple[type, type]:

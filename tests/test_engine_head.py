@@ -1,0 +1,150 @@
+"""Adapters of the output layer: tied to the embedding, padded, on the rows that are sampled and those of a prompt.
+
+The oracle is PEFT's own forward of each folder: the adapter changes the output layer alone, whatever weight it shares.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import engine_support as support
+import peft
+import pytest
+import torch
+from engine_support import Answer, Ask, Engine
+from families_support import fill_normal
+from tiny_models import FEED_FORWARD, HEADS, KV_HEADS, LAYERS, WIDTH, randomise
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+pytestmark = support.ENGINE_MARKS
+
+VOCABULARY = 500  # vLLM pads it to 512
+NEW = 4
+CONFIGS = {
+    "head": peft.LoraConfig(r=4, target_modules=["lm_head"]),
+    "head and queries": peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 6}),
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["lm_head", "v_proj"]),
+    "queries": peft.LoraConfig(r=4, target_modules=["q_proj"]),
+}
+
+
+@dataclass
+class World:
+    model: Path
+    paths: dict[str, Path | None]
+    engine: Engine
+
+    def logits(self, name: str, tokens: list[int]) -> torch.Tensor:
+        """(tokens, vocabulary) logprobs of PEFT's forward, float64."""
+        model: Any = support.load(self.model)
+        path = self.paths[name]
+        if path is not None:
+            model = peft.PeftModel.from_pretrained(model, str(path)).eval()
+        with torch.no_grad():
+            return torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), -1)
+
+    def error(self, name: str, ask: Ask, answer: Answer) -> float:
+        """Largest difference of a logprob from PEFT's, over the whole answer."""
+        whole = self.logits(name, [*ask.prompt, *answer.tokens])[len(ask.prompt) - 1 : -1]
+        return max(
+            abs(value - float(row[token]))
+            for row, place in zip(whole, answer.logprobs, strict=True)
+            for token, value in place.items()
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("head")
+    settings = {"hidden_size": WIDTH, "intermediate_size": FEED_FORWARD, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    config = Qwen2Config(vocab_size=VOCABULARY, tie_word_embeddings=True, **settings, **heads)
+    model = Qwen2ForCausalLM(config)
+    randomise(model, seed=0)
+    model.save_pretrained(folder / "model")
+    paths: dict[str, Path | None] = {"base": None}
+    for seed, (name, adapter) in enumerate(CONFIGS.items()):
+        torch.manual_seed(seed)
+        wrapped: Any = peft.get_peft_model(support.load(folder / "model"), adapter)
+        for key, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                fill_normal(key, parameter.data, std=0.2)
+        wrapped.save_pretrained(str(folder / name))
+        paths[name] = folder / name
+    with support.running(folder / "model", max_loras=len(paths), max_num_batched_tokens=64) as engine:
+        yield World(folder / "model", paths, engine)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def test_every_row_of_a_mixed_batch_is_its_own_adapters(world: World, record_property: Any) -> None:
+    names = [*world.paths, *reversed(world.paths)]
+    asks = [Ask(prompt(5 + 3 * i, seed=i), world.paths[name]) for i, name in enumerate(names)]
+    answers = world.engine.ask(asks, NEW)
+    for name, ask, answer in zip(names, asks, answers, strict=True):
+        error = world.error(name, ask, answer)
+        record_property(name, error)
+        assert error < support.LOGPROB_TOLERANCE, name
+    # The adapters are far from the base, and from each other.
+    tokens = list(asks[0].prompt)
+    base, head, both = (world.logits(name, tokens) for name in ("base", "head", "head and queries"))
+    assert min(float((a - b).abs().max()) for a, b in ((base, head), (base, both), (head, both))) > 0.1
+
+
+def test_an_answer_is_the_same_alone_and_others_leave_the_base_as_it_is(world: World) -> None:
+    asks = [Ask(prompt(9, seed=50), path) for path in world.paths.values()]
+    for ask, answer in zip(asks, world.engine.ask(asks, NEW), strict=True):
+        assert support.difference(world.engine.ask([ask], NEW)[0], answer) < support.LOGPROB_TOLERANCE
+
+
+def test_logprobs_of_prompts_and_of_several_answers_are_the_adapters(world: World) -> None:
+    """Prompts longer than a step's tokens come in pieces, beside requests that sample."""
+    import vllm
+
+    sampling = vllm.SamplingParams(
+        n=3, temperature=1.0, seed=1, max_tokens=NEW, logprobs=3, prompt_logprobs=2, detokenize=False, ignore_eos=True
+    )
+    names = ["head", "base", "dora", "queries", "head and queries"]
+    prompts = [prompt(length, seed=70 + length) for length in (7, 90, 81, 12, 30)]
+    outputs = world.engine.llm.generate(
+        [{"prompt_token_ids": list(tokens)} for tokens in prompts],
+        sampling,
+        lora_request=[world.engine.request_for(world.paths[name]) for name in names],
+        use_tqdm=False,
+    )
+    for name, tokens, output in zip(names, prompts, outputs, strict=True):
+        whole = world.logits(name, list(tokens))
+        for row, place in zip(whole, output.prompt_logprobs[1:], strict=False):
+            for token, entry in place.items():
+                assert abs(entry.logprob - float(row[token])) < support.LOGPROB_TOLERANCE, name
+        assert len(output.outputs) == 3
+        for one in output.outputs:
+            places = tuple({token: entry.logprob for token, entry in place.items()} for place in one.logprobs)
+            answer = Answer(tuple(one.token_ids), places)
+            assert world.error(name, Ask(tokens), answer) < support.LOGPROB_TOLERANCE, name
+
+
+def test_logits_of_rows_that_nobody_named_fail_their_requests_and_no_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a model whose output layer runs on other rows than those sampled from."""
+    import flora_vllm
+
+    head: Any = world.engine.model().get_submodule("lm_head")
+    apply = head.quant_method.apply
+
+    def doubled(layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        return apply(layer, torch.cat([x, x]), bias)[: len(x)]
+
+    asks = [Ask(prompt(9, seed=90), world.paths["queries"]), Ask(prompt(9, seed=90))]
+    wanted = world.engine.ask(asks, NEW)
+    with monkeypatch.context() as patched:
+        patched.setattr(head.quant_method, "apply", doubled)
+        for answer, known in zip(world.engine.ask(asks, NEW), wanted, strict=True):
+            assert support.difference(answer, known) < support.LOGPROB_TOLERANCE
+        with pytest.raises(flora_vllm.StepError, match="adapters cannot follow"):
+            world.engine.ask([Ask(prompt(9, seed=91), world.paths["head"]), *asks], NEW)
+    assert world.engine.ask(asks, NEW)[1].tokens == wanted[1].tokens
