@@ -77,12 +77,14 @@ class ModelLayout:
     `refused`: module path (or its last part) -> why it cannot be adapted.
     `rename`: a checkpoint's module path -> the path used here (engines rename modules; several names may mean one).
     `fused`: as `shapes`, of layers that some checkpoints hold as one tensor and others as the parts that `shapes` has.
+    `embeddings`: those in `shapes`, there as (tokens, width), that look their input up instead of multiplying it.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     refused: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] = str
     fused: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """(O, I) of a checkpoint's module; None if the model has no such module."""

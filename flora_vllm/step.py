@@ -148,8 +148,10 @@ class Step:
         self._written_tokens = tokens
         self.words.served = self.words.served or is_this_steps
 
-    def segments_for(self, tokens: int) -> Segments | None:
+    def segments_for(self, tokens: int, *, serves: bool = True) -> Segments | None:
         """The segments for a layer called with `tokens` rows; rows beyond the mapping are padding without adapter.
+
+        `serves`: the call shows that the step reached the adapters' layers.
 
         Where it is not known whose the rows are they are base rows, and `take_fault` says so: to raise in the middle of
         a run would end the engine, where the step's requests with an adapter are all that must fail.
@@ -159,7 +161,8 @@ class Step:
                 f"an adapted layer was called with {tokens} rows of which this step never said whose they are; "
                 "adapters cannot follow. Please report this with the model's name"
             )
-        self.words.served = 1
+        if serves:
+            self.words.served = 1
         segments = self._segments
         if segments is None or segments.tokens == tokens:
             return segments

@@ -105,7 +105,7 @@ def test_logprobs_of_prompts_and_of_several_answers_are_the_adapters(world: Worl
     import vllm
 
     sampling = vllm.SamplingParams(
-        n=3, temperature=1.0, seed=1, max_tokens=NEW, logprobs=3, prompt_logprobs=2, detokenize=False, ignore_eos=True
+        n=3, temperature=1.0, max_tokens=NEW, logprobs=3, prompt_logprobs=2, detokenize=False, ignore_eos=True
     )
     names = ["head", "base", "dora", "queries", "head and queries"]
     prompts = [prompt(length, seed=70 + length) for length in (7, 90, 81, 12, 30)]

@@ -23,6 +23,8 @@ CASES = {
     "lora-head": ("llama", LoraConfig(r=3, target_modules=["q_proj", "lm_head"])),
     "dora-head": ("qwen2", LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "lm_head"])),
     "lora-head-alone": ("qwen2", LoraConfig(r=3, target_modules=["lm_head"])),
+    "lora-embedding": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"], use_rslora=True)),
+    "lora-ends": ("qwen2", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], rank_pattern={"lm_head": 5})),
     "ia3-head": ("qwen2", IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[])),
     "dora-conv1d": ("gpt2", LoraConfig(r=3, use_dora=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
 }

@@ -22,12 +22,12 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from flora_vllm.embedding import AdaptedEmbedding
 from flora_vllm.layers import AdaptedLinear
-from flora_vllm.ops.dispatch import PathChoice
+from flora_vllm.ops.dispatch import NEVER, PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
-from flora_vllm.ops.terms import SlotLimits
+from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
@@ -46,10 +46,15 @@ class Attached:
     """The adapted layers of a model: module path in the engine -> layer and layout; `refused`: path -> reason."""
 
     layers: dict[str, AdaptedLinear] = field(default_factory=dict)
+    embeddings: dict[str, AdaptedEmbedding] = field(default_factory=dict)
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
+
+    def graph_rows(self, name: str, terms: LayerTerms) -> int:
+        """Base products that a token with these terms of layer `name` needs in a CUDA graph; NEVER if none has it."""
+        return NEVER if name in self.embeddings else self.layers[name].graph_rows(terms)
 
 
 def attach(
@@ -62,7 +67,7 @@ def attach(
     only: Callable[[str], bool],
     elsewhere: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> Attached:
-    """Take over every linear layer that adapters may change, but for the output layer (`head`).
+    """Take over every linear layer that adapters may change, but for the output layer (`head.py`).
 
     `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `step_of`: the step that says whose a layer's
     rows are, None if nothing does. `only`: the operator's restriction to some modules. `elsewhere`: of some layers,
@@ -84,8 +89,6 @@ def attach(
                 _give_back(module)
             else:
                 found[name], steps[name] = module, step
-        elif isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-            attached.refused[name] = "embeddings cannot be adapted yet; train without them"
         elif isinstance(module, MoERunner):
             attached.refused[name] = "MoE experts cannot be adapted yet; train attention and dense layers only"
     bypassing = _classes_that_bypass(found, device)

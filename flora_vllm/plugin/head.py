@@ -1,9 +1,9 @@
 """The output layer (`lm_head`) with adapters: it runs on rows of its own.
 
-vLLM runs it through the model's `compute_logits`, on two kinds of rows: on those tokens of a step after which it samples
-(one a request, and one more for each speculated token), and, for prompts whose logprobs are asked for, on runs of the
-step's tokens. vLLM's mapping says of both whose they are; which of them a call is of is known by where it comes from.
-Anyone else's calls (a draft model that shares the layer) are the base model's.
+vLLM runs it through the model's `compute_logits`, on two kinds of rows: those tokens of a step after which it samples
+(one a request, and one more for each speculated token), and, for prompts whose logprobs are asked for, runs of the
+step's tokens. vLLM's mapping says whose they are; which kind a call is of is known by where it comes from. Anyone
+else's calls (a draft model that shares the layer) are the base model's.
 """
 
 import copy

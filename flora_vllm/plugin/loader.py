@@ -283,13 +283,15 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         for layout in attached.layouts.values()
         if layout.module not in shapes and not layout.holds_qkv
     }
-    for more_shapes, more_refused, more_fused in _of_other_stages((shapes, refused, fused)):
-        shapes |= more_shapes
-        refused |= more_refused
-        fused |= more_fused
+    embeddings = frozenset(attached.embeddings)
+    for other in _of_other_stages((shapes, refused, fused, embeddings)):
+        shapes |= other[0]
+        refused |= other[1]
+        fused |= other[2]
+        embeddings |= other[3]
     # Asked several times for each of an adapter's hundreds of modules.
     rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, {*shapes, *refused, *fused}))
-    return ModelLayout(shapes, refused, rename, fused)
+    return ModelLayout(shapes, refused, rename, fused, embeddings)
 
 
 def _of_other_stages(own: Any) -> list[Any]:

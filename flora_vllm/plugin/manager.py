@@ -23,6 +23,7 @@ from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
 from flora_vllm.plugin.activation import BaseRows, follow_positions
 from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.embeddings import attach_embeddings
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.graphs import graph_steps
@@ -116,6 +117,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._match_target_modules,
             self._elsewhere,
         )
+        attach_embeddings(
+            self.model,
+            self.attached,
+            self.rows.tokens,
+            self._match_target_modules,
+            self._vllm_config,
+            self.device,
+        )
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
@@ -179,7 +188,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._active_adapters.remove_oldest()
         adapter = self._registered_adapters[lora_id]
         index = self.lora_index_to_id.index(None)
-        for name, layer in self.attached.layers.items():
+        for name, layer in (*self.attached.layers.items(), *self.attached.embeddings.items()):
             layer.write_slot(index + 1, adapter.layers.get(name))
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
@@ -191,7 +200,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
             del self._in_slots[index + 1]
-            for layer in self.attached.layers.values():
+            for layer in (*self.attached.layers.values(), *self.attached.embeddings.values()):
                 layer.write_slot(index + 1, None)
 
     def _add_adapter(self, lora: LoadedAdapter) -> None:
@@ -273,9 +282,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             )
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
-            adapted = manager.attached.layers
-            rows = max((adapted[name].graph_rows(terms) for name, terms in adapter.layers.items()), default=1)
-        adapts_head = any(isinstance(manager.attached.layers[name], AdaptedHead) for name in adapter.layers)
+            rows = max((manager.attached.graph_rows(name, terms) for name, terms in adapter.layers.items()), default=1)
+        adapts_head = any(isinstance(manager.attached.layers.get(name), AdaptedHead) for name in adapter.layers)
         return LoadedAdapter(number, adapter.rank, adapter.layers, rows, adapts_head)
 
     def note_batch(self, requests: Any, computed: Any, scheduled: Any, sampled: Any = None) -> None:
