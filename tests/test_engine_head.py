@@ -1,8 +1,10 @@
-"""Adapters of the output layer: tied to the embedding, padded, on the rows that are sampled and those of a prompt.
+"""Adapters of the output layer and of the embedding, tied and padded: rows sampled from, rows of prompts, token ids.
 
-The oracle is PEFT's own forward of each folder: the adapter changes the output layer alone, whatever weight it shares.
+The oracle is PEFT's own forward of each folder: an adapter changes the one module alone, whatever weight it shares.
 """
 
+import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,12 @@ import pytest
 import torch
 from engine_support import Answer, Ask, Engine
 from families_support import fill_normal
+from formats_support import edit_config
+from safetensors.torch import load_file, save_file
 from tiny_models import FEED_FORWARD, HEADS, KV_HEADS, LAYERS, WIDTH, randomise
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import flora_vllm
 
 pytestmark = support.ENGINE_MARKS
 
@@ -25,6 +31,10 @@ CONFIGS = {
     "head": peft.LoraConfig(r=4, target_modules=["lm_head"]),
     "head and queries": peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 6}),
     "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["lm_head", "v_proj"]),
+    "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens"]),
+    "both ends": peft.LoraConfig(
+        r=3, use_rslora=True, target_modules=["embed_tokens", "lm_head", "q_proj"], alpha_pattern={"embed_tokens": 3}
+    ),
     "queries": peft.LoraConfig(r=4, target_modules=["q_proj"]),
 }
 
@@ -90,8 +100,8 @@ def test_every_row_of_a_mixed_batch_is_its_own_adapters(world: World, record_pro
         assert error < support.LOGPROB_TOLERANCE, name
     # The adapters are far from the base, and from each other.
     tokens = list(asks[0].prompt)
-    base, head, both = (world.logits(name, tokens) for name in ("base", "head", "head and queries"))
-    assert min(float((a - b).abs().max()) for a, b in ((base, head), (base, both), (head, both))) > 0.1
+    logits = [world.logits(name, tokens) for name in world.paths]
+    assert min(float((a - b).abs().max()) for a, b in itertools.combinations(logits, 2)) > 0.1
 
 
 def test_an_answer_is_the_same_alone_and_others_leave_the_base_as_it_is(world: World) -> None:
@@ -107,7 +117,7 @@ def test_logprobs_of_prompts_and_of_several_answers_are_the_adapters(world: Worl
     sampling = vllm.SamplingParams(
         n=3, temperature=1.0, max_tokens=NEW, logprobs=3, prompt_logprobs=2, detokenize=False, ignore_eos=True
     )
-    names = ["head", "base", "dora", "queries", "head and queries"]
+    names = ["head", "base", "dora", "both ends", "head and queries"]
     prompts = [prompt(length, seed=70 + length) for length in (7, 90, 81, 12, 30)]
     outputs = world.engine.llm.generate(
         [{"prompt_token_ids": list(tokens)} for tokens in prompts],
@@ -131,8 +141,6 @@ def test_logits_of_rows_that_nobody_named_fail_their_requests_and_no_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a model whose output layer runs on other rows than those sampled from."""
-    import flora_vllm
-
     head: Any = world.engine.model().get_submodule("lm_head")
     apply = head.quant_method.apply
 
@@ -148,3 +156,19 @@ def test_logits_of_rows_that_nobody_named_fail_their_requests_and_no_others(
         with pytest.raises(flora_vllm.StepError, match="adapters cannot follow"):
             world.engine.ask([Ask(prompt(9, seed=91), world.paths["head"]), *asks], NEW)
     assert world.engine.ask(asks, NEW)[1].tokens == wanted[1].tokens
+
+
+def test_other_families_and_misplaced_tensors_are_refused_by_name(world: World, tmp_path: Path) -> None:
+    support.write_unchecked(
+        tmp_path / "flora", {"model.embed_tokens": (torch.ones(2, WIDTH), torch.ones(VOCABULARY, 2))}
+    )
+    folder = world.paths["embedding"]
+    assert folder is not None
+    shutil.copytree(folder, tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = {name.replace("embed_tokens", "layers.0.self_attn.q_proj"): t for name, t in load_file(file).items()}
+    save_file({name: t for name, t in tensors.items() if "lora_" in name}, file)
+    edit_config(tmp_path / "lora", target_modules=["q_proj"])
+    for name, said in (("flora", "'model.embed_tokens' is an embedding"), ("lora", "q_proj'.*embedding.*is none")):
+        with pytest.raises(flora_vllm.AdapterError, match=said):
+            world.engine.ask([Ask(prompt(5, seed=1), tmp_path / name)])
