@@ -173,7 +173,12 @@ _LAYERS = (
             "tp_size",
         ),
     ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding",
+        ("self", "layer", "input_"),
+    ),
     Hook("vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead"),
+    Hook("vllm.config:ModelConfig.enable_prompt_embeds"),
     Hook("vllm.lora.layers:LoRAMapping.prompt_mapping"),
     Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
     Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
