@@ -98,6 +98,7 @@ class ModelLayout:
     `rename`: a checkpoint's module path -> the path used here (engines rename modules; several names may mean one).
     `fused`: as `shapes`, of layers that some checkpoints hold as one tensor and others as the parts that `shapes` has.
     `experts`: path of a mixture's experts -> what they are; their linear layers are among `shapes`.
+    `embeddings`: those in `shapes`, there as (tokens, width), that look their input up instead of multiplying it.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -105,6 +106,7 @@ class ModelLayout:
     rename: Callable[[str], str] = str
     fused: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
 
     def is_of_expert(self, path: str) -> bool:
         """Whether `path`, as this layout calls it, is a linear layer of an expert."""

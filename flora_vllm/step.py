@@ -93,15 +93,9 @@ class Step:
 
         An adapter that changes nothing on this rank sits in slot 0: its tokens are base tokens.
         """
-        ids_T = torch.as_tensor(adapter_of_token, dtype=torch.int64)
-        used = [int(i) for i in torch.unique(ids_T).tolist() if i > 0]
+        slot_T = slots_of(adapter_of_token, slot_of_adapter)
         self._forget()
         self.words.known = 1
-        if not used:
-            return
-        slot_T = torch.zeros_like(ids_T)
-        for adapter_id in used:
-            slot_T[ids_T == adapter_id] = slot_of_adapter[adapter_id]
         self.segments = group_by_slot(slot_T) if slot_T.any() else None
 
     def rehearse(self, tokens: int) -> None:
@@ -154,8 +148,10 @@ class Step:
         self._written_tokens = tokens
         self.words.served = self.words.served or is_this_steps
 
-    def segments_for(self, tokens: int) -> Segments | None:
+    def segments_for(self, tokens: int, *, serves: bool = True) -> Segments | None:
         """The segments for a layer called with `tokens` rows; rows beyond the mapping are padding without adapter.
+
+        `serves`: the call shows that the step reached the adapters' layers.
 
         Where it is not known whose the rows are they are base rows, and `take_fault` says so: to raise in the middle of
         a run would end the engine, where the step's requests with an adapter are all that must fail.
@@ -165,7 +161,8 @@ class Step:
                 f"an adapted layer was called with {tokens} rows of which this step never said whose they are; "
                 "adapters cannot follow. Please report this with the model's name"
             )
-        self.words.served = 1
+        if serves:
+            self.words.served = 1
         segments = self._segments
         if segments is None or segments.tokens == tokens:
             return segments
@@ -203,6 +200,16 @@ class Step:
         """Raises StepError with the fault, if there is one to take."""
         if (fault := self.take_fault()) is not None:
             raise StepError(fault)
+
+
+def slots_of(adapter_of_row: Sequence[int], slot_of_adapter: Mapping[int, int]) -> torch.Tensor:
+    """(rows,) int64: the slot of each row's adapter, 0 where its id is 0 or less."""
+    ids_T = torch.as_tensor(adapter_of_row, dtype=torch.int64)
+    slot_T = torch.zeros_like(ids_T)
+    for adapter_id in torch.unique(ids_T).tolist():
+        if adapter_id > 0:
+            slot_T[ids_T == adapter_id] = slot_of_adapter[adapter_id]
+    return slot_T
 
 
 def _base_rows(tokens: int) -> Segments:

@@ -407,6 +407,8 @@ def main() -> None:
             "preload": asyncio.run(preload_results(place)),
             "speech": asyncio.run(speech_results()),
         }
+    for runner_version in (1, 2):
+        importlib.import_module("flora_vllm.plugin.head").follow_prompts(runner_version)
     vllm = importlib.import_module("vllm")
     report = {
         "vllm": vllm.__file__,

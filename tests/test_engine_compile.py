@@ -34,7 +34,8 @@ def test_compiled_code_serves_what_eager_code_serves(tiny_model, tmp_path, monke
     for rank in (1, 8):
         path = tmp_path / f"flora-{rank}"
         states[path] = support.write_flora_adapter(base, path, rank, "mean", seed=rank)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    targets = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     states[tmp_path / "lora"] = support.save_peft_adapter(model, tmp_path / "lora", config, seed=3)
     asks = [Ask(support.prompt(5 + 3 * i, seed=i), path) for i, path in enumerate(states)]
     # Twice in other company and another order: what the first step left in the graph must not decide the second.

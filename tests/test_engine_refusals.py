@@ -95,8 +95,12 @@ def _another_family(path: Path, _model: Path) -> None:
 
 # name -> (what writes it, what the one message must say)
 BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
-    "embed_tokens": (_peft(target_modules=["embed_tokens", "q_proj"]), ("embed_tokens", "cannot be adapted|not supp")),
-    "lm_head": (_peft(target_modules=["lm_head", "q_proj"]), ("'lm_head'", "cannot be adapted")),
+    "embed_tokens": (
+        lambda path, _: support.write_unchecked(
+            path, {"model.embed_tokens": (torch.ones(2, WIDTH), torch.ones(512, 2))}
+        ),
+        ("'model.embed_tokens' is an embedding, which only plain LoRA can adapt",),
+    ),
     "saved whole": (_with_another_head, ("lm_head", "the base")),
     "another family": (_another_family, ("LILY", "is not supported yet")),
     "another depth": (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from families_support import worst_errors
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 
 torch.set_num_threads(1)
 
@@ -20,12 +20,19 @@ CASES = {
     "lora-bias-all": ("qwen2", LoraConfig(r=3, bias="all", target_modules=["q_proj", "down_proj"])),
     "dora": ("llama", LoraConfig(r=3, use_dora=True, target_modules=LINEAR)),
     "dora-rslora-bias": ("qwen2", LoraConfig(r=3, use_dora=True, use_rslora=True, target_modules=LINEAR)),
+    "lora-head": ("llama", LoraConfig(r=3, target_modules=["q_proj", "lm_head"])),
+    "dora-head": ("qwen2", LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "lm_head"])),
+    "lora-head-alone": ("qwen2", LoraConfig(r=3, target_modules=["lm_head"])),
+    "lora-embedding": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"], use_rslora=True)),
+    "lora-ends": ("qwen2", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], rank_pattern={"lm_head": 5})),
+    "ia3-head": ("qwen2", IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[])),
     "dora-conv1d": ("gpt2", LoraConfig(r=3, use_dora=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
 }
 
 
 # PEFT takes a LoRA bias for a shard of a factor and says so.
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.s. have invalid shape")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize("case", CASES)
 def test_merged_weights_are_pefts_forward(case: str, tmp_path: Path, record_property) -> None:
     architecture, config = CASES[case]

@@ -217,8 +217,8 @@ def test_tensors_that_peft_would_ignore(flora: Path) -> None:
     ("module", "layout", "reason"),
     [
         ("lm_head", LAYOUT, "no output layers here"),
-        ("lm_head", None, "the output layer cannot be adapted yet"),
-        ("model.embed_tokens", LAYOUT, "embeddings cannot be adapted yet"),
+        ("lm_head", ModelLayout({}), "this model has no output layer of its own"),
+        ("model.embed_tokens", LAYOUT, "this embedding cannot be adapted"),
         ("layers.0.mlp.experts.3.up_proj", ModelLayout({}, {"layers.0.mlp.experts": "too many"}), "too many"),
         ("model.layers.0.self_attn.kv_b_proj", None, "MLA"),
         (Q0, ModelLayout({}, {Q0: "because"}), "because"),

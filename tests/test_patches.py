@@ -24,7 +24,8 @@ LORA_OPS = "vllm/lora/ops/torch_ops/lora_ops.py"
 # Where a fix of vLLM's own stands in the place of ours, the diff no longer applies: that is how it is seen.
 FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
-# the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API.
+# the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
+# layer's rows when a prompt's logprobs are asked for.
 WITHOUT_DIFF = {
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
@@ -41,6 +42,9 @@ WITHOUT_DIFF = {
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
     "vllm.v1.metrics.loggers:PrometheusStatLogger.__init__",
     "vllm.v1.worker.gpu_worker:Worker.add_lora",
+    "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs",
+    "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
 }
 # These a patch replaces, and tenants' checks stand around them whoever wrote what is inside.
 GUARDED = {f"{_SERVING}.{name}" for name in ("load_lora_adapter", "unload_lora_adapter", "resolve_lora")}

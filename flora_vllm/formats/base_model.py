@@ -17,6 +17,8 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # Architectures whose linear layers are transformers' Conv1D: the weight is stored (I, O).
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# Embeddings by the last part of their paths: their weights are (tokens, width).
+EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings"})
 # What serving needs beside the weights; other weight files would bring the unmerged weights along.
 SIDE_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 # A layer, what holds its experts, and what is one of them or all.
@@ -27,11 +29,15 @@ _DOWNLOAD = ("*.safetensors", *(f"*{suffix}" for suffix in SIDE_SUFFIXES), "LICE
 
 @dataclass(frozen=True)
 class BaseModel:
-    """`files`: weight file name -> its tensors; `stores_in_out`: linear weights are (I, O), not (O, I)."""
+    """`files`: weight file name -> its tensors; `stores_in_out`: linear weights are (I, O), not (O, I).
+
+    `is_tied`: the output layer's weight is, or may be, the embedding's.
+    """
 
     directory: Path
     files: Mapping[str, tuple[TensorRecord, ...]]
     stores_in_out: bool
+    is_tied: bool = False
 
     @cached_property
     def records(self) -> dict[str, TensorRecord]:
@@ -75,21 +81,39 @@ def open_base(base: str) -> BaseModel:
     if config.get("quantization_config"):
         raise AdapterError(f"base model {directory}: its weights are quantised; merging needs the float checkpoint")
     files = {name: tuple(_records_of(directory / name)) for name in _weight_names(directory)}
-    return BaseModel(directory, files, stores_in_out=config.get("model_type") in CONV1D_MODEL_TYPES)
+    stores_in_out = config.get("model_type") in CONV1D_MODEL_TYPES
+    # Where the config says nothing it depends on the architecture; those with Conv1D are.
+    is_tied = stores_in_out or config.get("tie_word_embeddings") is not False
+    return BaseModel(directory, files, stores_in_out, is_tied)
 
 
 def base_layout(base: BaseModel) -> ModelLayout:
-    """Shapes (O, I) of every two-dimensional weight, keyed by module path.
+    """Shapes (O, I) of every two-dimensional weight, keyed by module path; of embeddings (tokens, width).
 
-    Embeddings and the other modules that cannot be adapted are refused by the reader, by name.
+    An output layer whose weight the files leave to the embedding is there, too. Modules that cannot be adapted are
+    refused by the reader, by name.
     """
     shapes = {}
     for name, record in base.records.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and len(record.shape) == 2:
             rows, columns = record.shape
-            shapes[module] = (columns, rows) if base.stores_in_out else (rows, columns)
-    return ModelLayout(shapes, rename=base.rename, experts=_experts(shapes))
+            is_conv1d = base.stores_in_out and module.split(".")[-1] not in {"lm_head", *EMBEDDINGS}
+            shapes[module] = (columns, rows) if is_conv1d else (rows, columns)
+    embeddings = frozenset(module for module in shapes if module.split(".")[-1] in EMBEDDINGS)
+    if base.is_tied and len(embeddings) == 1:
+        shapes.setdefault("lm_head", shapes[min(embeddings)])
+    return ModelLayout(shapes, rename=base.rename, experts=_experts(shapes), embeddings=embeddings)
+
+
+def tied_fault(base: BaseModel, module: str) -> str | None:
+    """Why the weight of `module` cannot be changed in the files; None if it can."""
+    if base.is_tied and module.split(".")[-1] in {"lm_head", *EMBEDDINGS}:
+        return (
+            f"module {module!r} shares its weight (tie_word_embeddings is not false in the base model's config.json), "
+            "so that no file can hold the change of one of the two; serve the adapter as it is"
+        )
+    return None
 
 
 def _experts(shapes: Mapping[str, tuple[int, int]]) -> dict[str, ExpertsLayout]:

@@ -16,12 +16,13 @@ from safetensors.torch import save
 
 from flora_vllm.adapter import Adapter
 from flora_vllm.errors import adapter_error
-from flora_vllm.formats.base_model import BaseModel
+from flora_vllm.formats.base_model import BaseModel, tied_fault
 from flora_vllm.formats.base_probe import FileProbe
 from flora_vllm.formats.families.biases import BASE_BIAS, BIAS
-from flora_vllm.formats.families.lora import LORA_A, LORA_B
+from flora_vllm.formats.families.lora import EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from flora_vllm.formats.merge import Progress
+from flora_vllm.formats.module_faults import is_embedding
 from flora_vllm.formats.names import PREFIX
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
@@ -50,6 +51,9 @@ def lora_factors(base: BaseModel, adapter: Adapter, progress: Progress) -> LoraF
     biases: dict[str, torch.Tensor] = {}
     faults = []
     for module, terms in adapter.modules.items():
+        if (fault := tied_fault(base, module)) is not None:
+            faults.append(fault)
+            continue
         probe = FileProbe(base, module)
         resolved = resolve(terms.terms, probe)
         others = sorted({type(term).__name__ for term in resolved if type(term) not in BECOMES_LORA})
@@ -129,7 +133,10 @@ def write_lora(path: Path, found: LoraFactors, base_model: str | None = None) ->
     }
     tensors = {}
     for module, (down, up) in found.pairs.items():
-        tensors |= {f"{PREFIX}{module}.{LORA_A}": down, f"{PREFIX}{module}.{LORA_B}": up}
+        if is_embedding(module, None):
+            down, up = up.T.contiguous(), down.T.contiguous()
+        names = (EMBEDDING_A, EMBEDDING_B) if is_embedding(module, None) else (LORA_A, LORA_B)
+        tensors |= {f"{PREFIX}{module}.{names[0]}": down, f"{PREFIX}{module}.{names[1]}": up}
     for module, bias in found.biases.items():
         tensors[f"{PREFIX}{module}.{BASE_BIAS if module in found.pairs else BIAS}"] = bias.float()
     files = {

@@ -46,12 +46,16 @@ class Targets:
             layers,
         )
 
+    @property
+    def is_all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
     def select(self, module: str) -> bool:
         """Whether PEFT would adapt `module`, a path such as `model.layers.0.self_attn.q_proj`."""
         if self._is_excluded(module):
             return False
         if isinstance(self.target_modules, str):
-            if self.target_modules.lower() == ALL_LINEAR:
+            if self.is_all_linear:
                 return module.rpartition(".")[2] not in OUTPUT_LAYERS
             return full_match(self.target_modules, module)
         if module in self.target_modules:

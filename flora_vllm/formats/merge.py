@@ -15,7 +15,7 @@ import torch
 
 from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel
+from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel, tied_fault
 from flora_vllm.formats.base_probe import FileProbe
 from flora_vllm.formats.repair import equals_base
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
@@ -61,6 +61,9 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
     """Tensor name -> the terms that change it."""
     plan, faults = {}, []
     for module, terms in adapter.modules.items():
+        if (fault := tied_fault(base, module)) is not None:
+            faults.append(fault)
+            continue
         weight, bias = (f"{base.rename(module)}.{kind}" for kind in ("weight", "bias"))
         dtype = base.records[weight].dtype
         if dtype not in TORCH_DTYPES:

@@ -5,17 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from flora_vllm.adapter import ModelLayout
+from flora_vllm.formats.base_model import EMBEDDINGS
 from flora_vllm.formats.config_keys import CheckedConfig
 from flora_vllm.formats.families.family import FLOATS, Family, Part, Scope
 from flora_vllm.formats.limits import shown
-from flora_vllm.formats.matching import Targets
+from flora_vllm.formats.matching import OUTPUT_LAYERS, Targets
 from flora_vllm.formats.names import PREFIX, ROOT, part_of
 from flora_vllm.formats.tensor_file import TensorRecord, tensor_view
 
 # Last part of a module path -> why it cannot be adapted, whatever the base model.
 UNSUPPORTED_MODULES: Mapping[str, str] = {
-    **dict.fromkeys(("lm_head", "embed_out"), "the output layer cannot be adapted yet"),
-    **dict.fromkeys(("embed_tokens", "embed_in", "wte", "wpe"), "embeddings cannot be adapted yet"),
+    **dict.fromkeys(("lm_head", "embed_out"), "this model has no output layer of its own that adapters may change"),
+    **dict.fromkeys((*sorted(EMBEDDINGS), "wpe"), "this embedding cannot be adapted"),
     "kv_b_proj": "MLA's kv_b_proj is absorbed into the attention and cannot be adapted yet",
 }
 # Names that a checkpoint's modules may have in place of the layout's, in front of what they share with it.
@@ -105,6 +106,9 @@ def _one_module_faults(
     if reason is not None:
         yield f"module {module!r} cannot be adapted: {reason}; train without it"
         return
+    if (fault := _embedding_fault(family, module, records, layout)) is not None:
+        yield fault
+        return
     shape = None if layout is None else layout.shape_of(module)
     if layout is not None and shape is None:
         yield f"module {module!r} is not in the base model; was the adapter trained on another model?"
@@ -127,6 +131,23 @@ def _one_module_faults(
         placed.append((record, parts[known]))
         yield from tensor_faults(record, parts[known], ranks, sizes)
     yield from _disagreements(placed, sizes)
+
+
+def is_embedding(module: str, layout: ModelLayout | None) -> bool:
+    return module.split(".")[-1] in EMBEDDINGS if layout is None else layout.rename(module) in layout.embeddings
+
+
+def _embedding_fault(family: Family, module: str, records: Records, layout: ModelLayout | None) -> str | None:
+    """Why these tensors are not those of such a module, an embedding or not."""
+    if is_embedding(module, layout):
+        if not set(records) & set(family.of_embeddings):
+            return (
+                f"module {module!r} is an embedding, which only plain LoRA can adapt (lora_embedding_A and "
+                f"lora_embedding_B); it has tensors of {family.name}: {', '.join(sorted(records))}; train without it"
+            )
+    elif given := sorted(set(records) & set(family.of_embeddings)):
+        return f"module {module!r} has the tensors of an embedding, {', '.join(given)}, and is none"
+    return None
 
 
 def _disagreements(placed: Sequence[tuple[TensorRecord, Part]], sizes: Mapping[str, int]) -> Iterator[str]:
@@ -166,8 +187,8 @@ def selected_modules(config: CheckedConfig, layout: ModelLayout) -> list[str]:
     Experts are not among them: transformers holds them as parameters, which PEFT selects by other keys.
     """
     targets = Targets.from_config(config.values)
-    paths = (path for path in layout.shapes if not layout.is_of_expert(path))
-    return sorted(path for path in paths if refusal(path, layout) is None and targets.select(path))
+    linear = (path for path in layout.shapes.keys() - layout.embeddings if not layout.is_of_expert(path))
+    return sorted(path for path in linear if refusal(path, layout) is None and targets.select(path))
 
 
 def tensor_faults(record: TensorRecord, part: Part, ranks: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
@@ -216,6 +237,9 @@ def refusal(module: str, layout: ModelLayout | None) -> str | None:
         for key in (path, names[-1], path.rsplit(".", 2)[0]):
             if key in layout.refused:
                 return layout.refused[key]
+    is_there = layout is None or layout.shape_of(module) is not None
+    if is_there and (names[-1] in OUTPUT_LAYERS or is_embedding(module, layout)):
+        return None
     return next((UNSUPPORTED_MODULES[name] for name in reversed(names) if name in UNSUPPORTED_MODULES), None)
 
 
@@ -236,6 +260,8 @@ def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: Mode
     for path in layout.shapes:
         # Where experts are no modules but parameters, nothing selects them here.
         if not has_experts and layout.is_of_expert(path):
+            continue
+        if path in layout.embeddings and targets.is_all_linear:
             continue
         # What this checkpoint would call the layout's path: with the prefix that its own modules have.
         name = next(

@@ -11,8 +11,8 @@ ROOT = "base_model."
 PREFIX = "base_model.model."
 
 _HINTS: Mapping[str, str] = {
-    "embedding_A": "it adapts an embedding, which is not supported yet",
-    "embedding_B": "it adapts an embedding, which is not supported yet",
+    "embedding_A": "it adapts an embedding, which is supported for plain LoRA only",
+    "embedding_B": "it adapts an embedding, which is supported for plain LoRA only",
     "lora_magnitude_vector": "it belongs to DoRA, and the config does not say use_dora",
     "lora_B.bias": "it is a LoRA bias, and the config does not say lora_bias",
     **dict.fromkeys(("lora_", "flora_", "hira_", "ia3_"), "it belongs to another family or has a part too many"),

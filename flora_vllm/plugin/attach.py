@@ -22,13 +22,13 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from flora_vllm.adapter import ExpertsLayout
+from flora_vllm.embedding import AdaptedEmbedding
 from flora_vllm.layers import Adapted, AdaptedLinear
-from flora_vllm.ops.dispatch import PathChoice
+from flora_vllm.ops.dispatch import NEVER, PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
-from flora_vllm.ops.terms import SlotLimits
+from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import experts
 from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
 from flora_vllm.slots import LinearLayout, SliceLayout
@@ -36,9 +36,9 @@ from flora_vllm.step import Step
 
 logger = logging.getLogger(__name__)
 
-_UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
-_LEFT_OUT = "the server's --lora-target-modules leaves it out"
-_POOLED_ROWS = (
+UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+LEFT_OUT = "the server's --lora-target-modules leaves it out"
+POOLED_ROWS = (
     "it runs on pooled rows, one a request, which adapters cannot follow yet; train the layers below the head only"
 )
 
@@ -48,11 +48,16 @@ class Attached:
     """The adapted layers of a model: module path in the engine -> layer and layout; `refused`: path -> reason."""
 
     layers: dict[str, Adapted] = field(default_factory=dict)
+    embeddings: dict[str, AdaptedEmbedding] = field(default_factory=dict)
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)  # their linear layers are among those above
+
+    def graph_rows(self, name: str, terms: LayerTerms) -> int:
+        """Base products that a token with these terms of layer `name` needs in a CUDA graph; NEVER if none has it."""
+        return NEVER if name in self.embeddings else self.layers[name].graph_rows(terms)
 
 
 def attach(
@@ -65,7 +70,7 @@ def attach(
     only: Callable[[str], bool],
     elsewhere: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> Attached:
-    """Take over every linear layer that adapters may change.
+    """Take over every linear layer that adapters may change, but for the output layer (`head.py`).
 
     `packed_modules`: vLLM's packed layer name -> the checkpoint's names. `step_of`: the step that says whose a layer's
     rows are, None if nothing does. `only`: the operator's restriction to some modules. `elsewhere`: of some layers,
@@ -82,19 +87,17 @@ def attach(
         if isinstance(module, LinearBase) and id(module) not in seen:
             seen.add(id(module))
             step = step_of(name)
-            reason = _POOLED_ROWS if id(module) in pooled else _refusal(name, only)
+            reason = POOLED_ROWS if id(module) in pooled else _refusal(name, only)
             if step is None or reason is not None:
-                attached.refused[name] = reason or _UNKNOWN_ROWS
+                attached.refused[name] = reason or UNKNOWN_ROWS
                 _give_back(module)
             else:
                 found[name], steps[name] = module, step
-        elif isinstance(module, VocabParallelEmbedding):
-            attached.refused[name] = "embeddings and lm_head cannot be adapted yet; train without them"
         elif isinstance(module, MoERunner):
             step = step_of(name)
-            reason = _UNKNOWN_ROWS if step is None else experts.why_not_adapted(module, path, device)
+            reason = UNKNOWN_ROWS if step is None else experts.why_not_adapted(module, path, device)
             if step is None or reason is not None:
-                attached.refused[name] = reason or _UNKNOWN_ROWS
+                attached.refused[name] = reason or UNKNOWN_ROWS
             else:
                 mixtures[name], steps[name] = module, step
     bypassing = _classes_that_bypass(found, device)
@@ -131,7 +134,7 @@ def _take_experts(attached: Attached, name: str, runner: Any, step: Step, only: 
     attached.experts[name] = taken.names
     for layout in taken.layouts.values():
         left_out = [part.module for part in layout.slices if not (only(name) or only(part.module))]
-        attached.refused |= dict.fromkeys(left_out, _LEFT_OUT)
+        attached.refused |= dict.fromkeys(left_out, LEFT_OUT)
 
 
 def _heads(model: Any) -> Iterator[torch.nn.Module]:
@@ -152,7 +155,7 @@ def _name_parts(attached: Attached, packed_modules: Mapping[str, Sequence[str]])
 def _refusal(name: str, only: Callable[[str], bool]) -> str | None:
     if name.endswith("kv_b_proj"):
         return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
-    return None if only(name) else _LEFT_OUT
+    return None if only(name) else LEFT_OUT
 
 
 def _kind(module: Any) -> tuple[type, type]:

@@ -48,6 +48,7 @@ _CONFIG = (
     Hook("vllm.envs:VLLM_USE_RUST_FRONTEND"),
     Hook("vllm.config:VllmConfig.additional_config"),
     Hook("vllm.config:VllmConfig.lora_config"),
+    Hook("vllm.config:VllmConfig.parallel_config"),
     Hook("vllm.config:VllmConfig.model_config"),
     Hook("vllm.config:ModelConfig.is_encoder_decoder"),
     Hook("vllm.config.lora:LoRAConfig.fully_sharded_loras"),
@@ -161,7 +162,27 @@ _LAYERS = (
     Hook(f"{_LINEAR}:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
     Hook(f"{_LINEAR}:UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
     Hook(f"{_LINEAR}:UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
-    Hook("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.__init__",
+        ("self", "num_embeddings", "embedding_dim"),
+        sets=(
+            "embedding_dim",
+            "num_added_embeddings",
+            "num_embeddings_per_partition",
+            "org_vocab_size",
+            "params_dtype",
+            "quant_method",
+            "shard_indices",
+            "tp_size",
+        ),
+    ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding",
+        ("self", "layer", "input_"),
+    ),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead"),
+    Hook("vllm.config:ModelConfig.enable_prompt_embeds"),
+    Hook("vllm.lora.layers:LoRAMapping.prompt_mapping"),
     Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
     Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
     Hook("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled"),
@@ -223,7 +244,7 @@ _LAYERS = (
     Hook("vllm.config:CompilationConfig.cudagraph_mode", None, "cuda"),
     Hook("vllm.config:CompilationConfig.max_cudagraph_capture_size"),
     Hook("vllm.config:VllmConfig.compilation_config"),
-    Hook("vllm.config:VllmConfig.speculative_config", None, "cuda"),
+    Hook("vllm.config:VllmConfig.speculative_config"),
     Hook("vllm.config:ParallelConfig.data_parallel_size", None, "cuda"),
     Hook("vllm.config:ParallelConfig.use_ubatching", None, "cuda"),
 )
@@ -358,6 +379,7 @@ ENCODER_HOOKS = (
 )
 # How far a request's prompt is computed (activated adapters), by runner: what the other runner's engines never import.
 _V1, _V2 = "vllm.v1.worker.gpu_input_batch", "vllm.v1.worker.gpu"
+_PROMPTS = f"{_V2}.sample.prompt_logprob:PromptLogprobsWorker"
 RUNNER_HOOKS = {
     1: (
         Hook(f"{_MIXIN}.set_active_loras", ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens")),
@@ -378,6 +400,14 @@ RUNNER_HOOKS = {
         Hook("vllm.v1.core.sched.output:NewRequestData.prompt_token_ids"),
     ),
 }
+# Whose rows the output layer runs on when a prompt's logprobs are asked for, by runner.
+PROMPT_HOOKS = {
+    1: (Hook(f"{_RUNNER}._get_prompt_logprobs_dict", ("self", "hidden_states", "num_scheduled_tokens")),),
+    2: (
+        Hook(f"{_PROMPTS}.compute_prompt_logprobs", ("self", "logits_fn", "hidden_states")),
+        Hook(f"{_PROMPTS}.compute_prompt_token_id_logprobs", ("self", "logits_fn", "hidden_states")),
+    ),
+}
 _CORE = (
     Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch", "requests")),
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
@@ -393,4 +423,4 @@ _CORE = (
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
 COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
-HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2]
+HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]

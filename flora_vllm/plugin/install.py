@@ -40,6 +40,7 @@ def install_worker_side() -> None:
     """What a process needs that runs the model; also called where the engine's config arrives."""
     mistakes.log_in_one_line()
     _once("op", lambda: importlib.import_module("flora_vllm.layers"))
+    _once("embedding op", lambda: importlib.import_module("flora_vllm.embedding"))
     _once("worker manager", _replace_worker_manager)
     _once("names in events", published.name_events)
     _once("ended requests", step_faults.install_scheduler_side)

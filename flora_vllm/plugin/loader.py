@@ -300,16 +300,18 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         for layout in attached.layouts.values()
         if layout.module not in shapes and not layout.holds_qkv and not own.is_of_expert(layout.module)
     }
-    for more_shapes, more_refused, more_fused, more_experts in _of_other_stages((shapes, refused, fused, experts)):
-        shapes |= more_shapes
-        refused |= more_refused
-        fused |= more_fused
-        experts |= more_experts
+    embeddings = frozenset(attached.embeddings)
+    for other in _of_other_stages((shapes, refused, fused, experts, embeddings)):
+        shapes |= other[0]
+        refused |= other[1]
+        fused |= other[2]
+        experts |= other[3]
+        embeddings |= other[4]
     of_experts = {name for name in shapes if own.is_of_expert(name)}
     known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
     rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, known, of_experts))
-    return ModelLayout(shapes, refused, rename, fused, experts)
+    return ModelLayout(shapes, refused, rename, fused, experts, embeddings)
 
 
 def _of_other_stages(own: Any) -> list[Any]:

@@ -25,10 +25,12 @@ from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import install
 from flora_vllm.plugin.activation import BaseRows, follow_positions
 from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.embeddings import attach_embeddings
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.graphs import graph_steps
 from flora_vllm.plugin.handed import on_disk
+from flora_vllm.plugin.head import AdaptedHead, attach_heads
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -72,6 +74,7 @@ class LoadedAdapter:
     rank: int
     layers: Mapping[str, LayerTerms]
     rows: int = 1
+    adapts_head: bool = False
     is_stand_in: bool = False
     family: str = ""
     nbytes: int = 0
@@ -122,9 +125,27 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._match_target_modules,
             self._elsewhere,
         )
+        attach_embeddings(
+            self.model,
+            self.attached,
+            self.rows.tokens,
+            self._match_target_modules,
+            self._vllm_config,
+            self.device,
+        )
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
+        self.head_rows = attach_heads(
+            self.model,
+            self.attached,
+            self.rows.step_of,
+            self._match_target_modules,
+            self._vllm_config,
+            self.device,
+        )
+        if self.head_rows is not None:
+            self._verified_steps.append(self.head_rows.step)
         layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes
         self.rows.tokens.graphs = graph_steps(self.options, layers, dtypes, largest, self.lora_slots, self.device)
         if self.rows.tokens.graphs is not None:
@@ -175,7 +196,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
         index = self.lora_index_to_id.index(None)
-        for name, layer in self.attached.layers.items():
+        for name, layer in (*self.attached.layers.items(), *self.attached.embeddings.items()):
             layer.write_slot(index + 1, adapter.layers.get(name))
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
@@ -187,7 +208,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
             del self._in_slots[index + 1]
-            for layer in self.attached.layers.values():
+            for layer in (*self.attached.layers.values(), *self.attached.embeddings.values()):
                 layer.write_slot(index + 1, None)
 
     def _add_adapter(self, lora: LoadedAdapter) -> None:
@@ -196,16 +217,23 @@ class FloraModelManager(LRUCacheLoRAModelManager):
     def set_adapter_mapping(self, mapping: Any) -> None:
         super().set_adapter_mapping(mapping)
         self.rows.begin(mapping.type.name)
+        if self.head_rows is not None:
+            self.head_rows.begin()
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         adapters = self._in_slots.values()
         if any(adapter.is_stand_in and adapter.id in mapping.index_mapping for adapter in adapters):
             self.rows.steps[mapping.type.name].rehearse(len(mapping.index_mapping))
+            if self.head_rows is not None:
+                self.head_rows.clear()
             return
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
         slots = dict.fromkeys(self._left_out, 0)
         slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
         self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
+        if self.head_rows is not None:  # of models whose rows are all tokens
+            slots |= {a.id: slot if a.adapts_head else 0 for slot, a in self._in_slots.items()}
+            self.head_rows.set_mapping(mapping.prompt_mapping, mapping.index_mapping, slots)
 
     def report(self, most: int | None) -> dict[str, Any]:
         """What is loaded, and counts since the start, in plain values; of adapters at most `most`, used last first."""
@@ -235,6 +263,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._deactivate_adapter(adapter_id)
         super().remove_all_adapters()
         self.rows.clear()
+        if self.head_rows is not None:
+            self.head_rows.clear()
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoadedAdapter:
         return LoadedAdapter(lora_id, rank, {}, is_stand_in=True)
@@ -284,10 +314,17 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             )
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
-            adapted = manager.attached.layers
-            rows = max((adapted[name].graph_rows(terms) for name, terms in adapter.layers.items()), default=1)
-        size = adapter.layers.nbytes
-        return LoadedAdapter(number, adapter.rank, adapter.layers, rows, family=adapter.family, nbytes=size)
+            rows = max((manager.attached.graph_rows(name, terms) for name, terms in adapter.layers.items()), default=1)
+        adapts_head = any(isinstance(manager.attached.layers.get(name), AdaptedHead) for name in adapter.layers)
+        return LoadedAdapter(
+            number,
+            adapter.rank,
+            adapter.layers,
+            rows,
+            adapts_head=adapts_head,
+            family=adapter.family,
+            nbytes=adapter.layers.nbytes,
+        )
 
     def report(self, most: int | None) -> dict[str, Any]:
         """See FloraModelManager.report."""

@@ -6,6 +6,7 @@ refused; scikit-learn is needed (`peft/tuners/adamss/layer.py::update_layer`, `a
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ def clusters(weight_bias: torch.Tensor, rank: int, count: int, seed: int) -> tor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         left, _, _ = torch.svd_lowrank(weight_bias, q=min(rank, *weight_bias.shape), niter=_POWERS)
-    means = KMeans(min(count, left.shape[0]), init="random", n_init=1, max_iter=_ROUNDS, random_state=_SEED)
+    make: Any = KMeans  # whose stubs know n_init as a word only
+    means = make(min(count, left.shape[0]), init="random", n_init=1, max_iter=_ROUNDS, random_state=_SEED)
     return torch.from_numpy(means.fit_predict(left.numpy())).long()
 
 

@@ -83,6 +83,7 @@ class Family:
     `parts(scope)`: those it must or may have here, with their axes; empty if the config cannot tell.
     `sidecar_keys`: keys of flora_sidecar.json, which `config` then has beside those of the config.
     `alone`: names that need no partner (biases, which every module may have).
+    `of_embeddings`: names that an embedding's tensors have, and no other module's; without them it adapts none.
     `shared_names`, `shared_parts(config)`: the same of tensors the whole adapter has once, `base_model.<name>`.
     `ranks(scope)`: what R may be; empty if the method has none. `terms(module)`: the canonical form, called only if the
     whole checkpoint has no fault; raises AdapterError for what only it can see. `kinds`: the terms it may become.
@@ -104,6 +105,7 @@ class Family:
     peft_type: str | None = None  # if not the name
     when: Callable[[Mapping[str, Any]], bool] = lambda _config: True
     alone: frozenset[str] = frozenset()
+    of_embeddings: tuple[str, ...] = ()
     sidecar_keys: Mapping[str, Key] = field(default_factory=dict)
     shared_names: tuple[str, ...] = ()
     shared_parts: Callable[[Config], Mapping[str, Part]] = lambda _config: {}

@@ -29,6 +29,8 @@ from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, 
 from flora_vllm.terms import Added, Offset, Term
 
 LORA_A, LORA_B, LORA_B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+# Of an embedding E (tokens, width): (rank, tokens) and (width, rank); E + scale · (B A)ᵀ (`lora/layer.py::Embedding`).
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 LORA_NAMES = (LORA_A, LORA_B, LORA_B_BIAS, *BIAS_NAMES)
 # What the variational sampler and the compressed backward pass of training leave in the file; nothing reads it.
 _OF_TRAINING = ("lora_monteclora_sampler.*", "lora_velora_embed")
@@ -112,6 +114,9 @@ def low_rank(module: ModuleFile) -> tuple[torch.Tensor, torch.Tensor, float]:
 
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
+    if EMBEDDING_A in module:
+        picked, width = module[EMBEDDING_A], module[EMBEDDING_B]
+        return (Added(width.T, picked.T, lora_scale(module.scope, picked.shape[0])),)
     if LORA_A not in module:
         return bias_terms(module, 1.0)
     down, up, scale = low_rank(module)
@@ -119,6 +124,8 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
 
 
 def _parts(scope: Scope) -> Mapping[str, Part]:
+    if scope.present & {EMBEDDING_A, EMBEDDING_B}:
+        return {EMBEDDING_A: Part(("R", "O")), EMBEDDING_B: Part(("I", "R"))}
     return {**lora_parts(scope), **{name: Part(None, optional=True) for name in _OF_TRAINING}}
 
 
@@ -132,7 +139,8 @@ LORA = Family(
         "target_modules": Key("null or " + MODULES.allowed, lambda v: v is None or MODULES.check(v), required=True),
         "target_parameters": EXPERT_PARAMETERS,
     },
-    names=(*LORA_NAMES, *_OF_TRAINING),
+    names=(*LORA_NAMES, EMBEDDING_A, EMBEDDING_B, *_OF_TRAINING),
+    of_embeddings=(EMBEDDING_A, EMBEDDING_B),
     alone=frozenset(BIAS_NAMES),
     parts=_parts,
     ranks=pattern_rank,

@@ -86,7 +86,7 @@ REFUSED: Mapping[str, str] = {
     "LILY": "its output for a token depends on the other requests in the batch",
     "XLORA": "it needs a second pass of the whole model for every step",
     "LN_TUNING": "it replaces norms; linear layers alone can be adapted yet",
-    "TRAINABLE_TOKENS": "it replaces rows of the embedding, which cannot be adapted yet",
+    "TRAINABLE_TOKENS": "it replaces rows of the embedding, where only low-rank terms are served",
     "SHADOW": "it runs a model of its own beside the base",
 }
 

@@ -1,0 +1,126 @@
+"""The token embedding of a vLLM model: taking over its look-up where it runs on a step's tokens.
+
+vLLM looks rows up through the quant method's `embedding`, within the model's own forward pass. Where something else may
+look rows up too (a draft model, prompts with embeddings or images in them), or a rank has part of the vocabulary,
+adapters are refused.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from flora_vllm.embedding import AdaptedEmbedding
+from flora_vllm.plugin.attach import LEFT_OUT, Attached
+from flora_vllm.plugin.trial import TOKENS, run_once
+from flora_vllm.slots import LinearLayout, SliceLayout
+from flora_vllm.step import Step
+
+
+def attach_embeddings(
+    model: Any, attached: Attached, step: Step, only: Callable[[str], bool], config: Any, device: torch.device
+) -> None:
+    """Take over every embedding that adapters may change, and have `attached` say why of the others.
+
+    `step`: that of the model's tokens. `only`: the operator's restriction to some modules.
+    """
+    if not get_pp_group().is_first_rank:
+        # Where it is here at all, its weight is the output layer's; the first stage says what may be done to it.
+        return
+    refused: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            if (reason := _refusal(name, module, model, only, config)) is not None:
+                refused[name] = reason
+            else:
+                found[name] = module
+    refused |= _called_otherwise(model, found, config, device)
+    attached.refused |= refused
+    for name, module in found.items():
+        if name not in refused:
+            _take_over(name, module, attached, step, device)
+
+
+def _refusal(name: str, module: Any, model: Any, only: Callable[[str], bool], config: Any) -> str | None:
+    faults = {
+        LEFT_OUT: not only(name),
+        "each rank of --tensor-parallel-size has a part of the vocabulary": module.tp_size > 1,
+        "it is quantised": type(module.quant_method) is not UnquantizedEmbeddingMethod,
+        "tokens were added to its vocabulary": bool(module.num_added_embeddings),
+        "the prompts of a multimodal model are not all tokens": hasattr(model, "get_mm_mapping"),
+        "prompts may have embeddings in place of tokens": config.model_config.enable_prompt_embeds,
+        "a draft model may look tokens up in it": config.speculative_config is not None,
+    }
+    return next((f"embeddings cannot be adapted here: {fault}" for fault, holds in faults.items() if holds), None)
+
+
+def _called_otherwise(model: Any, found: Mapping[str, Any], config: Any, device: torch.device) -> dict[str, str]:
+    """Embedding -> why it cannot be adapted, of those that a run of the model does not ask for each token once."""
+    if not found:
+        return {}
+    with _watched(found) as rows:
+        try:
+            run_once(model, config, device)
+        except Exception as error:  # noqa: BLE001 - models differ in what they take
+            return dict.fromkeys(found, f"the model could not be tried at start ({error})")
+    return {
+        name: "the model looks up other rows in it than a step's tokens, where adapters cannot follow"
+        for name, counts in rows.items()
+        if counts != [TOKENS]
+    }
+
+
+@contextmanager
+def _watched(found: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """Within it, embedding -> the numbers of ids of its calls."""
+    rows: dict[str, list[int]] = {name: [] for name in found}
+    methods = {name: module.quant_method for name, module in found.items()}
+
+    def watching(name: str, embedding: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def watched_embedding(layer: Any, ids: torch.Tensor) -> torch.Tensor:
+            rows[name].append(ids.numel())
+            return embedding(layer, ids)
+
+        return watched_embedding
+
+    try:
+        for name, module in found.items():
+            module.quant_method = copy.copy(methods[name])
+            module.quant_method.embedding = watching(name, methods[name].embedding)
+        yield rows
+    finally:
+        for name, module in found.items():
+            module.quant_method = methods[name]
+
+
+def _take_over(name: str, module: Any, attached: Attached, step: Step, device: torch.device) -> None:
+    method = module.quant_method
+    stock_embedding = method.embedding
+
+    def base(ids: torch.Tensor) -> torch.Tensor:
+        return stock_embedding(module, ids)
+
+    layer = AdaptedEmbedding(base, step, device)
+    width, tokens = module.embedding_dim, module.org_vocab_size
+    attached.layouts[name] = LinearLayout(
+        name, width, 0, width, (SliceLayout(name, tokens, 0, 0, tokens),), full_out_features=tokens
+    )
+    attached.dtypes[name] = module.params_dtype
+    attached.biases[name] = None
+    attached.embeddings[name] = layer
+    module._flora_handle = layer.handle
+    module.quant_method = copy.copy(method)
+    module.quant_method.embedding = _embedding
+
+
+def _embedding(layer: Any, ids: torch.Tensor) -> torch.Tensor:
+    return torch.ops.flora.embedding(ids, layer.weight, layer._flora_handle)
