@@ -25,14 +25,16 @@ from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
+from flora_vllm.formats.lora_merges import LoraPart, merged_lora
+from flora_vllm.formats.lora_writer import lora_files
 from flora_vllm.formats.ranks import Limits
-from flora_vllm.formats.reader import examine_files, warn_of
+from flora_vllm.formats.reader import Examination, examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.mixes import Part, decoded
+from flora_vllm.plugin.mixes import Mix, Part, decoded
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import saved_faults
 from flora_vllm.slots import layer_terms, overflowed
@@ -99,12 +101,14 @@ class AdapterLoader:
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
         has_copy = not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir()
-        parts = decoded(path)
+        mix = decoded(path)
 
         def read() -> tuple[dict[str, bytearray], CutAdapter]:
-            if parts is not None:
-                return self._read_mix(name, parts, copy if has_copy else None)
-            directory, task = split_task(path)
+            if mix is not None and mix.method is None:
+                return self._read_mix(name, mix.parts, copy if has_copy else None)
+            if mix is not None and not has_copy:
+                return self._read_merge(name, mix)
+            directory, task = (path, None) if mix is not None else split_task(path)
             place, expected = (copy, None) if has_copy else (_local(directory), digest)
             return self._read(name, place, expected, path, task)
 
@@ -133,6 +137,13 @@ class AdapterLoader:
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
+        files, adapter = self._examined(name, path, digest, shown, task)
+        return files, self._cut_together(f"{name!r} ({shown})", adapter)
+
+    def _examined(
+        self, name: str, path: Path, digest: str | None, shown: str, task: str | None
+    ) -> tuple[dict[str, bytearray], Adapter]:
+        """The directory's files and the adapter in them; ranks refuse one together."""
         files, faults = collect_files(path, self._root_of(path))
         found = examine_files(files, self._layout, self._limits, task)
         faults = [*faults, *found.faults]
@@ -147,13 +158,34 @@ class AdapterLoader:
         if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
         warn_of(found.adapter.family, where)
+        return files, found.adapter
+
+    def _cut_together(self, where: str, adapter: Adapter) -> CutAdapter:
         try:
-            layers, error = self._cut(where, found.adapter), None
+            layers, error = self._cut(where, adapter), None
         except AdapterError as failure:
             layers, error = CompactLayers({}), failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
-        return files, CutAdapter(found.adapter.rank, layers, found.adapter.invocation_tokens)
+        return CutAdapter(adapter.rank, layers, adapter.invocation_tokens)
+
+    def _read_merge(self, name: str, mix: Mix) -> tuple[dict[str, bytearray], CutAdapter]:
+        """The LoRA that the parts merge into, as `flora-vllm merge` would write it: files of its own, read like any."""
+        assert mix.method is not None, "the sum of parts is no merge"
+        parts = []
+        for part in mix.parts:
+            plain, digest = split_identity(part.name)
+            directory, task = split_task(part.path)
+            files, adapter = self._examined(plain, _local(directory), digest, part.path, task)
+            parts.append(LoraPart(part.weight, repr(plain), files, adapter))
+        try:
+            merged = lora_files(merged_lora(parts, mix.method), parts[0].adapter.base_model)
+            found, error = examine_files(merged, self._layout, self._limits), None
+        except AdapterError as failure:
+            merged, found, error = {}, Examination(None, ()), failure
+        if not all_agree(found.adapter is not None, self._device) or found.adapter is None:
+            raise error or adapter_error(repr(name), found.faults or [_ANOTHER_RANK])
+        return merged, self._cut_together(repr(name), found.adapter)
 
     def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
         """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""
