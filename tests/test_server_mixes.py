@@ -118,7 +118,7 @@ def test_merges_by_pefts_methods_are_pefts(client: Client, world: World) -> None
     assert oracle.error(mixed_state(world, weights), asked, answers[models.index("cat")]) < LOGPROB_TOLERANCE
     one, same, other = (answers[models.index(name)] for name in ("dare", "same", "other"))
     assert difference(one, same) < LOGPROB_TOLERANCE
-    assert difference(one, other) > 10 * LOGPROB_TOLERANCE
+    assert one.tokens != other.tokens or difference(one, other) > 10 * LOGPROB_TOLERANCE
     for body, words in (
         ({"mix": weights, "method": "svd"}, "flora-vllm merge --method"),
         ({"mix": weights, "method": "ties"}, "needs density"),
