@@ -234,8 +234,10 @@ def test_arguments_of_the_two_merges_are_not_mixed(tmp_path: Path, capsys: pytes
     parser = argparse.ArgumentParser()
     merge.add_arguments(parser)
     for words, message in (
-        (["a", "b", "c", "out"], "2 adapters: for a merge of LoRA adapters, which needs --method"),
-        (["--seed", "1", "a", "b", "out"], "--seed: for a merge of LoRA adapters"),
+        (["a", "b", "c", "out"], "2 adapters need --method"),
+        (["--seed", "1", "a", "b", "out"], "--seed: for what merges LoRA adapters"),
+        (["--method", "cat", "--top-k", "1", "a", "b", "out"], "--top-k: for --method arrow"),
+        (["--method", "arrow", "--weights", "1,1", "a", "b", "out"], "--weights: for methods other than arrow"),
         (["--method", "cat", "a", "b", "out"], "must be 2 finite numbers"),
         (["--method", "cat", "--weights", "1,nan", "a", "b", "out"], "must be 2 finite numbers"),
         (["--method", "cat", "--weights", "1", "a", "b", "out"], "must be 2 finite numbers"),

@@ -62,7 +62,7 @@ def merged_lora(parts: Sequence[LoraPart], method: Method) -> LoraFactors:
     rank = _rank(parts, method)
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in sorted({module for part in parts for module in part.adapter.modules}):
-        shares = [(part.weight, terms) for part in parts if (terms := _low_rank(part, module)) is not None]
+        shares = [(part.weight, terms) for part in parts if (terms := low_rank(part, module)) is not None]
         try:
             pairs[module] = _merged_pair(shares, method, module, rank)
         except AdapterError as error:
@@ -79,31 +79,38 @@ def _rank(parts: Sequence[LoraPart], method: Method) -> int:
     return sum(ranks) if method.method == "cat" else method.svd_rank or max(ranks)
 
 
-def _low_rank(part: LoraPart, module: str) -> Added | None:
+def low_rank(part: LoraPart, module: str) -> Added | None:
+    """The one term of a module; None if the adapter leaves it alone, or does more than `part_faults` lets pass."""
     terms = part.adapter.modules.get(module)
-    return None if terms is None else terms.of(Added)[0]
+    found = () if terms is None else terms.of(Added)
+    return found[0] if found else None
 
 
 def _faults(parts: Sequence[LoraPart], method: Method) -> Iterator[str]:
     if len(parts) < 2:
         yield "there is one adapter; a merge needs at least two"
     for part in parts:
-        adapter = part.adapter
-        if adapter.family != "LORA":
-            yield f"{part.label} is {adapter.family}; these methods are for plain LoRA (a mix takes most families)"
-            continue
-        if adapter.invocation_tokens is not None:
-            yield f"{part.label} has alora_invocation_tokens: it leaves a prompt's first tokens to the base model"
-        if adapter.saved:
-            yield f"{part.label} holds {sorted(adapter.saved)} whole, which no merge has; save it without"
-        if any(len(terms.terms) != 1 or not terms.of(Added) for terms in adapter.modules.values()):
-            yield f"{part.label} has biases, which these merges leave out; save it with bias none and without lora_bias"
+        yield from part_faults(part)
     ranks = {part.label: part.adapter.rank for part in parts}
     if method.method in ON_FACTORS and len({part.adapter.rank for part in parts}) > 1:
         yield f"ranks differ ({ranks}); {method.method} works on factors of equal ranks, cat and svd on any"
     for key in _SELECTS:
         if any(a.config.get(key) != b.config.get(key) for a, b in itertools.pairwise(parts)):
             yield f"{key} differs between the adapters' configs; PEFT's merge would leave out layers"
+
+
+def part_faults(part: LoraPart) -> Iterator[str]:
+    """Why PEFT's LoRA factors would not be all that the adapter does."""
+    adapter = part.adapter
+    if adapter.family != "LORA":
+        yield f"{part.label} is {adapter.family}; these methods are for plain LoRA (a mix takes most families)"
+        return
+    if adapter.invocation_tokens is not None:
+        yield f"{part.label} has alora_invocation_tokens: it leaves a prompt's first tokens to the base model"
+    if adapter.saved:
+        yield f"{part.label} holds {sorted(adapter.saved)} whole, which no merge has; save it without"
+    if any(len(terms.terms) != 1 or not terms.of(Added) for terms in adapter.modules.values()):
+        yield f"{part.label} has biases, which these merges leave out; save it with bias none and without lora_bias"
 
 
 def _merged_pair(
