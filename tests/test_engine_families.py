@@ -21,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 
 import flora_vllm
-from flora_vllm.formats.arrow import Routing, arrow_files
+from flora_vllm.formats import arrow
 from flora_vllm.formats.families.table import ROWS, family_of
 from flora_vllm.formats.lora_merges import read_part
-from flora_vllm.formats.writer import publish
 
 pytestmark = support.ENGINE_MARKS
 
@@ -138,7 +137,7 @@ def write_arrow(served: Served, folder: Path, name: str, targets: list[str]) -> 
         save(served.model, Case(config, fill_normal), Path(path), seed=number)
     served.paths[name] = folder / name
     parts = [read_part(1, path) for path in paths]
-    publish(served.paths[name], arrow_files(parts, (), Routing(top_k=2, temperature=0.7, seed=3)))
+    arrow.write_arrow(served.paths[name], parts, (), arrow.Routing(top_k=2, temperature=0.7, seed=3))
     config = peft.ArrowConfig(top_k=2, router_temperature=0.7, rng_seed=3)
     served.models[name] = create_arrow_model(support.load(served.model), paths, config).eval().base_model
 

@@ -369,4 +369,4 @@ def test_lokr_reads_a_file_as_peft_does_or_refuses_it(tmp_path: Path) -> None:
             layer: Any = theirs.get_submodule(f"base_model.model.{Q0}")
             wanted = layer.get_delta_weight("default").detach()
             torch.testing.assert_close(merged(torch.zeros(64, 64), None, terms)[0], wanted, atol=1e-5, rtol=1e-5)
-    assert (read, refused) == (20, 124), 'both happen'
+    assert (read, refused) == (20, 124), "both happen"

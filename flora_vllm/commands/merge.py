@@ -131,9 +131,8 @@ def _fresh(out: str) -> Path:
 
 
 def _into_arrow(args: argparse.Namespace) -> str:
-    from flora_vllm.formats.arrow import Routing, arrow_files
+    from flora_vllm.formats.arrow import Routing, write_arrow
     from flora_vllm.formats.lora_merges import read_part
-    from flora_vllm.formats.writer import publish
 
     _refuse(args, "methods other than arrow", *_OF_MERGES)
     given = {"top_k": args.top_k, "temperature": args.temperature, "seed": args.seed}
@@ -141,7 +140,7 @@ def _into_arrow(args: argparse.Namespace) -> str:
     out = _fresh(args.out)
     tasks = [read_part(1, path) for path in (args.base, *args.adapters)]
     general = [read_part(1, path) for path in args.general or ()]
-    publish(out, arrow_files(tasks, general, routing))
+    write_arrow(out, tasks, general, routing)
     return f"{args.out}: each token chooses {routing.top_k} of {len(tasks)} LoRA adapters in each layer"
 
 

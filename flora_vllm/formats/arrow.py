@@ -7,8 +7,10 @@ draw, not the singular vector itself: where two singular values are close, that 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.families.gated import ARROW, PROTOTYPES
@@ -17,6 +19,9 @@ from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from flora_vllm.formats.foreign import as_json
 from flora_vllm.formats.lora_merges import LoraPart, low_rank, part_faults
 from flora_vllm.formats.names import PREFIX
+from flora_vllm.formats.ranks import Limits
+from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.writer import publish
 
 _STEPS, _EPSILON = 15, 1e-8  # PEFT's
 
@@ -44,13 +49,20 @@ class Routing:
             raise AdapterError(f"arrow: {'; '.join(faults)}")
 
 
+def write_arrow(path: Path, tasks: Sequence[LoraPart], general: Sequence[LoraPart], routing: Routing) -> None:
+    """Write an ARROW directory, see `arrow_files`. Raises AdapterError if it could not be read back."""
+    files = arrow_files(tasks, general, routing)
+    faults = examine_files(files, None, Limits()).faults
+    if faults:
+        raise adapter_error(str(path), faults)
+    publish(path, files)
+
+
 def arrow_files(tasks: Sequence[LoraPart], general: Sequence[LoraPart], routing: Routing) -> dict[str, bytearray]:
     """The files of an ARROW directory: tokens choose among `tasks`, from which the mean of `general` is taken first.
 
     That mean is of A and of B apart (GenKnowSub, ACL 2025, in PEFT's reading). Raises AdapterError with every fault.
     """
-    from safetensors.torch import save
-
     faults = [*_faults(tasks, general, routing)]
     if faults:
         raise adapter_error(f"an arrow of {', '.join(part.label for part in tasks)}", faults)

@@ -3,9 +3,10 @@
 Both: `y += Σ_e c_e(x) · s_e B_e A_e x`, c = softmax(score / temperature) over a token's `top_k` largest scores.
 Arrow: score = |prototype_e · x| (`peft/tuners/lora/arrow.py`). PEFT saves no such adapter; the layout is ours, written
 by `flora-vllm merge --method arrow` from plain LoRAs: prototypes and factors stacked, scales in B.
-MeteoRA: score = G x with a trained G. The tensors are its authors' (one model file holds them beside the base); what
-their scripts pass by hand is in flora_sidecar.json: `alphas` (one an adapter, in the stacked order), `top_k` (2) and
-`temperature` (1). Where their code rounds c to the dtype of x, it stays float32 here.
+MeteoRA: score = G x with a trained G. The tensors are its authors', whose model files hold them beside the base
+(`flora-vllm convert --repair` takes them out); what their scripts pass by hand is in flora_sidecar.json: `alphas` (one
+an adapter, in the stacked order), `top_k` (2) and `temperature` (1). Where their code (NJUDeepEngine/meteora) rounds c
+to the dtype of x, it stays float32 here.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,7 +60,7 @@ _OF_GATE = {"top_k": RANK, "temperature": _TEMPERATURE}
 
 ARROW = Family(
     name="ARROW",
-    title="Arrow over plain LoRAs, general knowledge subtracted or not",
+    title="Arrow, of plain LoRAs",
     keys={**_KEYS, **_OF_GATE},
     names=(PROTOTYPES, LORA_A, LORA_B),
     parts=_parts_with(PROTOTYPES),
@@ -79,5 +80,5 @@ METEORA = Family(
     terms=_meteora,
     kinds=(Gated,),
     limit="lora",
-    note="numbers of its scripts in `flora_sidecar.json`",
+    note="converted from its model files",
 )
