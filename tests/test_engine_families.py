@@ -7,6 +7,7 @@ it, alone as in the batch, and leave nothing behind.
 import importlib
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def write_arrow(served: Served, folder: Path, name: str, targets: list[str]) -> 
     paths = [str(folder / f"{name}-{number}") for number in range(3)]
     for number, path in enumerate(paths):
         config = peft.LoraConfig(r=4, lora_alpha=2 + number, target_modules=targets)
-        save(served.model, Case(config, fill_normal), Path(path), seed=number)
+        save(served.model, Case(config, partial(fill_normal, std=0.15)), Path(path), seed=number)
     served.paths[name] = folder / name
     parts = [read_part(1, path) for path in paths]
     arrow.write_arrow(served.paths[name], parts, (), arrow.Routing(top_k=2, temperature=0.7, seed=3))
@@ -151,7 +152,7 @@ def write_meteora(served: Served, folder: Path) -> None:
     for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         layer: Any = model.get_submodule(module)
         out, into = layer.weight.shape
-        gate, down, up = (0.3 * torch.randn(*shape, generator=g) for shape in ((4, into), (12, into), (out, 12)))
+        gate, down, up = (0.2 * torch.randn(*shape, generator=g) for shape in ((4, into), (12, into), (out, 12)))
         tensors |= {f"{module}.moe_gate.weight": gate, f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
 
         def add(_: Any, args: Any, y: torch.Tensor, gate=gate, down=down, up=up) -> torch.Tensor:
