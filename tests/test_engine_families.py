@@ -35,7 +35,7 @@ PROMPT = support.prompt(13, seed=5)
 LEFT_OUT = ("conv1d", "gpt2")
 NEW = 4
 # Maps across ranks: blocks that a cut would go through, outputs whose sum no rank has.
-REFUSED_BY_TWO = {"arrow-rows", "road-1-bias", "road-2", "road-4", "glora-bias", "glora-vector", "glora-constant"}
+REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4", "glora-bias", "glora-vector", "glora-constant"}
 # PEFT computes in float32 too: what is compared is two roundings of the same sums, relative to what the adapter does.
 TOLERANCE = 1e-4
 
@@ -257,7 +257,6 @@ def test_two_workers_serve_them_too_or_refuse_them_by_name(
             save(served.model, case, folder / name)
             served.paths[name] = folder / name
     write_arrow(served, folder, "arrow", ["q_proj", "v_proj", "up_proj"])
-    write_arrow(served, folder, "arrow-rows", ["v_proj", "o_proj"])
     options = {"max_loras": len(served.paths), "max_lora_rank": 256, "max_flora_rank": 64, "max_num_seqs": 256}
     refused: dict[str, str] = {}
     with support.running(served.model, tensor_parallel_size=2, distributed_executor_backend="mp", **options) as engine:
