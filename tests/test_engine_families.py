@@ -7,6 +7,7 @@ it, alone as in the batch, and leave nothing behind.
 import importlib
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import pytest
 import torch
 from engine_support import Answer, Ask, State
 from families_support import Fill, fill_normal
+from peft.tuners.lora.arrow import create_arrow_model
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 
 import flora_vllm
+from flora_vllm.formats import arrow
 from flora_vllm.formats.families.table import ROWS, family_of
+from flora_vllm.formats.lora_merges import read_part
 
 pytestmark = support.ENGINE_MARKS
 
@@ -50,6 +54,7 @@ class Served:
     answers: dict[str, list[tuple[Ask, Answer]]] = field(default_factory=dict)
     alone: dict[str, Answer] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)  # of adapters that PEFT does not know: their weights
+    models: dict[str, torch.nn.Module] = field(default_factory=dict)  # of adapters that are no weights
     base_after: Answer | None = None
 
 
@@ -122,8 +127,54 @@ def write_outside(served: Served, folder: Path) -> None:
     served.paths["mtl"] = Path(f"{folder / 'mtl'}#1")
 
 
-def save(model: Path, case: Case, path: Path) -> None:
-    torch.manual_seed(1)
+def write_arrow(served: Served, folder: Path, name: str, targets: list[str]) -> None:
+    """Three LoRAs among which tokens choose, and PEFT's model of them."""
+    paths = [str(folder / f"{name}-{number}") for number in range(3)]
+    for number, path in enumerate(paths):
+        config = peft.LoraConfig(r=4, lora_alpha=2 + number, target_modules=targets)
+        save(served.model, Case(config, partial(fill_normal, std=0.15)), Path(path), seed=number)
+    served.paths[name] = folder / name
+    parts = [read_part(1, path) for path in paths]
+    arrow.write_arrow(served.paths[name], parts, (), arrow.Routing(top_k=2, temperature=0.7, seed=3))
+    config = peft.ArrowConfig(top_k=2, router_temperature=0.7, rng_seed=3)
+    served.models[name] = create_arrow_model(support.load(served.model), paths, config).eval().base_model
+
+
+def write_meteora(served: Served, folder: Path) -> None:
+    """A trained gate on one layer's outputs and one's queries, and the model with its equation beside them."""
+    model = support.load(served.model)
+    g = torch.Generator().manual_seed(12)
+    tensors: dict[str, torch.Tensor] = {}
+    alphas, rank = [2.0, 4.0, 6.0, 8.0], 3
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        layer: Any = model.get_submodule(module)
+        out, into = layer.weight.shape
+        gate, down, up = (0.2 * torch.randn(*shape, generator=g) for shape in ((4, into), (12, into), (out, 12)))
+        tensors |= {f"{module}.moe_gate.weight": gate, f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+
+        def add(_: Any, args: Any, y: torch.Tensor, gate=gate, down=down, up=up) -> torch.Tensor:
+            x = args[0].double()
+            best, chosen = (x @ gate.T.double()).topk(2)
+            shares = torch.softmax(best / 1.5, -1)
+            every = [alpha / rank * (x @ a.T.double()) @ b.double()
+                     for alpha, a, b in zip(alphas, down.split(rank), up.T.split(rank), strict=True)]  # fmt: skip
+            picked = torch.stack(every, -2).gather(-2, chosen[..., None].expand(*chosen.shape, y.shape[-1]))
+            return y + (shares[..., None] * picked).sum(-2).to(y.dtype)
+
+        layer.register_forward_hook(add)
+    served.models["meteora"], served.paths["meteora"] = model, folder / "meteora"
+    modules = sorted({name.rsplit(".", 2)[0] for name in tensors})
+    config = {"peft_type": "METEORA", "r": rank, "n_adapters": 4, "target_modules": modules}
+    beside = {"alphas": alphas, "top_k": 2, "temperature": 1.5}
+    (folder / "meteora").mkdir()
+    (folder / "meteora" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "meteora" / "flora_sidecar.json").write_text(json.dumps(beside))
+    save_file({f"base_model.model.{name}": t for name, t in tensors.items()},
+              folder / "meteora" / "adapter_model.safetensors")  # fmt: skip
+
+
+def save(model: Path, case: Case, path: Path, seed: int = 1) -> None:
+    torch.manual_seed(seed)
     wrapped = peft.get_peft_model(support.load(model), case.config)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
@@ -140,6 +191,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         served.paths[name] = folder / (name if case.task is None else f"{name}#{case.task}")
     if request.param == "llama":
         write_outside(served, folder)
+        write_arrow(served, folder, "arrow", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+        write_meteora(served, folder)
     prompts = {name: support.prompt(5 + i % 17, seed=i) for i, name in enumerate(served.paths)}
     asks = [(name, Ask(PROMPT, path)) for name, path in served.paths.items()]
     asks += [(name, Ask(prompts[name], path)) for name, path in served.paths.items()]
@@ -168,7 +221,9 @@ def errors_of(served: Served) -> dict[str, float]:
         if name in served.states:
             continue
         folder, _, task = str(path).partition("#")
-        model = peft.PeftModel.from_pretrained(support.load(served.model), folder).eval().base_model
+        model = served.models.get(name)
+        if model is None:
+            model = peft.PeftModel.from_pretrained(support.load(served.model), folder).eval().base_model
         chosen = {"task_ids": torch.tensor([int(task)])} if task else {}
         for ask, answer in served.answers.get(name, ()):
             tokens = torch.tensor([[*ask.prompt, *answer.tokens]])
@@ -198,6 +253,7 @@ def test_two_workers_serve_them_too_or_refuse_them_by_name(
         if case.task is None:
             save(served.model, case, folder / name)
             served.paths[name] = folder / name
+    write_arrow(served, folder, "arrow", ["q_proj", "v_proj", "up_proj"])
     options = {"max_loras": len(served.paths), "max_lora_rank": 256, "max_flora_rank": 64, "max_num_seqs": 256}
     refused: dict[str, str] = {}
     with support.running(served.model, tensor_parallel_size=2, distributed_executor_backend="mp", **options) as engine:
@@ -219,6 +275,7 @@ def test_two_workers_serve_them_too_or_refuse_them_by_name(
 def test_every_row_of_the_table_is_served_here() -> None:
     """By an adapter of its kind in one of the batches above; what is left out says why."""
     known = {"FLORA", "MELORA", "XGBLORA", "MTLLORA"}  # test_engine_architectures, and `write_outside`
+    known |= {"ARROW", "METEORA"}  # `write_arrow`, `write_meteora`
     for architecture in ("llama", "qwen2", "phi3", "gptbigcode"):
         for case in cases_of(architecture).values():
             config = {key: getattr(value, "value", value) for key, value in case.config.to_dict().items()}

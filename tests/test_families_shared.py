@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,13 +17,16 @@ from formats_support import (
     the_fault,
     tiny_model,
 )
+from peft.tuners.lokr.layer import factorization
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from flora_vllm.formats import read_adapter
 from flora_vllm.formats.base_model import base_layout, open_base
+from flora_vllm.formats.families.lokr import split
 from flora_vllm.formats.families.tinylora import drawn
 from flora_vllm.formats.merge import merge_model
-from flora_vllm.terms import Cut, fold, resolve
+from flora_vllm.terms import Cut, fold, merged, resolve
 from flora_vllm.terms.shared import held_bytes
 
 torch.set_num_threads(1)
@@ -126,6 +130,8 @@ _CASES = {
     "lokr": ("llama", lokr()),
     "lokr-whole": ("qwen2", lokr(r=8)),
     "lokr-both": ("llama", lokr(r=1, decompose_both=True, decompose_factor=8)),
+    "lokr-both-whole": ("llama", lokr(r=4, decompose_both=True)),
+    "lokr-both-left": ("llama", lokr(r=1, decompose_both=True, decompose_factor=32)),
     "lokr-factor": ("llama", lokr(r=3, decompose_factor=4)),
     "lokr-patterns": ("qwen2", lokr(rank_pattern={"q_proj": 1}, alpha_pattern={"down_proj": 3})),
     "lokr-fused": ("phi3", lokr(*FUSED)),
@@ -182,8 +188,10 @@ FAULTS = {
     "waveft-coif5": (waveft(), {"wavelet_family": "coif5"}, {}, "'wavelet_family' is 'coif5'; allowed: db1, db2"),
     "fourierft-scaling": (fourierft(), {"scaling": None}, {}, "'scaling' is None"),
     "lokr-conv": (lokr(), {}, {f"{FILE}.lokr_t2": torch.ones(2, 2, 1, 1)}, "lokr_t2' is not understood"),
-    "lokr-size": (lokr(r=8), {}, {f"{FILE}.lokr_w2": torch.ones(4, 8)}, "(32, 64) do not fit a weight"),
-    "lokr-factors": (lokr(), {}, {f"{FILE}.lokr_w2_b": torch.ones(3, 8)}, "which no product has"),
+    "lokr-size": (lokr(r=8), {}, {f"{FILE}.lokr_w2": torch.ones(4, 8)}, "PEFT reads {'lokr_w1': (8, 8)"),
+    "lokr-factors": (lokr(), {}, {f"{FILE}.lokr_w2_b": torch.ones(3, 8)}, "'lokr_w2_b': (2, 8)}"),
+    "lokr-both-key": (lokr(), {"decompose_both": 1}, {}, "'decompose_both' is 1; allowed: true or false"),
+    "lokr-factor-key": (lokr(), {"decompose_factor": 4.0}, {}, "'decompose_factor' is 4.0; allowed: an integer"),
     "c3a-size": (c3a(), {}, {f"{FILE}.c3a_kernel": torch.ones(4, 3, 16)}, "(64, 48) do"),
     "shira-place": (
         shira(r=1), {}, {f"{FILE}.shira_indices": torch.full((2, 128), 64)}, "in rows 64 to 64 of a layer",
@@ -317,3 +325,48 @@ def test_a_share_lora_folder_is_a_lora_folder(tmp_path: Path) -> None:
     error, effect = worst_errors(config, tmp_path, "llama", fill)
     assert error < 1e-4
     assert error < 0.01 * effect
+
+
+def test_lokr_splits_sides_as_peft_does() -> None:
+    sizes = [(size, factor) for size in range(1, 200) for factor in range(-2, 40)]
+    assert all(split(*pair) == factorization(*pair) for pair in sizes)
+
+
+LOKR = [
+    {"r": rank, "decompose_both": both, "decompose_factor": factor}
+    for rank in (1, 2, 8)
+    for both in (False, True)
+    for factor in (-1, 16)
+]
+
+
+def test_lokr_reads_a_file_as_peft_does_or_refuses_it(tmp_path: Path) -> None:
+    """Whatever another config than the file's own says: whole factors where it has two, and the other way round."""
+    layout = linear_layout(tiny_model("llama"))
+    read = refused = 0
+    for number, saved in enumerate(LOKR):
+        config = lokr(**saved)()
+        config.target_modules = {Q0}
+        save_peft_adapter(tiny_model("llama"), config, tmp_path / str(number))
+        tensors = load_file(tmp_path / str(number) / "adapter_model.safetensors")
+        for claimed in LOKR:
+            edit_config(tmp_path / str(number), **claimed)
+            config = lokr(**claimed)()
+            config.target_modules = {Q0}
+            theirs = peft.get_peft_model(tiny_model("llama"), config)
+            try:
+                result = peft.set_peft_model_state_dict(theirs, tensors)
+                complete = not result.unexpected_keys and not any("lokr" in name for name in result.missing_keys)
+            except RuntimeError:  # of sizes
+                complete = False
+            if not complete:
+                refused += 1
+                for known in (layout, None):
+                    assert "PEFT reads" in the_fault(tmp_path / str(number), layout=known)
+                continue
+            read += 1
+            terms = read_adapter(tmp_path / str(number), layout=layout).modules[Q0].terms
+            layer: Any = theirs.get_submodule(f"base_model.model.{Q0}")
+            wanted = layer.get_delta_weight("default").detach()
+            torch.testing.assert_close(merged(torch.zeros(64, 64), None, terms)[0], wanted, atol=1e-5, rtol=1e-5)
+    assert (read, refused) == (20, 124), "both happen"

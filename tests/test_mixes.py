@@ -5,14 +5,38 @@ from types import SimpleNamespace
 import pytest
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.plugin.mixes import Part, checked, decoded, digest_of_mix, encoded, parts_of, weights_in
+from flora_vllm.formats.merge_methods import Method
+from flora_vllm.plugin.mixes import Asked, Mix, Part, asked_in, checked, decoded, digest_of_mix, encoded, mix_of
 
+TIES = Method("ties", density=0.5)
 A, B = (SimpleNamespace(lora_name=f"{n}@{n * 16}", lora_path=f"adapters/{n}") for n in "ab")
 
 
+def mix(weights, loaded, method=None):
+    return mix_of(Asked(weights, method), loaded)
+
+
 def test_text_and_object_say_the_same():
-    assert weights_in("mix:a*0.7+b*-3e-1") == checked({"a": 0.7, "b": -0.3}) == {"a": 0.7, "b": -0.3}
-    assert weights_in("mix:x*y*2") == {"x*y": 2.0}
+    assert asked_in("mix:a*0.7+b*-3e-1").weights == checked({"a": 0.7, "b": -0.3}) == {"a": 0.7, "b": -0.3}
+    assert asked_in("mix:x*y*2") == Asked({"x*y": 2.0})
+    assert asked_in('mix:{"mix": 2}') == Asked({"mix": 2.0})
+    assert asked_in('mix:{"mix": {"a": 1}, "method": "ties", "density": 0.5}') == Asked({"a": 1.0}, TIES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ('"density": 0.5', "options of a merge need its method"),
+        ('"method": "ties"', "method ties: it needs density"),
+        ('"method": "cat", "weights": 1', "['weights'] are no options"),
+        ('"method": "svd"', "flora-vllm merge --method"),
+        ('"method": ["cat"]', "method is ['cat']"),
+    ],
+)
+def test_methods_that_a_server_does_not_take(options, words):
+    with pytest.raises(AdapterError) as raised:
+        asked_in(f'mix:{{"mix": {{"a": 1, "b": 1}}, {options}}}')
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +44,7 @@ def test_text_and_object_say_the_same():
 )
 def test_text_that_says_nothing(text):
     with pytest.raises(AdapterError, match="mix"):
-        weights_in(text)
+        asked_in(text)
 
 
 @pytest.mark.parametrize(
@@ -43,25 +67,41 @@ def test_object_that_says_nothing(weights):
 
 
 def test_parts_come_back_from_what_stands_in_place_of_a_path():
-    parts = parts_of({"a": 0.7, "b": 0.3}, {"a": A, "b": B})
-    assert parts == (Part(0.7, "a@" + "a" * 16, "adapters/a"), Part(0.3, "b@" + "b" * 16, "adapters/b"))
-    assert decoded(encoded(parts)) == parts
+    parts = (Part(0.7, "a@" + "a" * 16, "adapters/a"), Part(0.3, "b@" + "b" * 16, "adapters/b"))
+    for method in (None, TIES, Method("dare_ties", 1, "frequency", 3)):
+        found = mix({"a": 0.7, "b": 0.3}, {"a": A, "b": B}, method)
+        assert found == Mix(parts, method)
+        assert decoded(encoded(found)) == found
     assert decoded("adapters/a") is None
     with pytest.raises(AdapterError, match=r"\['c'\] are not loaded"):
-        parts_of({"a": 1.0, "c": 1.0}, {"a": A})
+        mix({"a": 1.0, "c": 1.0}, {"a": A})
 
 
 def test_a_mix_of_a_mix_is_one_mix():
-    inner = SimpleNamespace(lora_name="ab@0", lora_path=encoded(parts_of({"a": 0.5, "b": 2.0}, {"a": A, "b": B})))
-    parts = parts_of({"ab": 0.5, "a": 1.0}, {"ab": inner, "a": A})
+    inner = SimpleNamespace(lora_name="ab@0", lora_path=encoded(mix({"a": 0.5, "b": 2.0}, {"a": A, "b": B})))
+    parts = mix({"ab": 0.5, "a": 1.0}, {"ab": inner, "a": A}).parts
     assert [(part.weight, part.path) for part in parts] == [(0.25, A.lora_path), (1.0, B.lora_path), (1.0, A.lora_path)]
     with pytest.raises(AdapterError, match="has 9 parts"):
-        parts_of({f"n{i}": 1.0 for i in range(5)}, {f"n{i}": inner if i < 4 else A for i in range(5)})
+        mix({f"n{i}": 1.0 for i in range(5)}, {f"n{i}": inner if i < 4 else A for i in range(5)})
 
 
-def test_the_digest_is_that_of_contents_and_weights():
-    one = parts_of({"a": 0.7, "b": 0.3}, {"a": A, "b": B})
-    moved = parts_of({"x": 0.7, "b": 0.3}, {"x": SimpleNamespace(lora_name="x@" + "a" * 16, lora_path="c"), "b": B})
+def test_a_merge_is_no_part_and_has_no_mix_for_one():
+    both = {"a": A, "b": B}
+    added, merged = (
+        SimpleNamespace(lora_name="ab@0", lora_path=encoded(mix({"a": 0.5, "b": 2.0}, both, method)))
+        for method in (None, TIES)
+    )
+    for inner, method in ((merged, None), (added, TIES), (merged, TIES)):
+        with pytest.raises(AdapterError, match="'ab' is a mix itself; a merge's parts are adapters"):
+            mix({"ab": 0.5, "a": 1.0}, {**both, "ab": inner}, method)
+
+
+def test_the_digest_is_that_of_contents_weights_and_method():
+    both = {"a": A, "b": B}
+    one = mix({"a": 0.7, "b": 0.3}, both)
+    moved = mix({"x": 0.7, "b": 0.3}, {"x": SimpleNamespace(lora_name="x@" + "a" * 16, lora_path="c"), "b": B})
     assert digest_of_mix(one) == digest_of_mix(moved)
-    for other in (parts_of({"a": 0.6, "b": 0.3}, {"a": A, "b": B}), parts_of({"a": 0.7, "b": 0.3}, {"a": B, "b": B})):
-        assert digest_of_mix(one) != digest_of_mix(other)
+    others = [one, mix({"a": 0.6, "b": 0.3}, both), mix({"a": 0.7, "b": 0.3}, {"a": B, "b": B})]
+    others += [mix({"a": 0.7, "b": 0.3}, both, Method("ties", density)) for density in (0.5, 0.6)]
+    others += [mix({"a": 0.7, "b": 0.3}, both, Method("ties", 0.5, "frequency"))]
+    assert len({digest_of_mix(other) for other in others}) == len(others)

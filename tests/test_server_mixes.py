@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import peft
 import pytest
-from engine_support import LOGPROB_TOLERANCE, Answer, State
+from engine_support import LOGPROB_TOLERANCE, Answer, State, difference, load, save_peft_adapter
 from server_support import BASE, Client, World, answer_of, make_ask, make_world, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -17,7 +18,12 @@ OPTIONS = ("--max-loras", "2", "--max-cpu-loras", "3", "--max-num-batched-tokens
 
 @pytest.fixture(scope="module")
 def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_model("llama"), tmp_path_factory.mktemp("adapters"))
+    folder = tmp_path_factory.mktemp("adapters")
+    world = make_world(tiny_model("llama"), folder)
+    config = peft.LoraConfig(r=8, lora_alpha=4, target_modules=["q_proj", "o_proj"])
+    state = save_peft_adapter(world.model, folder / "lora2", config, 9)
+    adapters = {**world.adapters, "lora2": folder / "lora2"}
+    return World(world.model, adapters, {**world.states, "lora2": state})
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,18 @@ def mixed_state(world: World, weights: Mapping[str, float]) -> State:
         name: tensor + sum(weight * (world.states[part][name] - tensor) for part, weight in weights.items())
         for name, tensor in base.items()
     }
+
+
+def merged_state(world: World, weights: Mapping[str, float], method: str, **options: Any) -> State:
+    """The weights with PEFT's own merge of the named LoRAs in them."""
+    names = list(weights)
+    model = peft.PeftModel.from_pretrained(load(world.model), str(world.adapters[names[0]]), adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(str(world.adapters[name]), adapter_name=name)
+    tuner: Any = model.base_model
+    tuner.add_weighted_adapter(names, list(weights.values()), "merged", combination_type=method, **options)
+    model.set_adapter("merged")
+    return tuner.merge_and_unload().state_dict()
 
 
 def ask(client: Client, weights: Any, prompt: tuple[int, ...], model: str = BASE) -> tuple[str, Answer]:
@@ -75,6 +93,43 @@ def test_named_mixes_are_served_beside_their_parts_and_survive_them(client: Clie
         assert one()[0] == 200
     assert client.unload("both")[0] == 200
     assert client.load("hira", world.adapters["hira"])[0] == 200
+
+
+def test_merges_by_pefts_methods_are_pefts(client: Client, world: World) -> None:
+    weights = {"lora": 0.8, "lora2": -1.5}
+    options: dict[str, dict[str, Any]] = {
+        "ties": {"method": "ties", "density": 0.5},
+        "thinner": {"method": "ties", "density": 0.2, "majority_sign_method": "frequency"},
+        "cat": {"method": "cat"},
+    }
+    dare = {"method": "dare_linear", "density": 0.5}
+    loads = {**options, "dare": {**dare, "seed": 1}, "same": {**dare, "seed": 1}, "other": {**dare, "seed": 2}}
+    for name, chosen in loads.items():
+        status, message = client.post("load_lora_adapter", {"lora_name": name, "mix": weights, **chosen})
+        assert status == 200, message
+    states = {**world.states, **{name: merged_state(world, weights, **chosen) for name, chosen in options.items()}}
+    # `cat` is the exact sum as well.
+    oracle, asked = world.oracle(), make_ask(40)
+    models = [*loads, "lora", BASE, *options]
+    answers = client.ask_all([(model, asked.prompt) for model in models])
+    for model, answer in zip(models, answers, strict=True):
+        if model in states:
+            assert oracle.error(states[model], asked, answer) < LOGPROB_TOLERANCE, model
+    assert oracle.error(mixed_state(world, weights), asked, answers[models.index("cat")]) < LOGPROB_TOLERANCE
+    one, same, other = (answers[models.index(name)] for name in ("dare", "same", "other"))
+    assert difference(one, same) < LOGPROB_TOLERANCE
+    assert one.tokens != other.tokens or difference(one, other) > 10 * LOGPROB_TOLERANCE
+    for body, words in (
+        ({"mix": weights, "method": "svd"}, "flora-vllm merge --method"),
+        ({"mix": weights, "method": "ties"}, "needs density"),
+        ({"mix": {"lora": 1.0, "hira": 1.0}, "method": "cat"}, "'hira' is HIRA; these methods are for plain LoRA"),
+        ({"mix": {"lora": 1.0, "ties": 1.0}}, "'ties' is a mix itself"),
+        ({"mix": weights, "density": 0.5}, "go with a mix and its method"),
+    ):
+        status, message = client.post("load_lora_adapter", {"lora_name": "x", **body})
+        assert (status in (400, 422), words in message) == (True, True), message
+    for name in loads:
+        assert client.unload(name)[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def _check(args: argparse.Namespace) -> None:
     files_only = args.repair or args.pickle
     if args.base is None and not files_only:
         faults.append("BASE is missing: BASE ADAPTER OUT")
-    if not files_only and (args.alpha is not None or args.temperature is not None):
-        faults.append("--alpha and --temperature are for --pickle and --repair")
+    if not files_only and any(value is not None for value in (args.alpha, args.temperature, args.top_k)):
+        faults.append("--alpha, --temperature and --top-k are for --pickle and --repair")
     if faults:
         raise ConfigError("; ".join(faults))
 

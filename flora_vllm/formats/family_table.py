@@ -32,6 +32,7 @@ GROUPS = {
     "multiply its weights": ("Product",),
     "add a full matrix, kept small": ("Kron", "Circulant", "Sparse", "Bases", "Dense"),
     "add a product of low rank": ("Added",),
+    "choose by token among products of low rank": ("Gated",),
     "move its outputs": ("Offset",),
 }
 

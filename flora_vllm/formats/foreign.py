@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.families.gated import GATE, METEORA
 from flora_vllm.formats.families.mtllora import LAMBDAS, LORA_A, LORA_B, MTLLORA
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME
 from flora_vllm.formats.names import PREFIX
@@ -31,6 +32,7 @@ PICKLED_NAME = "adapter_model.bin"
 _WRAPPED_IN = ("state_dict", "module", "model", "model_state_dict")
 _RECYCLED = re.compile(r"w_([ab])_(\d+)")
 _RECYCLED_HEAD = re.compile(r"fc_\d+in_\d+out")
+_OF_METEORA = (f".{GATE}", ".lora_A.weight", ".lora_B.weight")
 _FUSED = re.compile(r"\.lora_B_[qkv](_w)?\Z")
 # What reading a damaged file, or one with more than tensors, has been seen to raise, and their kin.
 _DAMAGED = (
@@ -58,11 +60,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Told:
-    """What only the user can tell: MTL-LoRA's `alpha` and `temperature`, and the base model's name for the config."""
+    """What only the user can tell: MTL-LoRA's and MeteoRA's numbers, and the base model's name for the config."""
 
     alpha: float | None = None
     temperature: float | None = None
     base_model: str | None = None
+    top_k: int | None = None
 
 
 def find(path: Path, pickled: bool, told: Told) -> Found:
@@ -70,6 +73,9 @@ def find(path: Path, pickled: bool, told: Told) -> Found:
 
     Raises AdapterError for what cannot be read or is of no layout we know.
     """
+    gated = _gates_and_factors(path)
+    if gated:
+        return _meteora(path, gated, told)
     folder, file = (path, _weights_in(path, pickled)) if path.is_dir() else (path.parent, path)
     if file.suffix in PICKLES and not pickled:
         raise AdapterError(
@@ -148,6 +154,57 @@ def _unwrapped(file: Path, content: object, notes: list[str]) -> Iterator[tuple[
                 f"{file}: entry {name!r} is a {type(value).__name__}, not a tensor; save the tensors alone"
             )
         yield name, value
+
+
+def _gates_and_factors(path: Path) -> Tensors:
+    """MeteoRA's tensors in the shards of a model, which may be too large to read whole; {} if there are none.
+
+    What is a MeteoRA directory already has a config, and needs nothing taken out of it.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    ours = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if ours.is_file():
+        return {}
+    found: Tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as shard:
+                names = [name for name in shard.keys() if name.endswith(_OF_METEORA)]  # noqa: SIM118 - it is no dict
+                found |= {name: shard.get_tensor(name) for name in names}
+        except (*_DAMAGED, OSError) as error:
+            raise AdapterError(f"{file} cannot be read: {error}") from None
+    return found if any(name.endswith(f".{GATE}") for name in found) else {}
+
+
+def _meteora(path: Path, tensors: Tensors, told: Told) -> Found:
+    """The authors' model with its LoRAs stacked in every adapted layer; α, k and T are their scripts'."""
+    missing = [
+        f"--{name.replace('_', '-')}" for name in ("alpha", "temperature", "top_k") if getattr(told, name) is None
+    ]
+    if missing:
+        raise AdapterError(
+            f"{path} is MeteoRA, whose files leave out what its scripts were told; give {', '.join(missing)} (alpha: "
+            "its LoRAs' lora_alpha; temperature 1 and top-k 2 unless changed)"
+        )
+    renamed = {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    gates = {
+        name.removeprefix(PREFIX).removesuffix(f".{GATE}"): t for name, t in renamed.items() if name.endswith(GATE)
+    }
+    module, gate = next(iter(sorted(gates.items())))
+    factor = renamed.get(f"{PREFIX}{module}.lora_A.weight")
+    if factor is None:
+        raise AdapterError(f"{path}: {module}.lora_A.weight is missing")
+    number = len(gate)
+    config = {
+        "base_model_name_or_path": told.base_model,
+        "n_adapters": number,
+        "peft_type": METEORA.type_name,
+        "r": len(factor) // number,
+        "target_modules": sorted(gates),
+    }
+    sidecar = {"alphas": [told.alpha] * number, "temperature": told.temperature, "top_k": told.top_k}
+    note = f"left out the base model beside its gates and factors; alpha {told.alpha} for each of {number} adapters"
+    return Found(config, renamed, sidecar, (note,))
 
 
 def _mtl_lora(file: Path, tensors: Tensors, notes: list[str], told: Told) -> Found:

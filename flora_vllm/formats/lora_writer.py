@@ -36,10 +36,11 @@ BECOMES_LORA = frozenset((Added, Dense, Offset))
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """`pairs`: module -> down (R, I) and up (O, R), scales folded; `biases`: in place of the base's (O,)."""
+    """`pairs`: module -> down (R, I) and up (O, R), times `scale`; `biases`: in place of the base's (O,)."""
 
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     biases: Mapping[str, torch.Tensor]
+    scale: float = 1
 
 
 def lora_factors(base: BaseModel, adapter: Adapter, progress: Progress) -> LoraFactors:
@@ -115,6 +116,15 @@ def write_lora(path: Path, found: LoraFactors, base_model: str | None = None) ->
 
     Raises AdapterError if the result could not be read back, or if the directory holds anything else.
     """
+    files = lora_files(found, base_model)
+    faults = examine_files(files, None, Limits()).faults
+    if faults:
+        raise adapter_error(str(path), faults)
+    publish(path, files)
+
+
+def lora_files(found: LoraFactors, base_model: str | None = None) -> dict[str, bytearray]:
+    """The files of a LoRA directory that holds `found`."""
     ranks = {module: len(down) for module, (down, _) in found.pairs.items()}
     rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     pattern = {f"^{re.escape(module)}": r for module, r in sorted(ranks.items()) if r != rank}
@@ -123,9 +133,9 @@ def write_lora(path: Path, found: LoraFactors, base_model: str | None = None) ->
         "base_model_name_or_path": base_model,
         "bias": saved,
         "init_lora_weights": True,
-        # Scale 1 at every rank: it is in the factors.
-        "lora_alpha": rank,
-        "alpha_pattern": pattern,
+        # alpha / rank is the one scale at every rank.
+        "lora_alpha": rank * found.scale,
+        "alpha_pattern": {key: r * found.scale for key, r in pattern.items()},
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": pattern,
@@ -139,11 +149,7 @@ def write_lora(path: Path, found: LoraFactors, base_model: str | None = None) ->
         tensors |= {f"{PREFIX}{module}.{names[0]}": down, f"{PREFIX}{module}.{names[1]}": up}
     for module, bias in found.biases.items():
         tensors[f"{PREFIX}{module}.{BASE_BIAS if module in found.pairs else BIAS}"] = bias.float()
-    files = {
+    return {
         CONFIG_NAME: bytearray(json.dumps(config, indent=2, sort_keys=True).encode()),
         WEIGHTS_NAME: bytearray(save(tensors, metadata={"format": "pt"})),
     }
-    faults = examine_files(files, None, Limits()).faults
-    if faults:
-        raise adapter_error(str(path), faults)
-    publish(path, files)

@@ -19,7 +19,8 @@ from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel, 
 from flora_vllm.formats.base_probe import FileProbe
 from flora_vllm.formats.repair import equals_base
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
-from flora_vllm.terms import Gain, Offset, Swap, Term, merged, resolve
+from flora_vllm.terms import Gain, Gated, Offset, Swap, Term, merged, resolve
+from flora_vllm.terms.gated import NO_WEIGHT
 
 _CHUNK_BYTES = 16 << 20
 
@@ -71,6 +72,8 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
             continue
         probe = FileProbe(base, module)
         plan[weight] = resolve(terms.terms, probe)
+        if any(isinstance(term, Gated) for term in plan[weight]):
+            faults.append(f"module {module!r}: {NO_WEIGHT}")
         # Only the bias is asked for: a column stands for the weight.
         changes = merged(torch.zeros(_rows(base, weight), 1), probe.bias(), _of_bias(plan[weight]))[1]
         if bias in base.records:

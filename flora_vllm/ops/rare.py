@@ -126,6 +126,39 @@ class SharedLow:
 
 
 @dataclass(frozen=True, eq=False)
+class GatedAdded:
+    """Σ_e c_e up_e down_e x, c chosen by each row for itself (Arrow, MeteoRA).
+
+    c: softmax(s / temperature) over the `top` largest of the row's scores s = gate x, or |gate x|; 0 elsewhere.
+    gate (E, I) float32; down (E·R, I) and up (O, E·R) in the layer's dtype, expert e's part from e·R on.
+    """
+
+    gate_EI: torch.Tensor
+    down_LI: torch.Tensor
+    up_OL: torch.Tensor
+    top: int
+    temperature: float
+    is_absolute: bool
+    out_O: torch.Tensor | None = None
+    stage = "added"
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        scores_TE = rows.float() @ self.gate_EI.T
+        largest_TK, chosen_TK = (scores_TE.abs() if self.is_absolute else scores_TE).topk(self.top, 1)
+        shares_TE = torch.zeros_like(scores_TE).scatter_(1, chosen_TK, torch.softmax(largest_TK / self.temperature, 1))
+        middle_TL = (rows.to(self.down_LI.dtype) @ self.down_LI.T).float()
+        middle_TL = middle_TL * shares_TE.repeat_interleave(self.down_LI.shape[0] // self.gate_EI.shape[0], 1)
+        added = (middle_TL.to(self.up_OL.dtype) @ self.up_OL.T).float()
+        return added if self.out_O is None else added * self.out_O
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, out_O=_both(self.out_O, gain_O))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (t for t in (self.gate_EI, self.down_LI, self.up_OL, self.out_O) if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
 class DenseAdded:
     """matrix x, a whole matrix of the adapter's own."""
 

@@ -202,8 +202,8 @@ async def _identify(self: Any, request: Any, confined: bool) -> None:
     root = _adapter_root(self)
     name = request.lora_name
     if mixes.is_mix(request.lora_path):
-        parts = mixes.parts_of(mixes.weights_in(request.lora_path), self.lora_requests)
-        request.lora_path, digest = mixes.encoded(parts), mixes.digest_of_mix(parts)
+        mix = mixes.mix_of(mixes.asked_in(request.lora_path), self.lora_requests)
+        request.lora_path, digest = mixes.encoded(mix), mixes.digest_of_mix(mix)
     else:
         request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
         digest = await asyncio.to_thread(content_digest, request.lora_path, root if confined else None)

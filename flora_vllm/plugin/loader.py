@@ -25,15 +25,17 @@ from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import collect_files, digest_of
+from flora_vllm.formats.lora_merges import LoraPart, merged_lora
+from flora_vllm.formats.lora_writer import lora_files
 from flora_vllm.formats.ranks import Limits
-from flora_vllm.formats.reader import examine_files, warn_of
+from flora_vllm.formats.reader import Examination, examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.mixes import Part, decoded
+from flora_vllm.plugin.mixes import Mix, Part, decoded
 from flora_vllm.plugin.planned import Plans
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import saved_faults
@@ -106,12 +108,14 @@ class AdapterLoader:
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
         has_copy = not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir()
-        parts = decoded(path)
+        mix = decoded(path)
 
         def read() -> tuple[dict[str, bytearray], CutAdapter]:
-            if parts is not None:
-                return self._read_mix(name, parts, copy if has_copy else None)
-            directory, task = split_task(path)
+            if mix is not None and mix.method is None:
+                return self._read_mix(name, mix.parts, copy if has_copy else None)
+            if mix is not None and not has_copy:
+                return self._read_merge(name, mix)
+            directory, task = (path, None) if mix is not None else split_task(path)
             place, expected = (copy, None) if has_copy else (_local(directory), digest)
             return self._read(name, place, expected, path, task)
 
@@ -140,36 +144,69 @@ class AdapterLoader:
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
-        files, faults = collect_files(path, self._root_of(path))
-        planned = None if faults else self._plans.load(files, task)
-        found = None if planned else examine_files(files, self._layout, self._limits, task)
-        faults = [*faults, *(found.faults if found else ())]
-        if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
-            faults.append("the directory changed after the server read it; load it again")
         where = f"{name!r} ({shown})"
-        adapter = found.adapter if found else None
-        if adapter is not None:
-            faults += saved_faults(self._model, self._layout.rename, adapter.saved)
-        if self._has_encoder and adapter is not None and adapter.invocation_tokens is not None:
+        files, faults = self._collected(path, digest, task)
+        planned = None if faults else self._plans.load(files, task)
+        if planned is None:
+            return files, self._cut_together(where, files, self._examined(where, files, faults, task), task)
+        known, layers = planned
+        for _ in ("examined", "cut"):  # ranks that have no plan ask twice
+            if not all_agree(True, self._device):
+                raise adapter_error(where, [_ANOTHER_RANK])
+        warn_of(known.family, where)
+        return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
+
+    def _collected(self, path: Path, digest: str | None, task: str | None) -> tuple[dict[str, bytearray], list[str]]:
+        files, faults = collect_files(path, self._root_of(path))
+        if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
+            return files, ["the directory changed after the server read it; load it again"]
+        return files, [*faults]
+
+    def _examined(self, where: str, files: Mapping[str, bytearray], faults: Sequence[str], task: str | None) -> Adapter:
+        """The adapter in the files; ranks refuse one together."""
+        found = examine_files(files, self._layout, self._limits, task)
+        faults = [*faults, *found.faults]
+        if found.adapter is not None:
+            faults += saved_faults(self._model, self._layout.rename, found.adapter.saved)
+        if self._has_encoder and found.adapter is not None and found.adapter.invocation_tokens is not None:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         # Ranks ask the base together, and keep an adapter together or not at all.
-        if not all_agree(not faults, self._device) or (planned is None and adapter is None):
+        if not all_agree(not faults, self._device) or found.adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
-        known = planned[0] if planned else adapter
-        assert known is not None, "it was planned or examined"
-        warn_of(known.family, where)
+        warn_of(found.adapter.family, where)
+        return found.adapter
+
+    def _cut_together(
+        self, where: str, files: Mapping[str, bytearray], adapter: Adapter, task: str | None
+    ) -> CutAdapter:
         layers, error = CompactLayers({}), None
         try:
-            if planned:
-                layers = planned[1]
-            elif adapter is not None:
-                layers, arenas = self._cut(where, adapter)
-                self._plans.learn(files, task, adapter, arenas, layers)
+            layers, arenas = self._cut(where, adapter)
+            self._plans.learn(files, task, adapter, arenas, layers)
         except AdapterError as failure:
             error = failure
         if not all_agree(error is None, self._device):
             raise error or adapter_error(where, [_ANOTHER_RANK])
-        return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
+        return CutAdapter(adapter.family, adapter.rank, layers, adapter.invocation_tokens)
+
+    def _read_merge(self, name: str, mix: Mix) -> tuple[dict[str, bytearray], CutAdapter]:
+        """The LoRA that the parts merge into, as `flora-vllm merge` would write it: files of its own, read like any."""
+        assert mix.method is not None, "the sum of parts is no merge"
+        parts = []
+        for part in mix.parts:
+            plain, digest = split_identity(part.name)
+            directory, task = split_task(part.path)
+            files, faults = self._collected(_local(directory), digest, task)
+            adapter = self._examined(f"{plain!r} ({part.path})", files, faults, task)
+            parts.append(LoraPart(part.weight, repr(plain), files, adapter))
+        try:
+            merged = lora_files(merged_lora(parts, mix.method), parts[0].adapter.base_model)
+            found, error = examine_files(merged, self._layout, self._limits), None
+        except AdapterError as failure:
+            merged, found, error = {}, Examination(None, ()), failure
+        if not all_agree(found.adapter is not None, self._device) or found.adapter is None:
+            raise error or adapter_error(repr(name), found.faults or [_ANOTHER_RANK])
+        return merged, self._cut_together(repr(name), merged, found.adapter, None)
 
     def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
         """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""

@@ -22,7 +22,7 @@ KEY = "flora"
 MOST_UNNAMED = 64
 _BASE = "vllm.entrypoints.serve.engine.serving"
 _CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
-_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.mix"  # patches/0020
+_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.method"  # patches/0020
 
 
 def install() -> None:
@@ -54,20 +54,28 @@ def _choose_before(serving: Any, *, raises: bool) -> None:
 
 
 def _load_mixes() -> None:
-    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`."""
+    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`, and a merge's method beside it."""
     router: Any = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
     pydantic = importlib.import_module("pydantic")
 
     class LoadLoRAAdapterRequest(router.LoadLoRAAdapterRequest):
         lora_path: str = ""
         mix: dict[str, float] | None = None
+        method: str | None = None
+        density: float | None = None
+        majority_sign_method: str | None = None
+        seed: int | None = None
 
         @pydantic.model_validator(mode="after")
         def name_the_mix(self) -> Any:
+            names = ("method", "density", "majority_sign_method", "seed")
+            options = {name: value for name in names if (value := getattr(self, name)) is not None}
+            if options and (self.mix is None or self.method is None):
+                raise ValueError(f"{', '.join(options)} go with a mix and its method")
             if self.mix is not None:
                 if self.lora_path:
                     raise ValueError("give lora_path or mix, not both")
-                self.lora_path = mixes.PREFIX + json.dumps(self.mix)
+                self.lora_path = mixes.PREFIX + json.dumps({"mix": self.mix, **options} if options else self.mix)
             return self
 
     router.LoadLoRAAdapterRequest = LoadLoRAAdapterRequest

@@ -1,20 +1,23 @@
 """Mixes of loaded adapters: how clients write one, and how the engine is told of it.
 
-A client names parts and weights, in text (`mix:a*0.7+b*0.3`) or as an object (`{"a": 0.7, "b": 0.3}`). The engine gets
+A client names parts and weights, in text (`mix:a*0.7+b*0.3`) or as an object (`{"a": 0.7, "b": 0.3}`), and maybe one of
+PEFT's merge methods in place of the exact sum (`{"mix": {...}, "method": "ties", "density": 0.5}`). The engine gets
 them in the path of a LoRARequest: which content of which directory, by digest, with which weight. So a mix needs no
-part to stay loaded, is evicted and comes back like an adapter, and another content or weight is another identity.
+part to stay loaded, is evicted and comes back like an adapter, and another content, weight or option is another
+identity.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import shown
+from flora_vllm.formats.merge_methods import Method, method_of
 from flora_vllm.plugin.identity import split_identity
 
 PREFIX = "mix:"
@@ -31,6 +34,22 @@ class Part:
     path: str
 
 
+@dataclass(frozen=True)
+class Mix:
+    """`parts` as the exact weighted sum, or merged by `method`."""
+
+    parts: tuple[Part, ...]
+    method: Method | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A mix as a client wrote it: loaded names and weights."""
+
+    weights: Mapping[str, float]
+    method: Method | None = None
+
+
 def is_mix(path: str) -> bool:
     return path.startswith(PREFIX)
 
@@ -40,14 +59,19 @@ def text_of(weights: Mapping[str, float]) -> str:
     return PREFIX + "+".join(f"{name}*{weight!r}" for name, weight in weights.items())
 
 
-def weights_in(text: str) -> dict[str, float]:
-    """Part -> weight of `mix:a*0.7+b*0.3` or `mix:{"a": 0.7, "b": 0.3}`. Raises AdapterError."""
+def asked_in(text: str) -> Asked:
+    """Of `mix:a*0.7+b*0.3`, `mix:{"a": 0.7, "b": 0.3}` or `mix:{"mix": {...}, "method": ...}`. Raises AdapterError."""
     if text.startswith(f"{PREFIX}{{"):
         try:
-            weights = json.loads(text.removeprefix(PREFIX))
+            asked = json.loads(text.removeprefix(PREFIX))
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"mix {shown(text)} is not what JSON calls an object: {error}") from error
-        return checked(weights)
+        if isinstance(asked.get("mix"), dict):
+            options = {key: value for key, value in asked.items() if key != "mix"}
+            if "method" not in options:
+                raise AdapterError(f"mix {shown(text)}: options of a merge need its method")
+            return Asked(checked(asked["mix"]), _servable(method_of(options)))
+        return Asked(checked(asked))
     found: dict[str, float] = {}
     for piece in text.removeprefix(PREFIX).split("+"):
         match = _PART.fullmatch(piece)
@@ -56,7 +80,16 @@ def weights_in(text: str) -> dict[str, float]:
                 f"mix {text!r}: {piece!r} must be a name, * and a weight, each name once: mix:a*0.7+b*0.3"
             )
         found[match["name"]] = float(match["weight"])
-    return checked(found)
+    return Asked(checked(found))
+
+
+def _servable(method: Method) -> Method:
+    if method.decomposes:
+        raise AdapterError(
+            f"method {method.method} decomposes a matrix of every module, for which a server has no time: write the "
+            "merged adapter with `flora-vllm merge --method` and load that"
+        )
+    return method
 
 
 def checked(weights: Any) -> dict[str, float]:
@@ -83,40 +116,51 @@ def _is_finite(weight: float) -> bool:
         return False
 
 
-def parts_of(weights: Mapping[str, float], loaded: Mapping[str, Any]) -> tuple[Part, ...]:
-    """The parts by what is `loaded` under their names (LoRARequests); those of a mix take its place.
+def mix_of(asked: Asked, loaded: Mapping[str, Any]) -> Mix:
+    """The parts by what is `loaded` under their names (LoRARequests); those of a sum take its place in a sum.
 
-    Raises AdapterError for names that are not, and for more than MOST_PARTS parts.
+    Raises AdapterError for names that are not, for more than MOST_PARTS parts, and for a merge that is a part or has
+    one that is a mix: no method says what that would be.
     """
+    weights = asked.weights
     missing = sorted(set(weights) - set(loaded))
     if missing:
         raise AdapterError(f"mix {dict(weights)!r}: {missing} are not loaded; load them first")
     parts: list[Part] = []
     for name, weight in weights.items():
         inner = decoded(loaded[name].lora_path)
+        if inner is not None and (asked.method or inner.method):
+            raise AdapterError(f"mix {dict(weights)!r}: {name!r} is a mix itself; a merge's parts are adapters")
         parts += (
             [Part(weight, loaded[name].lora_name, loaded[name].lora_path)]
             if inner is None
-            else [Part(weight * part.weight, part.name, part.path) for part in inner]
+            else [Part(weight * part.weight, part.name, part.path) for part in inner.parts]
         )
     if len(parts) > MOST_PARTS:
         raise AdapterError(f"mix {dict(weights)!r} has {len(parts)} parts; at most {MOST_PARTS} can be mixed")
-    return tuple(parts)
+    return Mix(tuple(parts), asked.method)
 
 
-def encoded(parts: Sequence[Part]) -> str:
+def encoded(mix: Mix) -> str:
     """What stands in place of a path."""
-    return PREFIX + json.dumps([[part.weight, part.name, part.path] for part in parts], separators=(",", ":"))
+    parts = [[part.weight, part.name, part.path] for part in mix.parts]
+    return PREFIX + json.dumps([*parts, *_options(mix)], separators=(",", ":"))
 
 
-def decoded(path: str) -> tuple[Part, ...] | None:
-    """The parts that `encoded` wrote; None: it is a path."""
+def decoded(path: str) -> Mix | None:
+    """The mix that `encoded` wrote; None: it is a path."""
     if not path.startswith(f"{PREFIX}[["):
         return None
-    return tuple(Part(*part) for part in json.loads(path.removeprefix(PREFIX)))
+    written = json.loads(path.removeprefix(PREFIX))
+    method = method_of(written.pop()) if isinstance(written[-1], dict) else None
+    return Mix(tuple(Part(*part) for part in written), method)
 
 
-def digest_of_mix(parts: Sequence[Part]) -> str:
-    """Hex SHA-256 of contents and weights; names and places do not matter."""
-    content = [[part.weight, split_identity(part.name)[1] or part.path] for part in parts]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def digest_of_mix(mix: Mix) -> str:
+    """Hex SHA-256 of contents, weights and method; names and places do not matter."""
+    content = [[part.weight, split_identity(part.name)[1] or part.path] for part in mix.parts]
+    return hashlib.sha256(json.dumps([*content, *_options(mix)]).encode()).hexdigest()
+
+
+def _options(mix: Mix) -> list[dict[str, Any]]:
+    return [] if mix.method is None else [mix.method.options()]

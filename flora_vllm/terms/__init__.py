@@ -20,6 +20,7 @@ from flora_vllm.terms.circulant import CIRCULANT, Circulant
 from flora_vllm.terms.dense import DENSE, Dense
 from flora_vllm.terms.from_base import FROM_BASE, FromBase
 from flora_vllm.terms.gain import GAIN, Gain
+from flora_vllm.terms.gated import GATED, Gated
 from flora_vllm.terms.kind import Cut, Draft, Kind, Merging, Probe, Term
 from flora_vllm.terms.kron import KRON, Kron
 from flora_vllm.terms.offset import OFFSET, Offset
@@ -37,6 +38,7 @@ __all__ = [
     "Dense",
     "FromBase",
     "Gain",
+    "Gated",
     "Kind",
     "Kron",
     "Offset",
@@ -58,6 +60,7 @@ KINDS: Mapping[type, Kind] = {
     Product: PRODUCT,
     Turn: TURN,
     Added: ADDED,
+    Gated: GATED,
     Bases: BASES,
     Kron: KRON,
     Circulant: CIRCULANT,

@@ -18,6 +18,7 @@ from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.families.flora import FLORA
 from flora_vllm.formats.families.fourierft import FOURIERFT
 from flora_vllm.formats.families.frod import FROD
+from flora_vllm.formats.families.gated import ARROW, METEORA
 from flora_vllm.formats.families.glora import GLORA
 from flora_vllm.formats.families.gralora import GRALORA
 from flora_vllm.formats.families.hira import HIRA
@@ -55,6 +56,8 @@ ROWS = (
     ADALORA, LOHA, VBLORA, UNILORA, MISS, BONE, GRALORA, DELORA, POLY,
     # the same, of systems outside PEFT
     MELORA, MTLLORA, XGBLORA,
+    # low rank, chosen by token
+    ARROW, METEORA,
     # low rank once the base was asked
     PEANUT, HRA, DEFT, PSOFT, OSF, ADAMSS,
     # gains and biases
