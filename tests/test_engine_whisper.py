@@ -45,7 +45,7 @@ def plain(world: World) -> list[Answer]:
 @pytest.fixture(scope="module")
 def engine(world: World, plain: list[Answer]) -> Iterator[Engine]:
     # Only one engine can be there at a time: the plain one comes first.
-    options: dict[str, Any] = OPTIONS | {"max_loras": len(world.states) - 1, "max_lora_rank": 8, "max_flora_rank": 8}
+    options: dict[str, Any] = OPTIONS | {"max_loras": len(world.states) - 1, "max_lora_rank": 64, "max_flora_rank": 8}
     with support.running(world.model, **options) as engine:
         yield engine
 

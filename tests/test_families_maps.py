@@ -41,7 +41,7 @@ def _fill(name: str, parameter: torch.Tensor) -> None:
         parameter.add_(1.0)
     if "oft_R" in name and parameter.shape[1] > 200:
         # Of large blocks the powers of so large a map would be all that is left.
-        parameter.mul_(0.1)
+        parameter.mul_(0.2)
 
 
 # name -> (architecture, config)

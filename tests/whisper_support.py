@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import peft
 import torch
 import transformers
 from engine_support import Answer, Ask, Oracle, State
+from families_support import Fill, fill_normal, save_filled
 from tiny_models import WHISPER_CHUNK_S
 
 RATE_HZ = 16000
@@ -20,6 +22,18 @@ PEFT_CONFIGS = {
     "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "fc1", "fc2"]),
     "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
     "hira": peft.HiraConfig(r=3, target_modules=["q_proj", "k_proj", "out_proj", "fc1"]),
+}
+# One of each kind of term, on layers of the encoder, the decoder and between them.
+FAMILIES: dict[str, peft.PeftConfig] = {
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj", "fc1"]),
+    "lora-bias": peft.LoraConfig(r=4, bias="lora_only", target_modules=["v_proj", "fc2"]),
+    "loha": peft.LoHaConfig(r=3, target_modules=["k_proj", "out_proj"], init_weights=False),
+    "lokr": peft.LoKrConfig(r=4, target_modules=["q_proj", "fc2"], init_weights=False),
+    "oft": peft.OFTConfig(r=0, oft_block_size=16, target_modules=["k_proj", "v_proj", "fc1"]),
+    "road": peft.RoadConfig(variant="road_1", group_size=32, target_modules=["q_proj", "out_proj"]),
+    "vera": peft.VeraConfig(r=16, target_modules=["q_proj", "v_proj"]),
+    "fourierft": peft.FourierFTConfig(n_frequency=40, scaling=100.0, target_modules=["v_proj", "out_proj"]),
+    "miss": peft.MissConfig(r=8, target_modules=["k_proj", "fc1"]),
 }
 # label -> (rank, reduction, what of a module's name it needs to be adapted)
 FLORA = {
@@ -60,6 +74,11 @@ class World:
             self.states[label] = support.write_flora_adapter(base, folder / label, rank, reduction, seed, modules)
         for seed, (label, config) in enumerate(PEFT_CONFIGS.items()):
             self.states[label] = support.save_peft_adapter(model, folder / label, config, seed)
+        for label, config in FAMILIES.items():
+            # Of a large map the powers that PEFT sums would be all that is left, and they round.
+            fill: Fill = partial(fill_normal, std=0.05) if label == "oft" else fill_normal
+            wrapped: Any = save_filled(support.load(model), config, folder / label, fill)
+            self.states[label] = wrapped.merge_and_unload().state_dict()
         self.paths: Mapping[str | None, Path | None] = {
             label: None if label is None else folder / label for label in self.states
         }
