@@ -55,9 +55,9 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLORA_NATIVE", "1" if implementation == "native" else "0")
         with support.running(model, flora_path=path, kv_cache_memory_bytes=256 << 20, **options) as engine:
-            assert {layer.kernel.implementation for layer in engine.manager().attached.layers.values()} == {
-                implementation
-            }
+            layers = engine.manager().attached.layers.items()
+            # The output layer is vLLM's own call with its adapters around it.
+            assert {layer.kernel.implementation for name, layer in layers if name != "lm_head"} == {implementation}
             yield engine
 
 
