@@ -5,12 +5,11 @@ opaque torch op makes it reachable from compiled code, and what a step needs is 
 term: steps with an adapter that has one run eagerly.
 """
 
-import itertools
-import weakref
 from collections.abc import Callable
 
 import torch
 
+from flora_vllm.handles import Handles
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.step import Step
 
@@ -26,7 +25,7 @@ class AdaptedEmbedding:
         self._step = step
         self._device = device
         self._slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.handle = _register(self)
+        self.handle = _embeddings.register(self)
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on, one slice's low-rank term (H in, V out); None clears it."""
@@ -54,19 +53,12 @@ class AdaptedEmbedding:
         return e
 
 
-_embeddings: "weakref.WeakValueDictionary[int, AdaptedEmbedding]" = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _register(embedding: AdaptedEmbedding) -> torch.Tensor:
-    number = next(_numbers)
-    _embeddings[number] = embedding
-    return torch.tensor(number, dtype=torch.int64)
+_embeddings: Handles[AdaptedEmbedding] = Handles()
 
 
 # The two share a signature: `weight` says width and dtype to the fake, which may not look the embedding up.
 def _embed(ids: torch.Tensor, _weight: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
-    return _embeddings[int(handle)].forward(ids)
+    return _embeddings[handle].forward(ids)
 
 
 def _embed_fake(ids: torch.Tensor, weight: torch.Tensor, _handle: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,6 @@ Shape letters: T tokens, K experts of a token, P pairs of a token and one of its
 H hidden size, M inner size of an expert.
 """
 
-import itertools
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import gelu, silu
 
+from flora_vllm.handles import Handles
 from flora_vllm.ops.dispatch import NEVER, DispatchRule
 from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.shell import Shell
@@ -126,7 +125,7 @@ class AdaptedExperts:
     ) -> None:
         self._stock, self._experts, self._activation = stock, experts, activation
         self._step, self._users, self._weighs_input = step, users, weighs_input
-        self.handle = _register(self)
+        self.handle = _layers.register(self)
 
     def forward(self, x_TH: torch.Tensor, weight_TK: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
         """y_TH: of each token its K experts' outputs, weighted and summed."""
@@ -166,18 +165,11 @@ class AdaptedExperts:
         return y_TH
 
 
-_layers: "weakref.WeakValueDictionary[int, AdaptedExperts]" = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _register(layer: AdaptedExperts) -> torch.Tensor:
-    number = next(_numbers)
-    _layers[number] = layer
-    return torch.tensor(number, dtype=torch.int64)
+_layers: Handles[AdaptedExperts] = Handles()
 
 
 def _run(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
-    return _layers[int(handle)].forward(x, weights, experts)
+    return _layers[handle].forward(x, weights, experts)
 
 
 def _run_fake(x: torch.Tensor, _weights: torch.Tensor, _experts: torch.Tensor, _handle: torch.Tensor) -> torch.Tensor:

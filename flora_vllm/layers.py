@@ -6,14 +6,13 @@ Calls of layers whose kernel has a direct form are taken in C++ (`direct_calls`)
 """
 
 import ctypes
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from flora_vllm import direct_calls
+from flora_vllm.handles import Handles
 from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.shell import Shell
 from flora_vllm.ops.table import LinearKernel, direct_form_of, graph_form_of, graph_rows_of
@@ -61,7 +60,7 @@ class AdaptedLinear:
         self._shell = Shell(kernel, sizes, hidden_bias, device)
         self._has_rare = ctypes.c_int64(0)  # read by compiled code
         self._out_features = sum(sizes)
-        self.handle = _register(self)
+        self.handle = _layers.register(self)
         form = direct_form_of(kernel)
         if form is not None:
             direct_calls.connect(self, int(self.handle), form, step.words, self._has_rare)
@@ -108,19 +107,12 @@ class AdaptedLinear:
         return y_TO
 
 
-_layers: "weakref.WeakValueDictionary[int, AdaptedLinear]" = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _register(layer: AdaptedLinear) -> torch.Tensor:
-    number = next(_numbers)
-    _layers[number] = layer
-    return torch.tensor(number, dtype=torch.int64)
+_layers: Handles[AdaptedLinear] = Handles()
 
 
 # The two share a signature: `out_features` is for the fake, which may not look the layer up.
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, _out_features: int) -> torch.Tensor:
-    return _layers[int(handle)].forward(x, bias)
+    return _layers[handle].forward(x, bias)
 
 
 def _linear_fake(x: torch.Tensor, _bias: torch.Tensor | None, _handle: torch.Tensor, out_features: int) -> torch.Tensor:

@@ -6,8 +6,7 @@ adapters are refused.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from flora_vllm.embedding import AdaptedEmbedding
 from flora_vllm.plugin.attach import LEFT_OUT, Attached
-from flora_vllm.plugin.trial import TOKENS, run_once
+from flora_vllm.plugin.trial import TOKENS, run_once, watched
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
 
@@ -67,7 +66,7 @@ def _called_otherwise(model: Any, found: Mapping[str, Any], config: Any, device:
     """Embedding -> why it cannot be adapted, of those that a run of the model does not ask for each token once."""
     if not found:
         return {}
-    with _watched(found) as rows:
+    with watched(found, "embedding", torch.Tensor.numel) as rows:
         try:
             run_once(model, config, device)
         except Exception as error:  # noqa: BLE001 - models differ in what they take
@@ -77,29 +76,6 @@ def _called_otherwise(model: Any, found: Mapping[str, Any], config: Any, device:
         for name, counts in rows.items()
         if counts != [TOKENS]
     }
-
-
-@contextmanager
-def _watched(found: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
-    """Within it, embedding -> the numbers of ids of its calls."""
-    rows: dict[str, list[int]] = {name: [] for name in found}
-    methods = {name: module.quant_method for name, module in found.items()}
-
-    def watching(name: str, embedding: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def watched_embedding(layer: Any, ids: torch.Tensor) -> torch.Tensor:
-            rows[name].append(ids.numel())
-            return embedding(layer, ids)
-
-        return watched_embedding
-
-    try:
-        for name, module in found.items():
-            module.quant_method = copy.copy(methods[name])
-            module.quant_method.embedding = watching(name, methods[name].embedding)
-        yield rows
-    finally:
-        for name, module in found.items():
-            module.quant_method = methods[name]
 
 
 def _take_over(name: str, module: Any, attached: Attached, step: Step, device: torch.device) -> None:

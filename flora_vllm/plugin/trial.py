@@ -8,7 +8,7 @@ zeros, everything else is computed.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,31 +42,30 @@ def run_once(model: Any, vllm_config: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def watched(layers: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
-    """Within it, layer name -> the numbers of rows of its calls."""
+def watched(
+    layers: Mapping[str, Any],
+    call: str = "apply",
+    rows_of: Callable[[torch.Tensor], int] = lambda x: x.numel() // x.shape[-1],
+) -> Iterator[dict[str, list[int]]]:
+    """Within it, layer name -> the numbers of rows, by `rows_of`, of what its quant method's `call` was given."""
     rows: dict[str, list[int]] = {name: [] for name in layers}
     methods = {name: module.quant_method for name, module in layers.items()}
 
-    def watching(name: str, apply: Any) -> Any:
-        def watched_apply(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            rows[name].append(x.numel() // x.shape[-1])
-            return apply(layer, x, *args, **kwargs)
+    def watching(name: str, original: Any) -> Any:
+        def watched_call(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            rows[name].append(rows_of(x))
+            return original(layer, x, *args, **kwargs)
 
-        return watched_apply
+        return watched_call
 
     try:
         for name, module in layers.items():
-            module.quant_method = _copy_with(methods[name], watching(name, methods[name].apply))
+            module.quant_method = copy.copy(methods[name])
+            setattr(module.quant_method, call, watching(name, getattr(methods[name], call)))
         yield rows
     finally:
         for name, module in layers.items():
             module.quant_method = methods[name]
-
-
-def _copy_with(method: Any, apply: Any) -> Any:
-    changed = copy.copy(method)
-    changed.apply = apply
-    return changed
 
 
 def layers_elsewhere(layers: Mapping[str, Any], model: Any, vllm_config: Any, device: torch.device) -> dict[str, str]:
