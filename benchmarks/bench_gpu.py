@@ -80,19 +80,18 @@ def timed_rows(device: torch.device, parts: Sequence[str], quick: bool) -> list[
 def draw(rows: list[dict]) -> None:
     """Predicted beside measured ratios; nothing without matplotlib."""
     try:
-        import matplotlib.pyplot as plt
+        from figure import drawn
     except ImportError:
         harness.progress("no plot: matplotlib is not installed")
         return
     points = [row for row in rows if "predicted_vs_base" in row]
-    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    for candidate in ("flora", "lora"):
-        of_candidate = [(r["predicted_vs_base"], r["vs_base"]) for r in points if r["candidate"] == candidate]
-        axes.scatter(*zip(*of_candidate, strict=True), label=candidate)
-    axes.axline((1, 1), slope=1, color="grey")
-    axes.set(xlabel="predicted, of base", ylabel="measured, of base", xscale="log", yscale="log")
-    axes.legend()
-    figure.savefig(harness.RESULTS / "gpu.png", dpi=120)
+    with drawn(harness.RESULTS / "gpu.png", width=8, height=8) as (axes,):
+        for candidate in ("flora", "lora"):
+            of_candidate = [(r["predicted_vs_base"], r["vs_base"]) for r in points if r["candidate"] == candidate]
+            axes.scatter(*zip(*of_candidate, strict=True), label=candidate)
+        axes.axline((1, 1), slope=1, color="grey")
+        axes.set(xlabel="predicted, of base", ylabel="measured, of base", xscale="log", yscale="log")
+        axes.legend()
 
 
 def main() -> None:

@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from cluster_replay import Outcome, Traffic
+from figure import drawn, legend_outside
 
 WINDOW_S = 4.0
 LABELS = {
@@ -26,23 +23,21 @@ def plot_shift(traffic: Traffic, outcomes: Mapping[str, Outcome], folder: Path) 
     windows = np.floor(traffic.times_s / WINDOW_S).astype(int)
     edges = np.searchsorted(windows, np.arange(windows[-1] + 1))
     middle = (np.arange(len(edges)) + 0.5) * WINDOW_S
-    title = f"{traffic.replicas} replicas, {traffic.adapters} adapters, {len(traffic.times_s)} requests"
+    title = f"{traffic.replicas:,} replicas, {traffic.adapters:,} adapters, {len(traffic.times_s):,} requests"
     for file, label, scale, of in (
         ("cluster_hit_rate.png", f"hit rate in {WINDOW_S:.0f} s", "linear", lambda o, s: o.hit[s].mean()),
         ("cluster_p99_wait.png", f"p99 wait in {WINDOW_S:.0f} s, seconds", "log", lambda o, s: _p99(o.wait_s[s])),
     ):
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for name, outcome in outcomes.items():
-            slices = [slice(a, b) for a, b in zip(edges, [*edges[1:], len(windows)], strict=True)]
-            values = [of(outcome, s) for s in slices]
-            # Dashes show the line below where two policies do the same.
-            style = "--" if name in ("hash", "punica") else "-"
-            axes.plot(middle, values, style, label=LABELS[name], linewidth=2.5 if name == "ours" else 1.2)
-        axes.axvline(traffic.shift_s, color="grey", linestyle=":", label="popularity changes")
-        axes.set(xlabel="seconds", ylabel=label, yscale=scale, title=title)
-        axes.legend(fontsize="small")
-        figure.savefig(folder / file, dpi=120)
-        plt.close(figure)
+        with drawn(folder / file, height=6.5) as (axes,):
+            for name, outcome in outcomes.items():
+                slices = [slice(a, b) for a, b in zip(edges, [*edges[1:], len(windows)], strict=True)]
+                values = [of(outcome, s) for s in slices]
+                # Dashes show the line below where two policies do the same.
+                style = "--" if name in ("hash", "punica") else "-"
+                axes.plot(middle, values, style, label=LABELS[name], linewidth=3.5 if name == "ours" else 1.8)
+            axes.axvline(traffic.shift_s, color="grey", linestyle=":", label="popularity changes")
+            axes.set(xlabel="seconds", ylabel=label, yscale=scale, title=title)
+            legend_outside(axes)
 
 
 def _p99(wait_s: np.ndarray) -> float:

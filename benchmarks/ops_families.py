@@ -132,6 +132,9 @@ def run() -> dict[str, Any]:
     result = {f"{name}_vs_base": round(harness.geometric_mean(values), 3) for name, values in ratios.items()}
     result |= {"opaque_base_calls": opaque_calls(), **load_times()}
     harness.append_rows(harness.RESULTS / "ops.jsonl", [*rows, setup | result])
+    from ops_plots import plot
+
+    plot(result, harness.RESULTS)
     return result
 
 

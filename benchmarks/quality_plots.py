@@ -4,14 +4,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from figure import drawn, legend_outside
 from quality_data import CODE, SPEECH
 from quality_plan import METHODS
 from quality_stats import METRICS, by_language
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+LABELS = {"base": "base model", "flora": "FLoRA", "lora": "LoRA", "ia3": "IA3"}
 TITLES = {
     "code": ("quality_code.png", "bits per byte of held-out files (lower is better)"),
     "speech": ("quality_speech.png", "word error rate, %, normalised (lower is better)"),
@@ -32,16 +30,14 @@ def _plot(cells: Sequence[dict], task: str, file: Path, title: str) -> None:
     """
     found = {method: by_language(cells, task, method, METRICS[task]) for method in METHODS}
     languages = [language for language in found["base"] if all(language in values for values in found.values())]
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    for i, (method, values) in enumerate(found.items()):
-        heights = [values[language] for language in languages]
-        heights += [statistics.mean(heights)] if heights else []
-        axes.bar([x + (i - 1.5) * 0.2 for x in range(len(heights))], heights, 0.2, label=method)
-    axes.set_xticks(range(len(languages) + bool(languages)), [*languages, "mean"] if languages else [])
     absent = [language for language in (CODE if task == "code" else SPEECH) if language not in languages]
     note = f"\nnot measured with every method yet: {', '.join(absent)}" if absent else ""
-    axes.set(ylabel=title.partition(" (")[0], title=title + note)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with drawn(file, height=5) as (axes,):
+        for i, (method, values) in enumerate(found.items()):
+            heights = [values[language] for language in languages]
+            heights += [statistics.mean(heights)] if heights else []
+            axes.bar([x + (i - 1.5) * 0.2 for x in range(len(heights))], heights, 0.2, label=LABELS[method])
+        axes.set_xticks(range(len(languages) + bool(languages)), [*languages, "mean"] if languages else [])
+        axes.set(ylabel=title.partition(" (")[0], title=title + note)
+        axes.grid(axis="x", visible=False)
+        legend_outside(axes, len(LABELS))

@@ -290,7 +290,8 @@ class Log:
             telling = shorten(line)
             if telling is None and now - shown < QUIET_S:
                 continue
-            latest = telling or (self.lines[-1].strip() if self.lines else "")
+            # Of pip's own lines only this one tells how far it is; its warnings name the machine's mirrors.
+            latest = telling or next((x.strip() for x in reversed(self.lines) if "Collecting " in x), "still at it")
             if telling is None and count is not None and count() > 5:
                 latest = f"{count()} packages installed"
             print(f"    {now - started:4.0f} s  {latest[:100]}", flush=True)
