@@ -39,15 +39,13 @@ class Answer:
 BEGIN = """\
 This serves one small model and {count} adapters ({names}) from one vLLM server, asks all of them at once, and checks
 that every request got its own. It takes about two minutes; what vLLM says goes to a file."""
-# In a clone the commands are not on the path: they lie in .venv/bin.
-NEXT = """
-What to try next (in a clone with `. .venv/bin/activate` first):
-  flora-vllm demo --keep                                        # the same server, left running for your own requests
-  flora-vllm inspect {adapters}/perl                            # what an adapter is
-  flora-vllm serve {model} --lora-modules perl={adapters}/perl
-  flora-vllm train {model} YOUR_TEXT.jsonl ./mine               # an adapter of your own, and the line that serves it
-  flora-vllm --help
-"""
+NEXT = {
+    "flora-vllm demo --keep": "the same server, left running for your own requests",
+    "flora-vllm inspect {adapters}/perl": "what an adapter is",
+    "flora-vllm serve {model} --lora-modules perl={adapters}/perl": "your own server",
+    "flora-vllm train {model} YOUR_TEXT.jsonl ./mine": "an adapter of your own, and the line that serves it",
+    "flora-vllm --help": "everything else",
+}
 EXAMPLES = """\
 examples:
   flora-vllm demo
@@ -79,8 +77,16 @@ def run(args: argparse.Namespace) -> int:
             print(f"the server runs at {server.url} until Ctrl-C; model names: base, {', '.join(samples)}")
             server.wait()
     if not failures and not args.keep:
-        print(NEXT.format(model=_shown(model.resolve()), adapters=_shown(ADAPTERS)))
+        print(_next_steps(_shown(model.resolve()), _shown(ADAPTERS)))
     return 1 if failures else 0
+
+
+def _next_steps(model: str, adapters: str) -> str:
+    commands = {command.format(model=model, adapters=adapters): comment for command, comment in NEXT.items()}
+    width = max(map(len, commands))
+    lines = [f"  {command:{width}}  # {comment}" for command, comment in commands.items()]
+    # In a clone the commands are not on the path: they lie in .venv/bin.
+    return "\n".join(["", "What to try next (in a clone with `. .venv/bin/activate` first):", *lines, ""])
 
 
 def _shown(path: Path) -> str:
