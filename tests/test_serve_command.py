@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flora_vllm.commands import serve, server_process
@@ -119,6 +120,7 @@ def test_a_server_that_never_served_is_not_started_again(tmp_path: Path, seen: P
 def test_without_restart_it_becomes_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(serve.os, "execvpe", lambda *args: called.append(args))
+    monkeypatch.setattr(serve, "memory_options", lambda command: [])  # as on a machine that is free
     monkeypatch.setattr(serve, "Supervisor", lambda command: pytest.fail(f"watched: {command}"))
     from flora_vllm.commands.cli import main
 
@@ -127,3 +129,18 @@ def test_without_restart_it_becomes_vllm(monkeypatch: pytest.MonkeyPatch) -> Non
     ((_, command, environment),) = called
     assert command[-5:] == ["serve", "MODEL", "--enable-flora", "--max-loras", "4"]
     assert environment["VLLM_CPU_OMP_THREADS_BIND"]
+
+
+@pytest.mark.parametrize(
+    ("available", "words", "added"),
+    [
+        (0.99, [], []),
+        (0.615, [], ["--gpu-memory-utilization", "0.56"]),
+        (0.5, ["--gpu_memory_utilization=0.3"], []),
+        (0.5, ["--kv-cache-memory-bytes", "1G"], []),
+    ],
+)
+def test_a_cpus_memory_is_what_is_free(monkeypatch, available: float, words: list[str], added: list[str]) -> None:
+    memory = psutil.virtual_memory()._replace(total=1000, available=int(1000 * available))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert serve.memory_options(["vllm", "serve", "MODEL", *words]) == added

@@ -1,5 +1,6 @@
 """What vLLM's OpenAI server offers, with adapters of every family and none, through the `openai` client."""
 
+import re
 import shutil
 import threading
 import time
@@ -118,6 +119,51 @@ def test_chat(client: Client) -> None:
         assert response.choices[0].logprobs is not None
         texts.add(response.choices[0].message.content)
     assert len(texts) == 4
+
+
+def test_responses(client: Client) -> None:
+    texts = set()
+    for model in (BASE, "flora1", "lora", "hira"):
+        response = client.openai.responses.create(model=model, input="hello there", temperature=0, max_output_tokens=12)
+        assert response.model == model
+        texts.add(response.output_text)
+    assert len(texts) == 4
+
+
+def test_beams_are_searched_under_the_adapter(client: Client, world: World) -> None:
+    ask, oracle, new = make_ask(72), world.oracle(), 4
+    for model in (BASE, "flora2", "lora"):
+        response = client.openai.completions.create(
+            model=model,
+            prompt=list(ask.prompt),
+            n=2,
+            max_tokens=new,
+            temperature=0,
+            extra_body={"use_beam_search": True, "ignore_eos": True, "return_token_ids": True},
+        )
+        beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        for _ in range(new):
+            following = [
+                (score, found, oracle.logprobs(world.states[model], ask.prompt + found)[-1]) for score, found in beams
+            ]
+            grown = [
+                (score + float(row[t]), (*found, t))
+                for score, found, row in following
+                for t in row.topk(4).indices.tolist()
+            ]
+            beams = sorted(grown, reverse=True)[:2]
+        assert [tuple(choice.model_dump()["token_ids"])[-new:] for choice in response.choices] == [t for _, t in beams]
+
+
+def test_structured_output(client: Client) -> None:
+    for model in (BASE, "flora1", "ia3"):
+        response = client.openai.completions.create(
+            model=model,
+            prompt="hello",
+            max_tokens=12,
+            extra_body={"structured_outputs": {"regex": "(the|a)( the| a){2}"}},
+        )
+        assert re.fullmatch("(the|a)( the| a){2}", response.choices[0].text)
 
 
 def _listed(client: Client) -> dict[str, dict]:

@@ -7,6 +7,7 @@ that never came up is not: the same command would fail again.
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from flora_vllm.commands.server_process import server_environment, vllm_command
+import psutil
+
+from flora_vllm.commands.server_process import on_cpu, server_environment, vllm_command
 
 EXAMPLES = """\
 examples:
@@ -27,8 +30,12 @@ examples:
   flora-vllm serve MODEL --help=FLoRA          # the options of adapters; `vllm serve --help` has all
 
 Every other option is vLLM's and is passed on. On a CPU the engine gets all cores but one, which the HTTP server needs,
-and is not pinned to one core, unless OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND say otherwise.
+and is not pinned to one core, unless OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND say otherwise; and of its memory
+what is free, where --gpu-memory-utilization and --kv-cache-memory-bytes say nothing and other programs use some of it.
 """
+MEMORY_FLAGS = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--config"}
+# vLLM's default share of the memory; and what is left to whatever starts meanwhile.
+DEFAULT_SHARE, SPARE_SHARE = 0.92, 0.05
 WATCH_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
@@ -46,11 +53,25 @@ def run(args: argparse.Namespace) -> int:
     """The server's exit status; 130 after Ctrl-C."""
     options = [word for word in args.options if word != "--restart"]
     command = [*vllm_command(), "serve", args.model, "--enable-flora", *options]
+    if on_cpu():
+        command += memory_options(command)
     if not (args.restart or len(options) < len(args.options)):
         sys.stdout.flush()
         os.execvpe(command[0], command, server_environment())
         raise AssertionError("exec returned")
     return Supervisor(command).run()
+
+
+def memory_options(command: Sequence[str]) -> list[str]:
+    """The share of a CPU's memory that is free, if vLLM's default is not: it would end with a traceback."""
+    if not MEMORY_FLAGS.isdisjoint(word.partition("=")[0].replace("_", "-") for word in command):
+        return []
+    memory = psutil.virtual_memory()
+    share = math.floor(100 * (memory.available / memory.total - SPARE_SHARE)) / 100
+    if share >= DEFAULT_SHARE:
+        return []
+    _say(f"other programs use memory: --gpu-memory-utilization {share} in place of vLLM's {DEFAULT_SHARE}")
+    return ["--gpu-memory-utilization", str(share)]
 
 
 class Supervisor:

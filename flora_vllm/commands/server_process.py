@@ -55,7 +55,7 @@ class ServerProcess:
             self._command += ["--enable-lora", "--lora-modules", *(f"{n}={p}" for n, p in adapters.items())]
             if "--max-loras" not in options:
                 self._command += ["--max-loras", str(len(adapters))]
-        if _on_cpu():
+        if on_cpu():
             self._command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--max-model-len", "2048"]
         self._command += options
         self._process: subprocess.Popen[bytes] | None = None
@@ -148,7 +148,7 @@ def vllm_command() -> list[str]:
     return [command] if command else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
