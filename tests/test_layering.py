@@ -69,7 +69,7 @@ PARTS = (
     Part("commands.server_process", ("errors",), ("torch",)),
     Part("commands", ("", "commands.cli", "commands.server_process", "errors", "adapter", "formats", "ops", "options",
                       "terms", "train_request", "training", "plugin", "demo.model_assets"),
-         ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib", "psutil", "rich")),
+         ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib", "rich")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip
 # Read by everything that serves; must not wait for, or need, any of these.

@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from flora_vllm.commands import serve, server_process
@@ -132,15 +131,21 @@ def test_without_restart_it_becomes_vllm(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("available", "words", "added"),
+    ("free", "words", "added"),
     [
-        (0.99, [], []),
-        (0.615, [], ["--gpu-memory-utilization", "0.56"]),
-        (0.5, ["--gpu_memory_utilization=0.3"], []),
-        (0.5, ["--kv-cache-memory-bytes", "1G"], []),
+        (990, [], []),
+        (620, [], ["--gpu-memory-utilization", "0.58"]),
+        (500, ["--gpu_memory_utilization=0.3"], []),
+        (500, ["--kv-cache-memory-bytes", "1G"], []),
     ],
 )
-def test_a_cpus_memory_is_what_is_free(monkeypatch, available: float, words: list[str], added: list[str]) -> None:
-    memory = psutil.virtual_memory()._replace(total=1000, available=int(1000 * available))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+def test_a_cpus_memory_is_what_is_free(
+    tmp_path: Path, monkeypatch, free: int, words: list[str], added: list[str]
+) -> None:
+    for node, here in enumerate((1000, free)):
+        (tmp_path / f"node{node}").mkdir()
+        lines = {"MemTotal": 1000, "MemFree": here - 30, "Active(file)": 10, "Inactive(file)": 10, "SReclaimable": 10}
+        text = "".join(f"Node {node} {name}: {value} kB\n" for name, value in lines.items())
+        (tmp_path / f"node{node}" / "meminfo").write_text(text)
+    monkeypatch.setattr(serve, "NODES", tmp_path)
     assert serve.memory_options(["vllm", "serve", "MODEL", *words]) == added

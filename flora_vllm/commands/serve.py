@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from flora_vllm.commands.server_process import on_cpu, server_environment, vllm_command
 
 EXAMPLES = """\
@@ -34,8 +32,9 @@ and is not pinned to one core, unless OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_B
 what is free, where --gpu-memory-utilization and --kv-cache-memory-bytes say nothing and other programs use some of it.
 """
 MEMORY_FLAGS = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--config"}
-# vLLM's default share of the memory; and what is left to whatever starts meanwhile.
-DEFAULT_SHARE, SPARE_SHARE = 0.92, 0.05
+DEFAULT_SHARE = 0.92  # of a memory node, vLLM's
+KEPT = 0.95  # the rest is left to what starts meanwhile
+NODES = Path("/sys/devices/system/node")
 WATCH_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
@@ -66,12 +65,18 @@ def memory_options(command: Sequence[str]) -> list[str]:
     """The share of a CPU's memory that is free, if vLLM's default is not: it would end with a traceback."""
     if not MEMORY_FLAGS.isdisjoint(word.partition("=")[0].replace("_", "-") for word in command):
         return []
-    memory = psutil.virtual_memory()
-    share = math.floor(100 * (memory.available / memory.total - SPARE_SHARE)) / 100
+    share = math.floor(100 * KEPT * min(map(free_share, NODES.glob("node[0-9]*/meminfo")), default=1.0)) / 100
     if share >= DEFAULT_SHARE:
         return []
     _say(f"other programs use memory: --gpu-memory-utilization {share} in place of vLLM's {DEFAULT_SHARE}")
     return ["--gpu-memory-utilization", str(share)]
+
+
+def free_share(meminfo: Path) -> float:
+    """The part of a memory node that a program can have: as vLLM counts it, caches of files are free."""
+    kilobytes = {words[2].rstrip(":"): int(words[3]) for words in map(str.split, meminfo.read_text().splitlines())}
+    free = sum(kilobytes[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
+    return free / kilobytes["MemTotal"]
 
 
 class Supervisor:
