@@ -5,13 +5,14 @@ stock vLLM too, and only what passes there is asked of us.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import transformers
 from engine_support import save_peft_adapter
-from safetensors.torch import load_file, save_file
 from tiny_models import FEED_FORWARD, HEADS, KV_HEADS, LAYERS, WIDTH, randomise, tiny_tokenizer
 
 _COMMIT = "0" * 40
@@ -26,7 +27,9 @@ def write_hub(cache: Path) -> None:
         _model(make(), _snapshot(cache, repository))
     for repository, (model, seed) in _ADAPTERS.items():
         config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=_ALL)
-        save_peft_adapter(_snapshot(cache, model), _snapshot(cache, repository), config, seed)
+        path = _snapshot(cache, repository)
+        save_peft_adapter(_snapshot(cache, model), path, config, seed)
+        _edit_config(path, base_model_name_or_path=model)
     _with_embeddings(cache, "charent/self_cognition_Alice", "jeeejeee/llama32-3b-text2sql-spider")
     prompts = _snapshot(cache, "swapnilbp/llama_tweet_ptune")
     prompts.mkdir(parents=True)
@@ -50,12 +53,13 @@ def _model(model: transformers.PreTrainedModel, path: Path) -> None:
 
 def _with_embeddings(cache: Path, source: str, target: str) -> None:
     """An adapter whose configuration also names the token embedding and the output layer, for tests that read it."""
-    path = _snapshot(cache, target)
-    path.mkdir(parents=True)
-    config = json.loads((_snapshot(cache, source) / "adapter_config.json").read_text())
-    config["target_modules"] = [*_ALL, "embed_tokens", "lm_head"]
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(load_file(_snapshot(cache, source) / "adapter_model.safetensors"), path / "adapter_model.safetensors")
+    shutil.copytree(_snapshot(cache, source), _snapshot(cache, target))
+    _edit_config(_snapshot(cache, target), target_modules=[*_ALL, "embed_tokens", "lm_head"])
+
+
+def _edit_config(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def _decoder() -> Mapping[str, int | bool]:
