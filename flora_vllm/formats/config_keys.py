@@ -118,7 +118,8 @@ TARGETS: Mapping[str, Key] = {
     "exclude_modules": OPTIONAL_MODULES,
     "fan_in_fan_out": BOOLEAN,
     "modules_to_save": Key(
-        f"null, empty, or names of embeddings and output layers ({', '.join(SAVED_WHOLE)}) that equal the base's",
+        f"null, empty, or names of embeddings and output layers ({', '.join(SAVED_WHOLE)}) that equal the base's "
+        "(vLLM: Unsupported modules_to_save)",
         lambda value: value is None or (_is_names(value) and all(n.split(".")[-1] in SAVED_WHOLE for n in value)),
     ),
     activation.KEY: Key(activation.ALLOWED, activation.is_invocation),

@@ -15,6 +15,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
+from flora_vllm.formats.files import CONFIG_NAME
 from flora_vllm.plugin import mixes, preload, sleeping, uploads
 from flora_vllm.plugin.access import root_of_request
 from flora_vllm.plugin.digests import check_digest
@@ -149,8 +150,10 @@ async def admit(self: Any, name: str, path: str, base_model_name: str | None = N
     try:
         await _identify(self, request, confined)
     except AdapterError as error:
-        missing = _is_missing(self, path)
-        return error_response(str(error), HTTPStatus.NOT_FOUND if missing else HTTPStatus.BAD_REQUEST)
+        if _is_missing(self, path):
+            # With vLLM's own words, which clients match.
+            return error_response(f"{error} (No adapter found for {path})", HTTPStatus.NOT_FOUND)
+        return error_response(str(error), HTTPStatus.BAD_REQUEST)
     known = request.lora_name
     current = self.lora_requests.get(name)
     if current is not None and current.lora_name == known:
@@ -181,8 +184,12 @@ def _resolve(path: str, root: str | None) -> str:
 
 
 def _is_missing(self: Any, path: str) -> bool:
+    """Whether there is no adapter at `path`; never told of paths below an adapter root."""
+    if mixes.is_mix(path) or _adapter_root(self) is not None:
+        return False
+    found = Path(split_task(path)[0])
     try:
-        return not mixes.is_mix(path) and _adapter_root(self) is None and not Path(split_task(path)[0]).exists()
+        return not (found.is_file() or (found / CONFIG_NAME).exists())
     except OSError:  # a name that is too long for the file system
         return True
 

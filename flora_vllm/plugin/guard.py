@@ -67,7 +67,7 @@ async def _load(load: Any, self: Any, options: FloraOptions, request: Any, base_
 async def _unload(unload: Any, self: Any, options: FloraOptions, request: Any) -> Any:
     name = request.lora_name
     if name and name not in self.lora_requests:
-        return _error(f"the adapter {brief(name)} is not loaded", HTTPStatus.NOT_FOUND)
+        return _error(f"The lora adapter {brief(name)} cannot be found.", HTTPStatus.NOT_FOUND)
     if not CURRENT.get().may_load:
         return _error("this key may not load or unload adapters", HTTPStatus.FORBIDDEN)
     return presentable(await unload(request), None)
@@ -84,11 +84,10 @@ def _options(self: Any) -> FloraOptions | None:
 
 
 def load_fault(request: Any, options: FloraOptions) -> tuple[str, HTTPStatus] | None:
-    """Why this request to load is refused before anything is read: (message, status), or None."""
+    """Why this request to load is refused before vLLM looks at it: (message, status), or None."""
     tenant = CURRENT.get()
-    for name in (request.lora_name, request.lora_path):
-        if not name:
-            return "Both 'lora_name' and 'lora_path' must be provided.", HTTPStatus.BAD_REQUEST
+    if not request.lora_name or not request.lora_path:
+        return None  # refused by vLLM's own check, in its words
     if (fault := name_fault(request.lora_name, options.adapter_names)) is not None:
         return fault, HTTPStatus.BAD_REQUEST
     if (fault := path_fault(request.lora_path)) is not None:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.mixes import Mix, Part, decoded
+from flora_vllm.plugin.module_names import renamer
 from flora_vllm.plugin.planned import Plans
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import saved_faults
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 _ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 MIX = "MIX"
-_EXPERTS = ".experts"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
@@ -347,7 +347,7 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
     of_experts = {name for name in shapes if own.is_of_expert(name)}
     known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
-    rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, known, of_experts))
+    rename = functools.lru_cache(maxsize=1 << 16)(renamer(model, known, of_experts))
     return ModelLayout(shapes, refused, rename, fused, experts, embeddings)
 
 
@@ -359,53 +359,6 @@ def _of_other_stages(own: Any) -> list[Any]:
     found = [None] * group.world_size
     torch.distributed.all_gather_object(found, own, group=group.cpu_group)
     return found
-
-
-def _renamer(model: torch.nn.Module, known: Collection[str], of_experts: Collection[str] = ()) -> Callable[[str], str]:
-    """A checkpoint's module path -> the engine's: by the model's own weight mapper, and where there is no such module
-    by what stands before it: an adapter of a headless model (`layers.0...`) fits the one with a head
-    (`model.layers.0...`), one of the text model the multimodal one, if only one module can be meant.
-
-    Of experts `known` has the path alone, and `of_experts` their linear layers. What holds a layer's experts has one
-    name in transformers (`mlp.experts`) and another in some engines and checkpoints (`block_sparse_moe.experts`): a
-    layer has experts once."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    renames = getattr(mapper, "get_rename_mapper", None)
-    if renames is not None:
-        mapper = renames()
-    endings: dict[str, list[str]] = {}
-    for name in known:
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            endings.setdefault(".".join(parts[i:]), []).append(name)
-        if name.endswith(_EXPERTS):
-            parts[-2] = "*"
-            for i in range(len(parts) - 2):
-                endings.setdefault(".".join(parts[i:]), []).append(name)
-
-    def mapper_name(module: str) -> str:
-        if mapper is None:
-            return module
-        return (mapper._map_name(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
-
-    def rename(module: str) -> str:
-        path, number, name = ("", "", *module.rsplit(".", 2))[-3:]
-        if number.isdecimal() and path.endswith(_EXPERTS):
-            place = f"{rename(path)}.{number}"
-            # Mappers are made for the names of a checkpoint's tensors, among which those of parameters may look alike.
-            other = mapper_name(module).rpartition(".")[2]
-            return f"{place}.{other if f'{place}.{other}' in of_experts else name}"
-        mapped = mapper_name(module)
-        if mapped in known:
-            return mapped
-        if mapped.endswith(_EXPERTS):
-            layer = mapped.rsplit(".", 2)[0]
-            longer = endings.get(mapped) or endings.get(f"{layer}.*{_EXPERTS}") or []
-            return longer[0] if len(longer) == 1 else mapped
-        longer = endings.get(mapped) or endings.get(module) or []
-        return longer[0] if len(longer) == 1 else mapped
-
-    return rename
 
 
 def _local(path: str) -> Path:

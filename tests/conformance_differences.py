@@ -1,0 +1,59 @@
+"""Where a LoRA user meets something else with `--enable-flora` than without: each intended difference, with its reason.
+
+`test_conformance.py` and `make conformance` fail on a difference that is not here, and on one here that is none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Difference:
+    """(status, error type) of stock's answer and of ours."""
+
+    stock: tuple[int, str | None]
+    ours: tuple[int, str | None]
+    reason: str
+
+
+_SERVED = (200, None)
+_BAD = (400, "BadRequestError")
+_BROKEN = (500, "InternalServerError")
+
+_CLIENTS_FAULT = "a faulty adapter is a fault of what the client sent, not the server's: a 4xx that names every fault"
+_NAMES = (
+    "names reach logs, metrics' labels and other clients, so an alphabet is the default; --flora-adapter-names allows "
+    "others"
+)
+
+# Name of a case in conformance_calls.py -> what differs.
+CALLS: Mapping[str, Difference] = {
+    "path left out": Difference(
+        (400, "Bad Request"), (400, "InvalidUserInput"), "lora_path may be left out where a mix takes its place"
+    ),
+    "name 'two words!' of 10": Difference(_SERVED, _BAD, _NAMES),
+    "name 'Größe' of 5": Difference(_SERVED, _BAD, _NAMES),
+    **dict.fromkeys(
+        (
+            "load broken-json",
+            "load no-tensors",
+            "load rank-1024",
+            "load saved-norm",
+            "load truncated-tensors",
+            "path of a file",
+            "SageMaker load of broken files",
+        ),
+        Difference(_BROKEN, _BAD, _CLIENTS_FAULT),
+    ),
+    "load dora": Difference(_BROKEN, _BAD, "DoRA is served; this file says it is one and lacks its magnitudes"),
+    "load pissa": Difference(_BROKEN, _SERVED, "PiSSA is served: the base's decomposition is made when it is loaded"),
+    "load saved-head": Difference(_BROKEN, _SERVED, "a head that the file does not change is the base's own"),
+    "load bias": Difference(_BROKEN, _SERVED, "biases of adapted layers are served; this file has none"),
+    "load trained-on-another-model": Difference(
+        _SERVED, _BAD, "stock drops tensors of modules that the model lacks, and serves what is left without a word"
+    ),
+    "load no-peft-type": Difference(_SERVED, _BAD, "an adapter's family is named, never guessed"),
+}
+
+# Test of vLLM's that passes on stock vLLM and not with the flag -> why.
+UPSTREAM: Mapping[str, str] = {}
