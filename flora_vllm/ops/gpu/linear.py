@@ -111,8 +111,11 @@ class LowRankPair:
     def of_step(self, x_TI: torch.Tensor, step: StepBuffers) -> Any:
         """What this step's low-rank terms are launched with."""
         slots = self._slots
-        blocks = -(-step.sizes // _LOW_TOKENS) * (slots.low_ranks[step.slots] > 0)
-        return self._launched_with(x_TI, int(blocks.sum()), int(slots.low_ranks.max()))
+        blocks = step.counted.get(slots.numbers)
+        if blocks is None:
+            has_low = slots.low_ranks[step.slots] > 0
+            blocks = step.counted[slots.numbers] = int((-(-step.sizes // _LOW_TOKENS))[has_low].sum())
+        return self._launched_with(x_TI, blocks, slots.most_low)
 
     def of_graph(self, x_TI: torch.Tensor, step: StepBuffers) -> Any:
         """The same of any step of so many tokens."""
@@ -182,12 +185,19 @@ class TritonLinear:
             if low is not None:
                 self._low.add(y_TO, x_TI, step, low)
             return y_TO
-        rows, tiles = int(slots.rows[step.slots] @ step.sizes), 0
-        if step.longest >= slots.least_modulated:
+        rows, tiles = self._counts(step)
+        return self._products(x_TI, bias_O, step, rows, slots.most_rows, tiles, low, stack_below=0)
+
+    def _counts(self, step: StepBuffers) -> tuple[int, int]:
+        """(stacked rows, row tiles of modulated segments) of a step."""
+        slots, tile = self.slots, self._modulated.m
+        key = (slots.numbers, tile)
+        counts = step.counted.get(key)
+        if counts is None:
             is_modulated = step.sizes >= slots.modulate_from[step.slots]
             rows = int(slots.rows[step.slots] @ (step.sizes * ~is_modulated))
-            tiles = int((-(-step.sizes // self._modulated.m))[is_modulated].sum())
-        return self._products(x_TI, bias_O, step, rows, slots.most_rows, tiles, low, stack_below=0)
+            counts = step.counted[key] = rows, int((-(-step.sizes // tile))[is_modulated].sum())
+        return counts
 
     def graph_form(
         self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, row_budget: int
