@@ -60,12 +60,12 @@ class Layer(Case):
         ]
         return self
 
-    def shell(self, implementation: str, path="auto", hidden_bias: torch.Tensor | None = None):
+    def shell(self, implementation: str, path="auto", hidden_bias: torch.Tensor | None = None, device=None):
         """The shell with every slot written, around a kernel that was made without any."""
         slots, self.slots = self.slots, [None]
         kernel = self.make(implementation, path)
         self.slots = slots
-        shell = Shell(kernel, self.sizes, hidden_bias)
+        shell = Shell(kernel, self.sizes, hidden_bias, device)
         for slot, terms in enumerate(self.slots[1:], 1):
             shell.write_slot(slot, terms)
         return shell, kernel
@@ -188,7 +188,7 @@ def test_native_rows_are_the_torch_form_and_do_not_depend_on_the_step(dtype, mon
     monkeypatch.setenv("FLORA_NATIVE", "0")
     torch_shell, _ = layer.shell("native", "stacked")
     monkeypatch.setenv("FLORA_NATIVE", "1")
-    shell, _ = layer.shell("native", "stacked")
+    shell, _ = layer.shell("native", "stacked", device=torch.device("cpu"))  # as an engine says it
     with monkeypatch.context() as patch:
         patch.setattr(SharedLow, "apply", lambda *_: pytest.fail("a term in torch"))
         y_TO = shell.forward(x_TI, layer.bias_O, segments)

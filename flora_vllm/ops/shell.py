@@ -69,7 +69,8 @@ class Shell:
         self._parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
         self._hidden_bias = hidden_bias
         self._device = device
-        self._native = NativeRows() if device is None and NativeRows.is_available() else None
+        on_host = device is None or device.type == "cpu"
+        self._native = NativeRows() if on_host and NativeRows.is_available() else None
         self._rare: dict[int, _SlotRare] = {}
 
     @property
@@ -115,7 +116,7 @@ class Shell:
 
     def _finish(self, y_TP: torch.Tensor, x_TI: torch.Tensor, i: int, pieces: list[_Piece]) -> None:
         """Added and output terms of slice i come to its outputs, in place."""
-        if self._native is not None and y_TP.dtype in DTYPES:
+        if self._native is not None and y_TP.dtype in DTYPES and y_TP.stride(1) == 1:
             pieces = self._finish_natively(self._native, y_TP, x_TI, i, pieces)
         if not pieces:
             return
@@ -147,7 +148,7 @@ class Shell:
             if isinstance(first, Swapped) and self._hidden_bias is None:
                 vectors = [term.first_O for term in terms], [term.second_O for term in terms]
                 native.swap_(y_TP, rows_N, counts, *vectors, first.group)
-            elif isinstance(first, SharedLow) and first.down_LI.dtype == first.up_OL.dtype == y_TP.dtype:
+            elif isinstance(first, SharedLow) and first.down_LI.dtype == first.up_OL.dtype == x_TI.dtype == y_TP.dtype:
                 middle_NL = x_TI.index_select(0, rows_N) @ first.down_LI.T
                 native.scale_(middle_NL, counts, [term.mid for term in terms])
                 native.add_(y_TP, rows_N, counts, middle_NL @ first.up_OL.T, [term.out_O for term in terms])
@@ -159,11 +160,15 @@ class Shell:
 def _by_row(terms: RareTerms) -> tuple | None:
     """Equal for the terms of slots that the native library does together; None where it does not know them."""
     match terms:
-        case (Swapped() as swapped,):
+        case (Swapped() as swapped,) if _is_vector(swapped.first_O) and _is_vector(swapped.second_O):
             return Swapped, swapped.group
-        case (SharedLow(mid=mid) as low,) if mid is None or mid.ndim == 1:
+        case (SharedLow() as low,) if all(v is None or _is_vector(v) for v in (low.mid, low.out_O)):
             return SharedLow, _identity(low.down_LI), _identity(low.up_OL)
     return None
+
+
+def _is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 1 and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 @lru_cache(maxsize=16)
