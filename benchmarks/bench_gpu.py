@@ -115,7 +115,8 @@ def main() -> None:
         if "graphs" in parts:
             check_graphs(device, result)
         result |= {f"launches_r{rank}": gpu_launches.launches_of(device, rank) for rank in (1, 8)}
-        result["host_us_per_layer"] = round(gpu_launches.host_us(device), 2)
+        host_us = gpu_launches.host_us(device)
+        result |= {"host_us_per_layer": host_us["median"], "host_us_spread": host_us["spread"]}
         # A wrong kernel's speed is no speed.
         if not result["failed"]:
             rows += timed_rows(device, parts, options.quick)

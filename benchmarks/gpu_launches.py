@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import harness
 import torch
 
 from flora_vllm.ops.gpu import kernels as triton_kernels
@@ -83,18 +84,19 @@ def launches_of(device: torch.device, rank: int) -> int:
     return len(launches)
 
 
-def host_us(device: torch.device, turns: int = 2000) -> float:
-    """This process's CPU time for one layer call with its launches left out, microseconds: the best of some runs.
+def host_us(device: torch.device, turns: int = 2000, runs: int = 10) -> dict[str, Any]:
+    """This process's CPU time for one layer call with its launches left out, microseconds: median and spread of runs.
 
-    32 tokens, 8 adapters of rank 8; the step is on the device already, as for all layers but the first.
+    32 tokens, 8 adapters of rank 8; the step is on the device already, as for all layers but the first. What Triton
+    adds to a launch is in `gpu_host.py`.
     """
     trial, kernel, segments = _decode(device, 8, tokens=32, adapters=8)
-    best = float("inf")
+    samples = []
     with kept_launches(runs=False) as launches:
-        for _ in range(5):
+        for _ in range(runs):
             begin = time.thread_time()
-            for _ in range(turns // 5):
+            for _ in range(turns // runs):
                 trial.forward(kernel, segments)
-            best = min(best, (time.thread_time() - begin) / (turns // 5))
+            samples.append((time.thread_time() - begin) / (turns // runs) * 1e6)
             launches.clear()
-    return best * 1e6
+    return harness.summary(samples, 2)

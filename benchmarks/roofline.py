@@ -11,9 +11,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from bench_ops import MIXES, RANKS
 from harness import RESULTS, geometric_mean
 from rows_model import RIDGES, flora_ratio, gpu_modulation, lora_ratio
+
+from flora_vllm.ops.gpu.config import low_rank_config
 
 PAGE = Path(__file__).with_name("README.md")
 GPU_WIDTH = 4096
@@ -80,11 +83,41 @@ def gpu_table() -> list[str]:
     return lines
 
 
+def low_rank_table() -> list[str]:
+    """Bytes that a step's low-rank terms move beside the base product, ours and vLLM's punica pair."""
+    mixes = {
+        "64 decode/64 adapters": [1] * 64,
+        "32 decode/32 adapters + 512 prefill": MIXES["32 decode/32 adapters + 512 prefill"],
+        "2048 prefill/1 adapter": [2048],
+    }
+    lines = ["| mix of one step, rank | slices | ours, MB | of them the middle | vLLM's, MB | of them the middle |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (name, mix), rank, sizes in (
+        (item, rank, sizes)
+        for item in mixes.items()
+        for rank in (8, 16)
+        for sizes in ((GPU_WIDTH,), (GPU_WIDTH, GPU_WIDTH // 4, GPU_WIDTH // 4))
+    ):
+        tokens, outputs, numbers = sum(mix), sum(sizes), sum(mix) * len(sizes) * rank
+        # x, down, up and y, which is read and written; bfloat16, as each engine holds them.
+        shared = 2 * (tokens * GPU_WIDTH + len(mix) * rank * (len(sizes) * GPU_WIDTH + outputs) + 2 * tokens * outputs)
+        blocks = sum(-(-count // 16) for count in mix)
+        split = low_rank_config(torch.bfloat16, 16, GPU_WIDTH, len(sizes), blocks).split
+        # Ours: every run of in features writes its part of the middle, which is read once. vLLM 0.32's: zeroed, added
+        # to by every run (read and written), read (lora/ops/triton_ops, lora_shrink_op.py; utils.py, no tuned file).
+        runs = 64 if tokens < 128 else 8
+        ours, punica = 4 * numbers * 2 * split, 4 * numbers * (2 + 2 * runs)
+        cells = [(shared + ours) / 1e6, ours / 1e6, (shared + punica) / 1e6, punica / 1e6]
+        lines.append(f"| {name}, {rank} | {len(sizes)} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return lines
+
+
 def main() -> None:
     sections = {
         "One core, measured": ops_table,
         "The engine, measured": serving_table,
         "H100 and H200, predicted": gpu_table,
+        "LoRA alone on a GPU: bytes beside the base product, counted": low_rank_table,
     }
     text = "\n\n".join(f"### {title}\n\n" + "\n".join(table()) for title, table in sections.items())
     page = PAGE.read_text()

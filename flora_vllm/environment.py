@@ -10,6 +10,8 @@ VARIABLES = {
     "FLORA_CACHE": "where models, builds and measurements are kept (default: .cache in a clone, else flora-vllm in "
     "$XDG_CACHE_HOME or ~/.cache)",
     "FLORA_NATIVE": "native CPU kernels: auto (default), 1 (fail where they cannot be built), 0 (never)",
+    "FLORA_TUNE": "1 times a few launch parameters for each layer shape on the GPU at hand and keeps the fastest "
+    "for later starts; 0 (default): those chosen by arithmetic",
     "FLORA_ALLOW_UNTESTED_VLLM": "1 serves from a vLLM that was not checked, if its hooks fit",
 }
 _CLONE = Path(__file__).resolve().parent.parent

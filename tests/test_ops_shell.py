@@ -60,12 +60,12 @@ class Layer(Case):
         ]
         return self
 
-    def shell(self, implementation: str, path="auto", hidden_bias: torch.Tensor | None = None):
+    def shell(self, implementation: str, path="auto", hidden_bias: torch.Tensor | None = None, device=None):
         """The shell with every slot written, around a kernel that was made without any."""
         slots, self.slots = self.slots, [None]
         kernel = self.make(implementation, path)
         self.slots = slots
-        shell = Shell(kernel, self.sizes, hidden_bias)
+        shell = Shell(kernel, self.sizes, hidden_bias, device)
         for slot, terms in enumerate(self.slots[1:], 1):
             shell.write_slot(slot, terms)
         return shell, kernel
@@ -163,3 +163,39 @@ def test_a_rewritten_slot_forgets_its_rare_terms():
     layer.slots[4] = None
     truth = layer.reference(x_TI, segments)
     assert_close(shell.forward(x_TI, layer.bias_O, segments), truth, layer.tolerance("native", x_TI, truth))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_rows_are_the_torch_form_and_do_not_depend_on_the_step(dtype, monkeypatch):
+    """RoAd's and VeRA's rows, wider than a register and odd: the library against torch, alone and in a mix."""
+    layer = Layer(dtype, seed=4)
+    layer.sizes = (70, 4, 44)
+    layer.weight_OI, layer.bias_O = layer.tensor(118, IN), layer.tensor(118)
+    layer.up_OL = [layer.tensor(size, 5) for size in layer.sizes]
+
+    def swapped(i: int, group: int) -> Swapped:
+        return Swapped(layer.vector(layer.sizes[i]), layer.vector(layer.sizes[i]), group)
+
+    layer.slots += [
+        tuple(layer.with_rare(i, swapped(i, size)) for i, size in enumerate(layer.sizes)),
+        tuple(layer.with_rare(i, swapped(i, 2)) for i in range(3)),
+        tuple(layer.with_rare(i, layer.shared(i)) for i in range(3)),
+        (layer.with_rare(0, SharedLow(layer.down_LI, layer.up_OL[0])), None, layer.with_rare(2, swapped(2, 44))),
+        tuple(layer.with_rare(i, layer.shared(i), swapped(i, 2)) for i in range(3)),  # two terms: torch's
+    ]
+    x_TI, slot_T = layer.tensor(100, IN), torch.cat([torch.arange(30) % 6, torch.full((70,), 1)])
+    segments = group_by_slot(slot_T)
+    monkeypatch.setenv("FLORA_NATIVE", "0")
+    torch_shell, _ = layer.shell("native", "stacked")
+    monkeypatch.setenv("FLORA_NATIVE", "1")
+    shell, _ = layer.shell("native", "stacked", device=torch.device("cpu"))  # as an engine says it
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedLow, "apply", lambda *_: pytest.fail("a term in torch"))
+        y_TO = shell.forward(x_TI, layer.bias_O, segments)
+    truth = layer.reference(x_TI, segments)
+    assert_close(y_TO, truth, layer.tolerance("native", x_TI, truth))
+    # Rounded at the same places: ulps where sums in float32 differ.
+    torch.testing.assert_close(y_TO, torch_shell.forward(x_TI, layer.bias_O, segments), rtol=2**-6, atol=1e-3)
+    for token in (1, 2, 25, 99):
+        alone = shell.forward(x_TI[token : token + 1], layer.bias_O, group_by_slot([int(slot_T[token])]))
+        assert torch.equal(alone[0], y_TO[token])

@@ -15,6 +15,8 @@ FILES = (
     "triton_interpreted_steps.py",
     "triton_interpreted_table.py",
     "triton_interpreted_graphs.py",
+    "triton_interpreted_shell.py",
+    "triton_interpreted_tune.py",
 )
 
 

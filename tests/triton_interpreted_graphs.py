@@ -12,7 +12,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -31,8 +32,8 @@ from flora_vllm.plugin import install
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IN, BUDGET, SIZES = 24, 15, (2, 8)
-# Adapter id -> rank of its Hadamard terms; 4 is a low-rank adapter, 5 has no layer on this rank.
-RANKS = {1: 1, 2: 2, 3: 5, 4: 1, 5: 1}
+# Adapter id -> rank of its Hadamard terms; 4 is low-rank terms alone, 5 has no layer on this rank, 6 is a LoRA.
+RANKS = {1: 1, 2: 2, 3: 5, 4: 1, 5: 1, 6: 1}
 MAX_LORAS = 3
 
 
@@ -52,7 +53,7 @@ class Graph:
 class Runner:
     """What a model runner does around a step, with vLLM's mixin, on a model of two linear layers."""
 
-    def __init__(self, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, config: Any, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any] | None = None) -> None:
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
         self.config = config
@@ -61,8 +62,8 @@ class Runner:
             low = SliceTerms(down_RI=case.tensor(3, IN), up_RO=case.tensor(3, case.sizes[0]))
             other = [None] * (len(case.sizes) - 1)
             case.slots += [tuple(case.terms(size, rank) for size in case.sizes) for rank in (1, 2, 5)]
-            case.slots += [(low, *other), None]
-        self.model = make_model(self.cases)
+            case.slots += [(low, *other), None, (replace(low, plain_O=torch.ones(1)), *other)]
+        self.model = (make or make_model)(self.cases)
         self.mixin: Any = LoRAModelRunnerMixin()
         self.mixin.lora_config = config.lora_config
         self.mixin.load_lora_model(self.model, config, CPU)
@@ -372,3 +373,61 @@ def test_graphs_are_the_default(config: Any, monkeypatch: pytest.MonkeyPatch, ru
     assert without.manager.rows.tokens.graphs is None
     assert "RUN WITHOUT CUDA GRAPHS" in caplog.text
     assert "it runs on the torch op" in caplog.text
+
+
+class Eighths:
+    """A product with integers and a scale, launched as a kernel is: a graph keeps it and launches it again."""
+
+    def __init__(self, weight_OI: torch.Tensor) -> None:
+        self._weight_OI = weight_OI.to(torch.int8)
+
+    def __getitem__(self, _grid: None) -> Callable[..., None]:
+        return lambda x_TI, y_TO: y_TO.copy_(torch.nn.functional.linear(x_TI, self._weight_OI.float() / 8))
+
+
+def test_quantised_layers_replay_steps_of_low_rank_adapters(
+    config: Any, monkeypatch: pytest.MonkeyPatch, runner: Runner
+) -> None:
+    """A base without a readable weight is called once in a graph; a step that needs more of it runs eager."""
+    from vllm.model_executor.layers.linear import LinearMethodBase
+
+    launches: list = []
+    calls: list[int] = []
+
+    class Method(LinearMethodBase):
+        def create_weights(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            assert bias is None, "the op adds it"
+            y_TO = torch.empty(len(x), layer.eighths._weight_OI.shape[0])
+            calls.append(len(x))
+            launches.append((layer.eighths, None, (x, y_TO), {}))
+            layer.eighths[None](x, y_TO)
+            return y_TO
+
+    def quantised(cases: dict[str, Case]) -> Any:
+        for case in cases.values():
+            case.weight_OI = (case.weight_OI * 8).round() / 8
+        model = make_model(cases)
+        for name, case in cases.items():
+            layer = getattr(model, name)
+            layer.eighths, layer.quant_method, layer.bias, case.bias_O = (
+                Eighths(case.weight_OI * 8),
+                Method(),
+                None,
+                None,
+            )
+        return model
+
+    importlib.import_module("flora_vllm.plugin.manager")._managers.clear()
+    quantised_runner = Runner(config, monkeypatch, quantised)
+    launches = quantised_runner.launches
+    quantised_runner.x_TI.normal_()  # rows of padding that are nothing would have no rounding to compare with
+    engine = RunnerV1(quantised_runner)
+    calls.clear()
+    for ids in ((6, 0, 6), (0, 6), (5, 6, 0, 0, 6)):
+        assert engine.step(ids) == "FULL", ids
+    assert not calls, "replayed"
+    assert engine.step((2, 0, 6)) == "NONE"
+    assert len(calls) == 2, "once a layer"
+    assert calls[0] > 3, "with further rows"

@@ -6,21 +6,16 @@ The constants belong to an implementation, a layer shape, a thread count and a m
 (`calibrate`) rather than written down; the defaults below are what a Zen 4 core measures in bfloat16.
 """
 
-import hashlib
-import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from flora_vllm.environment import cache_root
 from flora_vllm.errors import ConfigError
+from flora_vllm.ops import measured
 from flora_vllm.ops.paths import PATHS, PathChoice
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms, group_by_slot
 
@@ -91,27 +86,15 @@ def calibrate(
         "out_features": out_features,
         "dtype": str(dtype),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": measured.device_name(device),
         "torch": torch.__version__,
     }
-    file = cache_root() / "dispatch" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
-    known = _read_constants(file, key)
+    known = _constants(measured.read("dispatch", key))
     if known is None:
         weight_OI = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
         known = _measure(make, weight_OI.to(device, dtype))
-        _write_constants(file, key, known)
+        measured.write("dispatch", key, dict(zip(("constant", "slope"), known, strict=True)))
     return DispatchRule(path, *known)
-
-
-def cpu_name() -> str:
-    """The CPU's model name and flags' digest, so that a cache shared between machines is not mixed up."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = hashlib.sha256(fields.get("flags", fields.get("Features", "")).encode()).hexdigest()[:12]
-    return f"{fields.get('model name', platform.machine())} {flags}"
 
 
 def _measure(make: Callable[[torch.Tensor, DispatchRule], Adaptable], weight_OI: torch.Tensor) -> tuple[float, float]:
@@ -168,21 +151,9 @@ def _best_times(
     return best
 
 
-def _read_constants(file: Path, key: dict) -> tuple[float, float] | None:
-    if not file.exists():
-        return None
+def _constants(stored: dict | None) -> tuple[float, float] | None:
     try:
-        stored = json.loads(file.read_text())
-        return (float(stored["constant"]), float(stored["slope"])) if stored["key"] == key else None
+        return None if stored is None else (float(stored["constant"]), float(stored["slope"]))
     except (ValueError, KeyError, TypeError):
-        # A torn or foreign file only costs a new measurement.
+        # A file that another program wrote only costs a new measurement.
         return None
-
-
-def _write_constants(file: Path, key: dict, constants: tuple[float, float]) -> None:
-    rule = asdict(DispatchRule("auto", *constants))
-    text = json.dumps({"key": key, "constant": rule["constant"], "slope": rule["slope"]}, indent=1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(text)
-    part.replace(file)

@@ -2,16 +2,19 @@
 
 The kernel serves the hot terms of all rows in one call. Before it, rows whose slot turns its input are turned: in
 place of the row where all slices agree, as further rows of the same slot where they differ. After it, added terms come
-in float32 from the row as it was, and output terms act on the sum with its bias.
+in float32 from the row as it was, and output terms act on the sum with its bias. On a CPU the native library does what
+RoAd and VeRA ask of rows, for the slots whose only rare term it is.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from flora_vllm.ops.cpu.rows import DTYPES, NativeRows
 from flora_vllm.ops.rare import RareTerm, SharedLow, Swapped, swap_
 from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
@@ -35,14 +38,16 @@ class _SlotRare:
     turn_of_slice: tuple[int, ...]
     added: tuple[RareTerms, ...]
     output: tuple[RareTerms, ...]
+    by_row: tuple[tuple | None, ...]  # equal where the native library does the slots' only terms together
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen ones take thrice as long to make, one a segment and layer
 class _Piece:
-    """A segment with rare terms: its rows of x and y, and where its further rows begin."""
+    """A segment with rare terms: its N rows of x and y, and where its further rows begin."""
 
     rare: _SlotRare
     rows_N: torch.Tensor
+    count: int  # N
     further: int  # first of (turns - 1) runs of N rows
 
 
@@ -64,6 +69,8 @@ class Shell:
         self._parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
         self._hidden_bias = hidden_bias
         self._device = device
+        on_host = device is None or device.type == "cpu"
+        self._native = NativeRows() if on_host and NativeRows.is_available() else None
         self._rare: dict[int, _SlotRare] = {}
 
     @property
@@ -90,12 +97,12 @@ class Shell:
         tokens = x_TI.shape[0]
         pieces, copies = [], []
         further = tokens
-        for slot, rows in segments:
+        for slot, (rows_N, count) in zip(segments.slots, _rows_on(segments, x_TI.device), strict=True):
             rare = self._rare.get(slot)
             copies.append(0 if rare is None else len(rare.turns) - 1)
             if rare is not None:
-                pieces.append(_Piece(rare, rows.to(x_TI.device), further))
-                further += copies[-1] * len(rows)
+                pieces.append(_Piece(rare, rows_N, count, further))
+                further += copies[-1] * count
         turned_VI = _turned(x_TI, pieces, further)
         y_VO = self._kernel.forward(turned_VI, bias_O, _extended(segments, tuple(copies)))
         y_TO = y_VO[:tokens]
@@ -109,6 +116,8 @@ class Shell:
 
     def _finish(self, y_TP: torch.Tensor, x_TI: torch.Tensor, i: int, pieces: list[_Piece]) -> None:
         """Added and output terms of slice i come to its outputs, in place."""
+        if self._native is not None and y_TP.dtype in DTYPES and y_TP.stride(1) == 1:
+            pieces = self._finish_natively(self._native, y_TP, x_TI, i, pieces)
         if not pieces:
             return
         rows_N = torch.cat([piece.rows_N for piece in pieces])
@@ -121,6 +130,52 @@ class Shell:
         if hidden_P is not None:
             y_NP -= hidden_P
         y_TP[rows_N] = y_NP.to(y_TP.dtype)
+
+    def _finish_natively(
+        self, native: NativeRows, y_TP: torch.Tensor, x_TI: torch.Tensor, i: int, pieces: list[_Piece]
+    ) -> list[_Piece]:
+        """The same of the pieces whose terms the native library knows; the others are left. What is done with a row
+        hangs on its own slot alone."""
+        left: list[_Piece] = []
+        alike: dict[tuple, list[_Piece]] = {}
+        for piece in pieces:
+            key = piece.rare.by_row[i]
+            (left if key is None else alike.setdefault(key, [])).append(piece)
+        for members in alike.values():
+            terms: list[Any] = [(piece.rare.added[i] or piece.rare.output[i])[0] for piece in members]
+            rows_N, counts = torch.cat([piece.rows_N for piece in members]), [piece.count for piece in members]
+            first = terms[0]
+            if isinstance(first, Swapped) and self._hidden_bias is None:
+                vectors = [term.first_O for term in terms], [term.second_O for term in terms]
+                native.swap_(y_TP, rows_N, counts, *vectors, first.group)
+            elif isinstance(first, SharedLow) and first.down_LI.dtype == first.up_OL.dtype == x_TI.dtype == y_TP.dtype:
+                middle_NL = x_TI.index_select(0, rows_N) @ first.down_LI.T
+                native.scale_(middle_NL, counts, [term.mid for term in terms])
+                native.add_(y_TP, rows_N, counts, middle_NL @ first.up_OL.T, [term.out_O for term in terms])
+            else:
+                left += members
+        return left
+
+
+def _by_row(terms: RareTerms) -> tuple | None:
+    """Equal for the terms of slots that the native library does together; None where it does not know them."""
+    match terms:
+        case (Swapped() as swapped,) if _is_vector(swapped.first_O) and _is_vector(swapped.second_O):
+            return Swapped, swapped.group
+        case (SharedLow() as low,) if all(v is None or _is_vector(v) for v in (low.mid, low.out_O)):
+            return SharedLow, _identity(low.down_LI), _identity(low.up_OL)
+    return None
+
+
+def _is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 1 and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+@lru_cache(maxsize=16)
+def _rows_on(segments: Segments, device: torch.device) -> list[tuple[torch.Tensor, int]]:
+    """The rows of each segment on `device`, and how many: one copy for all layers of a step."""
+    counts = [stop - start for start, stop in pairwise(segments.starts)]
+    return list(zip(segments.rows_T.to(device).split(counts), counts, strict=True))
 
 
 def _map(y_NP: torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
@@ -138,7 +193,7 @@ def _map(y_NP: torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
     for group, members in together.items():
         place_M = torch.cat([torch.arange(first, first + count, device=y_NP.device) for _, first, count in members])
         first_MP, second_MP = (
-            _by_row([(vector, count) for vector, (_, _, count) in zip(vectors, members, strict=True)])
+            _each_row([(vector, count) for vector, (_, _, count) in zip(vectors, members, strict=True)])
             for vectors in ([term.first_O for term, _, _ in members], [term.second_O for term, _, _ in members])
         )
         z_MP = y_NP[place_M]
@@ -146,7 +201,7 @@ def _map(y_NP: torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
         y_NP[place_M] = z_MP
 
 
-def _by_row(vectors: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+def _each_row(vectors: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
     """(M, P): each vector as often as its run has rows."""
     stacked = torch.stack([vector for vector, _ in vectors])
     if all(count == 1 for _, count in vectors):
@@ -176,7 +231,9 @@ def _slot_rare(rare: list[RareTerms]) -> _SlotRare:
     different = {tuple(map(_contents, terms)): terms for terms in sorted(inputs, key=len)}
     places = {key: place for place, key in enumerate(different)}
     turn_of_slice = tuple(places[tuple(map(_contents, terms))] for terms in inputs)
-    return _SlotRare(tuple(different.values()), turn_of_slice, at("added"), at("output"))
+    added, output = at("added"), at("output")
+    by_row = tuple(_by_row(more + mapped) for more, mapped in zip(added, output, strict=True))
+    return _SlotRare(tuple(different.values()), turn_of_slice, added, output, by_row)
 
 
 def _contents(term: RareTerm) -> tuple:

@@ -19,6 +19,7 @@ from flora_vllm.ops.cpu import linear as native
 from flora_vllm.ops.dispatch import RANKS_MEASURED, SLOTS_MEASURED, DispatchRule, PathChoice, calibrate
 from flora_vllm.ops.gpu import check as triton_check
 from flora_vllm.ops.gpu import linear as triton_linear
+from flora_vllm.ops.gpu import tune as triton_tune
 from flora_vllm.ops.gpu.opaque_linear import TritonOpaqueLinear
 from flora_vllm.ops.gpu.step import StepBuffers
 from flora_vllm.ops.opaque_linear import OpaqueLinear
@@ -113,7 +114,9 @@ def _triton_refuses(weight_OI: torch.Tensor | None, device: torch.device, limits
 def _make_triton(layer: _Layer, rule: DispatchRule) -> LinearKernel:
     if layer.weight_OI is None:
         return TritonOpaqueLinear(layer.base, layer.sizes, rule, layer.in_features, layer.limits, layer.device)
-    return triton_linear.TritonLinear(layer.weight_OI, layer.base, layer.sizes, rule, layer.in_features, layer.limits)
+    kernel = triton_linear.TritonLinear(layer.weight_OI, layer.base, layer.sizes, rule, layer.in_features, layer.limits)
+    triton_tune.tune(kernel)
+    return kernel
 
 
 def _make_torch(layer: _Layer, rule: DispatchRule) -> LinearKernel:

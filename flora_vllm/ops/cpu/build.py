@@ -28,7 +28,7 @@ import torch
 
 from flora_vllm.environment import cache_root
 from flora_vllm.errors import ConfigError
-from flora_vllm.ops.dispatch import cpu_name
+from flora_vllm.ops.measured import cpu_name
 
 logger = logging.getLogger(__name__)
 

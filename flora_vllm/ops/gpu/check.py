@@ -1,6 +1,7 @@
 """The Triton kernels tried on the GPU at hand before they serve on it: they were written and tested without one."""
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -109,10 +110,16 @@ def capture_on_gpu(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Calla
     return output, graph.replay
 
 
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a launch that fails may raise: torch and Triton for CUDA's errors, Triton for a kernel that does not compile
+    or fit the chip, the launcher for arguments it does not take."""
+    return RuntimeError, TypeError, importlib.import_module("triton.errors").TritonError
+
+
 def _verdict(subject: str, dtype: torch.dtype, errors_of: Callable[[], dict[str, float]]) -> str | None:
     try:
         errors = errors_of()
-    except RuntimeError as error:  # a launch that fails, and what torch and Triton raise for CUDA errors
+    except launch_errors() as error:
         return f"{subject}: does not run on this GPU ({error})"
     worst = max(errors, key=lambda name: errors[name])
     # Not <=: a NaN is an error too.
@@ -122,13 +129,16 @@ def _verdict(subject: str, dtype: torch.dtype, errors_of: Callable[[], dict[str,
 
 
 def _errors(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """(what, error) of each path, on a small layer with every kind of term."""
-    trial = Trial(device, dtype, (64, 33), 96, tokens=41)
-    slots = [None, trial.terms(1, 3), trial.terms(5, 1, 2, offset=True), (trial.terms(0, 0, 2)[0], None)]
-    segments = group_by_slot(torch.arange(41) * 7 % 4)
-    for path in PATHS:
-        kernel = trial.kernel(path, SlotLimits(slots=3, rank=5, low_rank=3), slots)
-        yield path, trial.error(trial.forward(kernel, segments), slots, segments)
+    """(what, error) of each path, on small layers with every kind of term: odd sizes and multiples of 16 are launched
+    with other tiles."""
+    for sizes in ((64, 33), (64, 32)):
+        trial = Trial(device, dtype, sizes, 96, tokens=41)
+        slots = [None, trial.terms(1, 3), trial.terms(5, 1, 2, offset=True), (trial.terms(0, 0, 2)[0], None)]
+        segments = group_by_slot(torch.arange(41) * 7 % 4)
+        for path in PATHS:
+            kernel = trial.kernel(path, SlotLimits(slots=3, rank=5, low_rank=3), slots)
+            for name in (path, f"{path}, launched again"):  # `compiled` launches what Triton launched at first
+                yield f"{name} {sizes}", trial.error(trial.forward(kernel, segments), slots, segments)
 
 
 def _graph_errors(device: torch.device, dtype: torch.dtype, capture: Capture) -> Iterator[tuple[str, float]]:

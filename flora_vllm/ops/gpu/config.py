@@ -1,11 +1,14 @@
 """Launch parameters of the Triton kernels: frozen records made by functions, all numbers in one place.
 
-No number here was timed on a GPU. They come from what the compiler makes of the kernels (registers, spills, shared
-memory: `benchmarks/results/triton_compile.jsonl`, `python benchmarks/triton_compile.py`) and from roofline arithmetic.
+No number here was timed on a GPU (`tune` times them on the one at hand). They come from what the compiler makes of the
+kernels (registers, spills, shared memory: `benchmarks/results/triton_compile.jsonl`, `python
+benchmarks/triton_compile.py`) and from roofline arithmetic.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -48,6 +51,27 @@ class ModulatedConfig:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What was timed for one layer shape. `stacked`: by the number of stacked rows up to which it is for; steps of more
+    rows take the last. Empty: nothing was timed."""
+
+    stacked: Mapping[int, StackedConfig] = field(default_factory=dict)
+    modulated: ModulatedConfig | None = None
+
+    def stacked_for(self, rows: int, most_rows: int) -> StackedConfig | None:
+        """For so many rows, of at most `most_rows` a token; None if none was timed for such tokens."""
+        if not self.stacked:
+            return None
+        config = self.stacked[min((most for most in self.stacked if rows <= most), default=max(self.stacked))]
+        return config if _fits(config.m, most_rows) else None
+
+
+def _fits(m: int, most_rows: int) -> bool:
+    """Whether a token's scaled rows, the plain one aside, are at most half a row tile."""
+    return most_rows - 1 <= m // 2
+
+
+@dataclass(frozen=True)
 class LowRankConfig:
     """Of low-rank terms: tokens (m), ranks (r) and in features (k) a program, the cut of in features; `n`: out features
     a program of the second half, `workers` of the first."""
@@ -83,8 +107,8 @@ def stacked_config(
     tiles = -(-out_features // n) * -(-max(rows, 1) // (m - most_rows + 1))
     # Then a cut of in features, each run long enough for the pipeline to fill.
     split = max(1, min(machine.processors // tiles, in_features // 512, 8))
-    # A third stage of 128 rows spills on sm_80, where the sum's operands are in registers too.
-    stages = 2 if small or (machine.capability < 9 and not few) else 3
+    # A third stage of 128 rows spills where the product's operands are in registers too: everywhere but on 9 and 10.
+    stages = 2 if small or (machine.capability not in (9, 10) and not few) else 3
     return StackedConfig(m, n, k=32 if small else 64, warps=8, stages=stages, split=split)
 
 
@@ -117,3 +141,20 @@ def low_rank_config(
     return LowRankConfig(
         m=16, r=r, k=k, split=split, n=64 if small else 128, workers=min(items * split, machine.processors), warps=4
     )
+
+
+def stacked_neighbours(config: StackedConfig, rows: int, most_rows: int, in_features: int) -> list[StackedConfig]:
+    """A handful of other parameters for the same product, one of them changed in each."""
+    changes: list[dict[str, Any]] = [{"n": n} for n in (config.n // 2, config.n * 2) if 32 <= n <= 128]
+    changes += [{"m": m} for m in (64, 128) if m != config.m and _fits(m, most_rows)]
+    # The parts of a cut product are written and read again: not for long steps.
+    splits = {config.split // 2, config.split * 2} if rows <= 256 else {config.split // 2}
+    changes += [{"split": split} for split in sorted(splits) if 1 <= split <= 8 and in_features >= 256 * split]
+    return [replace(config, **change) for change in [*changes, {"warps": 4}]]
+
+
+def modulated_neighbours(config: ModulatedConfig) -> list[ModulatedConfig]:
+    """The same for the modulated product."""
+    changes: list[dict[str, Any]] = [{"m": config.m // 2}, {"n": config.n // 2}, {"warps": 4}]
+    changes += [{"stages": stages} for stages in (2, 3, 4) if stages != config.stages]
+    return [replace(config, **change) for change in changes]

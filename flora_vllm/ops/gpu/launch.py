@@ -3,14 +3,13 @@
 Grids depend on what the caller passes as rows or budgets, never on device data. Importing this module needs Triton.
 """
 
-from typing import Any
-
 import torch
 import triton
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.ops.gpu import kernels as triton_kernels
 from flora_vllm.ops.gpu import low_rank as triton_low_rank
+from flora_vllm.ops.gpu.compiled import launch
 from flora_vllm.ops.gpu.config import DTYPES, LowRankConfig, Machine, ModulatedConfig, StackedConfig
 from flora_vllm.ops.gpu.slots import SlotTable
 from flora_vllm.ops.gpu.step import StepBuffers
@@ -96,7 +95,7 @@ class LowRank:
         """`blocks` of up to `config.m` tokens, or a budget of them; `most_low`: the largest rank of any slot, for as
         long as the launches may be replayed."""
         slots = layer.slots
-        assert int(slots.low_ranks.max()) <= most_low, f"ranks of {most_low} at most, {slots.low_ranks}"
+        assert slots.most_low <= most_low, f"ranks of {most_low} at most, {slots.low_ranks}"
         if x_TI.stride(1) != 1 or slots.dtype not in (None, x_TI.dtype) or x_TI.device != slots.device:
             raise ConfigError(
                 f"x is {x_TI.dtype} on {x_TI.device} with strides {x_TI.stride()}, the slots' terms {slots.dtype} on "
@@ -169,18 +168,21 @@ def launch_stacked(
     if low is not None:
         down = low.config
         down_programs = -(-down.workers // (row_tiles * parts))
-    kernel: Any = triton_kernels.flora_stacked
-    kernel[(row_tiles, down_programs + column_tiles, parts)](
+    args = (
         x_TI, layer.weight_OI, y_TO, x_TI if bias_O is None else bias_O, step.tokens, step.segments, step.counts,
         slots.table, slots.layout, tile_table, parts_STO, counters, x_TI if low is None else low.middle,
         layer.slices, slots.in_features, out_features, x_TI.stride(0), layer.weight_stride, y_TO.stride(0),
         tokens * out_features, 0 if low is None else low.middle.stride(0), 0 if low is None else low.most_low,
         window, stack_below, down_programs,
-        BM=config.m, BN=config.n, BK=config.k, SPLIT=parts, STAGES=config.stages,
-        LOW=low is not None, LOW_M=down.m, LOW_R=down.r, LOW_K=down.k, LOW_SPLIT=down.split,
-        HAS_BIAS=bias_O is not None, ALIGNED=slots.is_aligned, DOT=_precision(x_TI),
-        EXACT_SUM=x_TI.dtype == torch.float32 or INTERPRETED, num_warps=config.warps,
     )  # fmt: skip
+    constants = {
+        "BM": config.m, "BN": config.n, "BK": config.k, "SPLIT": parts, "STAGES": config.stages,
+        "LOW": low is not None, "LOW_M": down.m, "LOW_R": down.r, "LOW_K": down.k, "LOW_SPLIT": down.split,
+        "HAS_BIAS": bias_O is not None, "ALIGNED": slots.is_aligned, "DOT": _precision(x_TI),
+        "EXACT_SUM": x_TI.dtype == torch.float32 or INTERPRETED,
+    }  # fmt: skip
+    grid = (row_tiles, down_programs + column_tiles, parts)
+    launch(triton_kernels.flora_stacked, grid, args, constants, config.warps)
 
 
 # Constants of a launch without low-rank terms.
@@ -200,26 +202,31 @@ def launch_modulated(
     slots = layer.slots
     assert slots.limits.rank <= config.rank, f"rank {slots.limits.rank} does not fit a modulation of {config.rank}"
     tile_table = layer.tiles.of(config.n)
-    kernel: Any = triton_kernels.flora_modulated
-    kernel[(max(programs, 1), tile_table.shape[0])](
+    args = (
         x_TI, layer.weight_OI, y_TO, x_TI if bias_O is None else bias_O, step.tokens, step.segments, step.counts,
         slots.table, slots.layout, tile_table,
         layer.slices, slots.in_features, x_TI.stride(0), layer.weight_stride, y_TO.stride(0),
-        BM=config.m, BN=config.n, BK=config.k, RANKS=config.rank, STAGES=config.stages,
-        HAS_BIAS=bias_O is not None, ALIGNED=slots.is_aligned, DOT=_precision(x_TI), num_warps=config.warps,
     )  # fmt: skip
+    constants = {
+        "BM": config.m, "BN": config.n, "BK": config.k, "RANKS": config.rank, "STAGES": config.stages,
+        "HAS_BIAS": bias_O is not None, "ALIGNED": slots.is_aligned, "DOT": _precision(x_TI),
+    }  # fmt: skip
+    grid = (max(programs, 1), tile_table.shape[0], 1)
+    launch(triton_kernels.flora_modulated, grid, args, constants, config.warps)
 
 
 def launch_low_down(layer: Layer, x_TI: torch.Tensor, step: StepBuffers, low: LowRank) -> None:
     """The first half of low-rank terms alone, where the base product is not a launch of ours."""
     slots, config = layer.slots, low.config
-    kernel: Any = triton_low_rank.flora_low_down
-    kernel[(config.workers,)](
+    args = (
         x_TI, low.middle, step.tokens, step.segments, step.counts, slots.table, slots.layout,
         layer.slices, slots.in_features, x_TI.stride(0), low.middle.stride(0), low.most_low,
-        BM=config.m, BR=config.r, BK=config.k, SPLIT=config.split, STAGES=3,
-        ALIGNED=slots.is_aligned, DOT=_precision(x_TI), num_warps=config.warps,
     )  # fmt: skip
+    constants = {
+        "BM": config.m, "BR": config.r, "BK": config.k, "SPLIT": config.split, "STAGES": 3,
+        "ALIGNED": slots.is_aligned, "DOT": _precision(x_TI),
+    }  # fmt: skip
+    launch(triton_low_rank.flora_low_down, (config.workers, 1, 1), args, constants, config.warps)
 
 
 def launch_low_up(layer: Layer, y_TO: torch.Tensor, step: StepBuffers, low: LowRank) -> None:
@@ -227,13 +234,16 @@ def launch_low_up(layer: Layer, y_TO: torch.Tensor, step: StepBuffers, low: LowR
     slots, config = layer.slots, low.config
     tile_table = layer.tiles.of(config.n)
     column_tiles = tile_table.shape[0]
-    kernel: Any = triton_low_rank.flora_low_up
-    kernel[(layer.programs(low.blocks, column_tiles), column_tiles)](
+    args = (
         y_TO, low.middle, step.tokens, step.segments, step.counts, slots.table, slots.layout, tile_table,
         layer.slices, y_TO.stride(0), low.middle.stride(0), low.most_low,
-        BM=config.m, BN=config.n, BR=config.r, SPLIT=config.split, ALIGNED=slots.is_aligned, DOT=_precision(y_TO),
-        num_warps=config.warps,
     )  # fmt: skip
+    constants = {
+        "BM": config.m, "BN": config.n, "BR": config.r, "SPLIT": config.split,
+        "ALIGNED": slots.is_aligned, "DOT": _precision(y_TO),
+    }  # fmt: skip
+    grid = (layer.programs(low.blocks, column_tiles), column_tiles, 1)
+    launch(triton_low_rank.flora_low_up, grid, args, constants, config.warps)
 
 
 def _precision(like: torch.Tensor) -> str:

@@ -29,7 +29,9 @@ from flora_vllm.ops.gpu.config import (
     DTYPES,
     MAX_RANK,
     Machine,
+    ModulatedConfig,
     StackedConfig,
+    Tuned,
     low_rank_config,
     modulated_config,
     stacked_config,
@@ -71,7 +73,15 @@ def _why_no_driver(device: torch.device) -> str | None:
 
 def build_name() -> str:
     """What a measurement depends on beside shape and machine."""
-    return f"triton {importlib.metadata.version('triton')}"
+    return f"triton {importlib.metadata.version('triton')}" + (" tuned" if is_tuning() else "")
+
+
+def is_tuning() -> bool:
+    """Whether launch parameters are to be timed. Raises ConfigError for a FLORA_TUNE that is neither 0 nor 1."""
+    wish = os.environ.get("FLORA_TUNE", "0")
+    if wish not in ("0", "1"):
+        raise ConfigError(f"FLORA_TUNE={wish!r} is not allowed; use 0 or 1")
+    return wish == "1"
 
 
 def why_refused(weight_OI: torch.Tensor | None, device: torch.device, limits: SlotLimits) -> str | None:
@@ -111,8 +121,11 @@ class LowRankPair:
     def of_step(self, x_TI: torch.Tensor, step: StepBuffers) -> Any:
         """What this step's low-rank terms are launched with."""
         slots = self._slots
-        blocks = -(-step.sizes // _LOW_TOKENS) * (slots.low_ranks[step.slots] > 0)
-        return self._launched_with(x_TI, int(blocks.sum()), int(slots.low_ranks.max()))
+        blocks = step.counted.get(slots.numbers)
+        if blocks is None:
+            has_low = slots.low_ranks[step.slots] > 0
+            blocks = step.counted[slots.numbers] = int((-(-step.sizes // _LOW_TOKENS))[has_low].sum())
+        return self._launched_with(x_TI, blocks, slots.most_low)
 
     def of_graph(self, x_TI: torch.Tensor, step: StepBuffers) -> Any:
         """The same of any step of so many tokens."""
@@ -160,9 +173,18 @@ class TritonLinear:
         self._low = LowRankPair(weight_OI, self.slots)
         self._launch, self._layer = self._low.launch, self._low.layer
         self._launch.check_dtype(weight_OI.dtype)
-        self._modulated = modulated_config(weight_OI.dtype, limits.rank, self.slots.is_aligned)
-        self._dtype = weight_OI.dtype
+        self.dtype = weight_OI.dtype
+        self.launch_with(Tuned())
+
+    def launch_with(self, tuned: Tuned) -> None:
+        """Take these launch parameters from now on, and those of `config` where there are none."""
+        self._tuned = tuned
+        self._modulated = tuned.modulated or modulated_config(self.dtype, self.slots.limits.rank, self.slots.is_aligned)
         self._stacked_configs: dict[tuple[int, int], StackedConfig] = {}
+
+    @property
+    def modulated_with(self) -> ModulatedConfig:
+        return self._modulated
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on; None clears it. Read by captured graphs too."""
@@ -182,12 +204,19 @@ class TritonLinear:
             if low is not None:
                 self._low.add(y_TO, x_TI, step, low)
             return y_TO
-        rows, tiles = int(slots.rows[step.slots] @ step.sizes), 0
-        if step.longest >= slots.least_modulated:
+        rows, tiles = self._counts(step)
+        return self._products(x_TI, bias_O, step, rows, slots.most_rows, tiles, low, stack_below=0)
+
+    def _counts(self, step: StepBuffers) -> tuple[int, int]:
+        """(stacked rows, row tiles of modulated segments) of a step."""
+        slots, tile = self.slots, self._modulated.m
+        key = (slots.numbers, tile)
+        counts = step.counted.get(key)
+        if counts is None:
             is_modulated = step.sizes >= slots.modulate_from[step.slots]
             rows = int(slots.rows[step.slots] @ (step.sizes * ~is_modulated))
-            tiles = int((-(-step.sizes // self._modulated.m))[is_modulated].sum())
-        return self._products(x_TI, bias_O, step, rows, slots.most_rows, tiles, low, stack_below=0)
+            counts = step.counted[key] = rows, int((-(-step.sizes // tile))[is_modulated].sum())
+        return counts
 
     def graph_form(
         self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, step: StepBuffers, row_budget: int
@@ -224,7 +253,7 @@ class TritonLinear:
         layer = self._layer
         y_TO = torch.empty((x_TI.shape[0], layer.out_features), dtype=x_TI.dtype, device=x_TI.device)
         if rows or low is not None:
-            config = self._stacked_config(-(-rows // _ROWS_APART) * _ROWS_APART, most_rows)
+            config = self.stacked_with(rows, most_rows)
             self._launch.launch_stacked(layer, x_TI, y_TO, bias_O, step, config, rows, most_rows, stack_below, low)
         if tiles:
             self._launch.launch_modulated(layer, x_TI, y_TO, bias_O, step, self._modulated, tiles)
@@ -232,12 +261,16 @@ class TritonLinear:
             self._launch.launch_low_up(layer, y_TO, step, low)
         return y_TO
 
-    def _stacked_config(self, rows: int, most_rows: int) -> StackedConfig:
+    def stacked_with(self, rows: int, most_rows: int) -> StackedConfig:
+        """The launch parameters for a step with `rows` stacked rows, at most `most_rows` a token."""
+        rows = -(-rows // _ROWS_APART) * _ROWS_APART
         config = self._stacked_configs.get((rows, most_rows))
         if config is None:
             layer, slots = self._layer, self.slots
             sizes = (slots.in_features, layer.out_features)
-            config = stacked_config(self._dtype, most_rows, *sizes, rows, slots.is_aligned, layer.machine)
+            config = self._tuned.stacked_for(rows, most_rows) or stacked_config(
+                self.dtype, most_rows, *sizes, rows, slots.is_aligned, layer.machine
+            )
             self._stacked_configs[rows, most_rows] = config
         return config
 

@@ -27,8 +27,8 @@ class SlotTable:
     slices of the layer, as soon as for one. `dtype` None: that of the first factor that comes. Raises ConfigError for
     terms that the kernels do not serve.
     On the host, for what launches are sized by: `rows` (S,) base products a token, of the slice with the most,
-    `modulate_from` (S,) tokens, `low_ranks` (S,), and as bits by slot `product_bits` (it changes more than low-rank
-    terms do) and `low_bits` (it has such terms).
+    `modulate_from` (S,) tokens, `low_ranks` (S,) and all three as `numbers`, equal for layers that count the same; as
+    bits by slot `product_bits` (it changes more than low-rank terms do) and `low_bits` (it has such terms).
     """
 
     def __init__(
@@ -58,9 +58,8 @@ class SlotTable:
         self.modulate_from = np.full(slots, self._modulate_from((None,) * n), dtype=np.int64)
         self.low_ranks = np.zeros(slots, dtype=np.int64)
         self.product_bits = self.low_bits = 0
-        self.most_rows = 1  # that a token of any slot has
-        self.least_modulated = int(self.modulate_from[0])  # tokens
         self._write_rows(slice(None), (None,) * n)
+        self._count()
 
     def write(self, slot: int, terms: LayerTerms | None) -> LayerTerms | None:
         """Slot `slot` (>= 1) has `terms` from now on; None clears it. Tensors are kept, or copied if they must be.
@@ -85,12 +84,17 @@ class SlotTable:
         self._write_rows(slot, kept)
         self.rows[slot] = max(map(_rows, kept))
         self.modulate_from[slot] = self._modulate_from(kept)
-        self.most_rows = int(self.rows.max())
-        self.least_modulated = int(self.modulate_from.min())
+        self.low_ranks[slot] = _most_low(kept)
+        self._count()
         self.product_bits = _with_bit(self.product_bits, slot, any(map(changes_products, parts)))
         self.low_bits = _with_bit(self.low_bits, slot, _most_low(kept) > 0)
-        self.low_ranks[slot] = _most_low(kept)
         return self._terms.get(slot)
+
+    def _count(self) -> None:
+        """What every call asks of all slots together."""
+        self.most_rows = int(self.rows.max())  # that a token of any slot has
+        self.most_low = int(self.low_ranks.max())
+        self.numbers = (self.rows.tobytes(), self.modulate_from.tobytes(), self.low_ranks.tobytes())
 
     def _modulate_from(self, terms: LayerTerms) -> int:
         scaled = [(part.products, _rank(part.a_RI)) for part in terms if part is not None and part.a_RI is not None]

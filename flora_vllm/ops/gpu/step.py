@@ -6,6 +6,7 @@ depends on a layer (ranks, addresses, which segments are modulated) is in that l
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ class StepBuffers:
 
     Written in place by `fill`, all int32 views of one buffer: counts (1,) segments, segments (max_segments, 3) [slot,
     first list position, tokens], tokens (max_tokens,) rows of x by list position. On the host: `slots` and `sizes` by
-    segment (int64 arrays), `longest` of the sizes, `slot_bits` with bit s set where slot s has tokens.
+    segment (int64 arrays), `slot_bits` with bit s set where slot s has tokens, and `counted`: what a layer counted of
+    this step, kept for the layers that count the same.
     """
 
     def __init__(self, max_tokens: int, max_segments: int, device: torch.device) -> None:
@@ -35,7 +37,8 @@ class StepBuffers:
         self.segments = self._flat[4 : 4 + 3 * max_segments].view(max_segments, 3)
         self.tokens = self._flat[self._places[1] :]
         self.slots = self.sizes = np.zeros(0, dtype=np.int64)
-        self.slot_bits = self.longest = 0
+        self.slot_bits = 0
+        self.counted: dict[tuple, Any] = {}
 
     def fill(self, segments: Segments) -> None:
         """Make these the buffers of a step.
@@ -64,7 +67,7 @@ class StepBuffers:
         host[last:] = segments.rows_T
         self._flat[: len(flat)].copy_(host, non_blocking=True)
         self.slot_bits = slot_bits(segments.slots)
-        self.longest = int(self.sizes.max(initial=0))
+        self.counted.clear()
 
 
 def slot_bits(slots: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 // every modulated segment. Plain C interface, no torch headers: the library outlives torch releases.
 #include <omp.h>
 
+#include "rows.h"
 #include "worker.h"
 
 namespace flora {
@@ -205,6 +206,28 @@ int flora_forward(const void* handle, const void* x, int64_t x_stride, int64_t t
   return 1;
 } catch (const std::bad_alloc&) {
   return 0;
+}
+
+// See rows.h. `data`, and `added` with rows side by side, have the layer's dtype; the factors are float32, one pointer a
+// run (null, but for a swap: none).
+void flora_swap_runs(int bfloat16, void* data, const flora::Runs* runs, const float* const* first,
+                     const float* const* second, int64_t group) {
+  if (bfloat16)
+    flora::swap_runs(static_cast<uint16_t*>(data), *runs, first, second, group);
+  else
+    flora::swap_runs(static_cast<float*>(data), *runs, first, second, group);
+}
+void flora_scale_runs(int bfloat16, void* data, const flora::Runs* runs, const float* const* factor) {
+  if (bfloat16)
+    flora::scale_runs(static_cast<uint16_t*>(data), *runs, factor);
+  else
+    flora::scale_runs(static_cast<float*>(data), *runs, factor);
+}
+void flora_add_runs(int bfloat16, void* data, const flora::Runs* runs, const void* added, const float* const* factor) {
+  if (bfloat16)
+    flora::add_runs(static_cast<uint16_t*>(data), *runs, static_cast<const uint16_t*>(added), factor);
+  else
+    flora::add_runs(static_cast<float*>(data), *runs, static_cast<const float*>(added), factor);
 }
 
 // The bounds that the scratch of one step keeps: shared by the threads, and each thread's own.

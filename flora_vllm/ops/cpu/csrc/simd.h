@@ -113,6 +113,10 @@ inline void store_row(uint16_t* to, Floats values) {
   store(to, __builtin_convertvector(round_bits(values), Halves));
 #endif
 }
+inline Floats load_row(const float* from) { return load<Floats>(from); }
+inline Floats load_row(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Lanes) << 16);
+}
 inline float to_float(float value) { return value; }
 inline float to_float(uint16_t bits) {
   Lane wide = Lane(bits) << 16;
