@@ -1,4 +1,4 @@
-"""Weighted sums of loaded adapters: asked for by a request, loaded by name, named on the command line."""
+"""Sums, merges and arrows of loaded adapters: asked for by a request, loaded by name, named on the command line."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -7,12 +7,14 @@ from typing import Any
 import openai
 import peft
 import pytest
-from engine_support import LOGPROB_TOLERANCE, Answer, State, difference, load, save_peft_adapter
+from engine_support import LOGPROB_TOLERANCE, Answer, Oracle, State, difference, load, save_peft_adapter
+from peft.tuners.lora.arrow import create_arrow_model
 from server_support import BASE, Client, World, answer_of, make_ask, make_world, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 STATIC = {"flora1": 0.7, "lora": 0.3}
+ROUTED = ("route0", "route1", "route2")
 OPTIONS = ("--max-loras", "2", "--max-cpu-loras", "3", "--max-num-batched-tokens", "64", "--max-num-seqs", "16")
 
 
@@ -23,12 +25,16 @@ def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     config = peft.LoraConfig(r=8, lora_alpha=4, target_modules=["q_proj", "o_proj"])
     state = save_peft_adapter(world.model, folder / "lora2", config, 9)
     adapters = {**world.adapters, "lora2": folder / "lora2"}
+    for number, name in enumerate(ROUTED):
+        config = peft.LoraConfig(r=4, lora_alpha=2 + number, target_modules=["q_proj", "v_proj", "down_proj"])
+        save_peft_adapter(world.model, folder / name, config, 20 + number)
+        adapters[name] = folder / name
     return World(world.model, adapters, {**world.states, "lora2": state})
 
 
 @pytest.fixture(scope="module")
 def client(world: World) -> Iterator[Client]:
-    static = {"named": Path("mix:flora1*0.7+lora*0.3")}
+    static = {"named": Path("mix:flora1*0.7+lora*0.3"), "routed": Path(f"arrow:{','.join(ROUTED[:2])}")}
     with serving(world.model, {**world.adapters, **static}, *OPTIONS) as client:
         yield client
 
@@ -130,6 +136,44 @@ def test_merges_by_pefts_methods_are_pefts(client: Client, world: World) -> None
         assert (status in (400, 422), words in message) == (True, True), message
     for name in loads:
         assert client.unload(name)[0] == 200
+
+
+def test_tokens_choose_among_loaded_adapters_as_in_pefts_arrow(client: Client, world: World) -> None:
+    """By name and from the command line, alone and beside the adapters chosen among, which may then be unloaded."""
+    chosen = {"top_k": 2, "temperature": 0.7, "seed": 3}
+    assert client.post("load_lora_adapter", {"lora_name": "r", "arrow": {"adapters": [*ROUTED], **chosen}})[0] == 200
+    configs = {
+        "r": (ROUTED, peft.ArrowConfig(top_k=2, router_temperature=0.7, rng_seed=3)),
+        "routed": (ROUTED[:2], peft.ArrowConfig(top_k=2, rng_seed=0)),
+    }
+    oracles = {
+        name: Oracle(
+            create_arrow_model(load(world.model), [str(world.adapters[part]) for part in parts], config).eval()
+        )
+        for name, (parts, config) in configs.items()
+    }
+    models = ["r", "routed", "route0", BASE, "lora", "r"]
+    asks = [(model, make_ask(60 + seed)) for seed, model in enumerate(models)]
+    for one in (lambda: client.unload("route2"), lambda: (200, "")):
+        together = client.ask_all([(model, asked.prompt) for model, asked in asks])
+        for (model, asked), answer in zip(asks, together, strict=True):
+            if model in oracles:
+                assert oracles[model].error(None, asked, answer) < LOGPROB_TOLERANCE, model
+                assert difference(client.ask(model, asked.prompt), answer) < LOGPROB_TOLERANCE, model
+        assert one()[0] == 200
+    assert client.load("route2", world.adapters["route2"])[0] == 200
+    for body, words in (
+        ({"arrow": {"adapters": ["lora", "route0"]}}, "has other modules"),
+        ({"arrow": {"adapters": ["hira", "flora1"]}}, "'hira' is HIRA; these methods are for plain LoRA"),
+        ({"arrow": {"adapters": ["route0", "r"]}}, "'r' is a mix itself"),
+        ({"arrow": {"adapters": ["route0", "nobody"]}}, "['nobody'] are not loaded"),
+        ({"arrow": {"adapters": ["route0", "route1"], "top_k": 3}}, "top_k is 3, and there are 2 adapters"),
+        ({"arrow": {"adapters": ["route0", "route1"], "top": 1}}, "['top'] are no options of an arrow"),
+        ({"arrow": {"adapters": ["route0", "route1"]}, "mix": {"lora": 1.0}}, "give mix or arrow, not both"),
+    ):
+        status, message = client.post("load_lora_adapter", {"lora_name": "x", **body})
+        assert (status in (400, 422), words in message) == (True, True), message
+    assert client.unload("r")[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Mixes in the server's requests: `extra_body={"flora": {"mix": {...}}}`, and `"mix"` where an adapter is loaded.
+"""Mixes in the server's requests: `extra_body={"flora": {"mix": {...}}}`, and `"mix"`, `"arrow"` where one is loaded.
 
 A mix that a request asks for is loaded like a named one, under its own text (`mix:a*0.7+b*0.3`), and the request then
 names it; so everything behind sees an adapter like any other. The least recently asked for is unloaded.
@@ -22,7 +22,7 @@ KEY = "flora"
 MOST_UNNAMED = 64
 _BASE = "vllm.entrypoints.serve.engine.serving"
 _CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
-_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.method"  # patches/0020
+_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.arrow"  # patches/0020
 
 
 def install() -> None:
@@ -54,7 +54,7 @@ def _choose_before(serving: Any, *, raises: bool) -> None:
 
 
 def _load_mixes() -> None:
-    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`, and a merge's method beside it."""
+    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`, with a merge's method, or `arrow`."""
     router: Any = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
     pydantic = importlib.import_module("pydantic")
 
@@ -65,6 +65,7 @@ def _load_mixes() -> None:
         density: float | None = None
         majority_sign_method: str | None = None
         seed: int | None = None
+        arrow: dict[str, Any] | None = None
 
         @pydantic.model_validator(mode="after")
         def name_the_mix(self) -> Any:
@@ -72,10 +73,13 @@ def _load_mixes() -> None:
             options = {name: value for name in names if (value := getattr(self, name)) is not None}
             if options and (self.mix is None or self.method is None):
                 raise ValueError(f"{', '.join(options)} go with a mix and its method")
+            given = {"lora_path": self.lora_path or None, "mix": self.mix, "arrow": self.arrow}
+            if len(beside := [name for name, value in given.items() if value is not None]) > 1:
+                raise ValueError(f"give {' or '.join(beside)}, not both")
             if self.mix is not None:
-                if self.lora_path:
-                    raise ValueError("give lora_path or mix, not both")
                 self.lora_path = mixes.PREFIX + json.dumps({"mix": self.mix, **options} if options else self.mix)
+            if self.arrow is not None:
+                self.lora_path = mixes.ARROW_PREFIX + json.dumps(self.arrow)
             return self
 
     router.LoadLoRAAdapterRequest = LoadLoRAAdapterRequest
