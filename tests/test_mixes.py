@@ -43,8 +43,8 @@ def test_methods_that_a_server_does_not_take(options, words):
 
 def test_an_arrow_names_adapters_and_its_gate():
     one = Asked({"a": 1.0, "b": 1.0}, Routing(top_k=2))
-    assert asked_in("arrow:a,b") == asked_in('arrow:{"adapters": ["a", "b"]}') == one
-    assert asked_in("arrow:a,b,c,d").method == Routing(top_k=3)
+    assert asked_in("arrow:a+b") == asked_in('arrow:{"adapters": ["a", "b"]}') == one
+    assert asked_in("arrow:a+b+c+d").method == Routing(top_k=3)
     text = 'arrow:{"adapters": ["a", "b"], "top_k": 1, "temperature": 0.5, "seed": 7}'
     assert asked_in(text).method == Routing(1, 0.5, 7)
 
@@ -54,7 +54,7 @@ def test_an_arrow_names_adapters_and_its_gate():
     [
         ("arrow:", "2 to 64 different names"),
         ("arrow:a", "2 to 64 different names"),
-        ("arrow:a,a", "2 to 64 different names"),
+        ("arrow:a+a", "2 to 64 different names"),
         ("arrow:{", "not what JSON calls an object"),
         ('arrow:{"adapters": "ab"}', "2 to 64 different names"),
         ('arrow:{"adapters": ["a", "b"], "weights": 1}', "['weights'] are no options of an arrow"),

@@ -34,7 +34,7 @@ def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def client(world: World) -> Iterator[Client]:
-    static = {"named": Path("mix:flora1*0.7+lora*0.3"), "routed": Path(f"arrow:{','.join(ROUTED[:2])}")}
+    static = {"named": Path("mix:flora1*0.7+lora*0.3"), "routed": Path(f"arrow:{'+'.join(ROUTED[:2])}")}
     with serving(world.model, {**world.adapters, **static}, *OPTIONS) as client:
         yield client
 

@@ -1,9 +1,11 @@
 """Mixes in the server's requests: `extra_body={"flora": {"mix": {...}}}`, and `"mix"`, `"arrow"` where one is loaded.
 
 A mix that a request asks for is loaded like a named one, under its own text (`mix:a*0.7+b*0.3`), and the request then
-names it; so everything behind sees an adapter like any other. The least recently asked for is unloaded.
+names it; so everything behind sees an adapter like any other. So is the mix that a chooser makes for a prompt; its
+answer has the chooser's name. The least recently asked for is unloaded. HEADER of the answer has the weights.
 """
 
+import asyncio
 import functools
 import importlib
 import json
@@ -14,11 +16,12 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import shown
-from flora_vllm.plugin import frontend, mixes
+from flora_vllm.plugin import choosers, frontend, mixes
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import options_of
+from flora_vllm.plugin.told import tell
 
-KEY = "flora"
+KEY, HEADER = "flora", "x-flora-mix"
 MOST_UNNAMED = 64
 _BASE = "vllm.entrypoints.serve.engine.serving"
 _CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
@@ -86,10 +89,13 @@ def _load_mixes() -> None:
 
 
 async def choose(serving: Any, request: Any) -> Any:
-    """Have a request with a mix name it as its model; an error response if it cannot have it."""
-    extra = getattr(request, "model_extra", None) or {}
-    if KEY not in extra or options_of(serving.models.engine_client.vllm_config.additional_config) is None:
+    """Have a request with a mix, or one for a chooser, name its mix as its model; an error response if it cannot."""
+    if options_of(serving.models.engine_client.vllm_config.additional_config) is None:
         return None
+    extra = getattr(request, "model_extra", None) or {}
+    if KEY not in extra:
+        chooser = choosers.named(serving.models, request.model)
+        return None if chooser is None else await _choose_by_prompt(serving.models, chooser, request)
     asked = extra[KEY]
     if not isinstance(asked, Mapping) or set(asked) != {"mix"}:
         return _error(f'"{KEY}" must be an object with the one key "mix", got {shown(asked)}')
@@ -99,17 +105,33 @@ async def choose(serving: Any, request: Any) -> Any:
         name = mixes.text_of(mixes.checked(asked["mix"]))
     except AdapterError as error:
         return _error(str(error))
-    known = await _loaded(serving.models, name, asked["mix"])
+    return await _give(serving.models, request, asked["mix"], name, mixes.PREFIX + json.dumps(dict(asked["mix"])))
+
+
+async def _choose_by_prompt(models: Any, named: choosers.Named, request: Any) -> Any:
+    try:
+        prompt = choosers.prompt_of(request)
+        mix = choosers.mix_of_choice(await asyncio.to_thread(named.chooser.choose, prompt))
+    except AdapterError as error:
+        return _error(f"{named.name!r}: {error}")
+    weights, key = choosers.weights_of(mix), choosers.key_of(named.name, mix)
+    return await _give(models, request, weights, key, "", mix=mix, told=named.name)
+
+
+async def _give(models: Any, request: Any, weights: Mapping[str, float], name: str, path: str, **more: Any) -> Any:
+    """The request names the mix, which is loaded; None, or an error response."""
+    known = await _loaded(models, name, path, **more)
     if not isinstance(known, str):
         return known
     request.model = name
+    tell(HEADER, json.dumps(dict(weights)))
     return None
 
 
-async def _loaded(models: Any, name: str, weights: Mapping[str, float]) -> Any:
+async def _loaded(models: Any, name: str, path: str, **more: Any) -> Any:
     """The identity of the mix, loaded under `name`, or an error response."""
     async with models.lora_resolver_lock[name]:
-        known = await frontend.admit(models, name, mixes.PREFIX + json.dumps(dict(weights)))
+        known = await frontend.admit(models, name, path, **more)
     if isinstance(known, str):
         recent: OrderedDict[str, None] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
         recent[name] = None

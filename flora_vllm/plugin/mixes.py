@@ -2,7 +2,7 @@
 
 A client names parts and weights, in text (`mix:a*0.7+b*0.3`) or as an object (`{"a": 0.7, "b": 0.3}`), and maybe one of
 PEFT's merge methods in place of the exact sum (`{"mix": {...}, "method": "ties", "density": 0.5}`). Or it names LoRAs
-among which each token chooses: `arrow:a,b`, `{"adapters": ["a", "b"], "top_k": 1}`. The engine gets them in the path of
+among which each token chooses: `arrow:a+b`, `{"adapters": ["a", "b"], "top_k": 1}`. The engine gets them in the path of
 a LoRARequest: which content of which directory, by digest, with which weight. So a mix needs no part to stay loaded, is
 evicted and comes back like an adapter, and another content, weight or option is another identity.
 """
@@ -25,6 +25,7 @@ PREFIX, ARROW_PREFIX = "mix:", "arrow:"
 MOST_PARTS = 8
 MOST_ROUTED = 64
 _ROUTED = "arrow"
+CHOOSER_PREFIX = "dlp:"  # what is at such a path is no adapter: choosers.py
 _PART = re.compile(r"(?P<name>.+)\*(?P<weight>-?(\d+\.?\d*|\.\d+)(e-?\d+)?)", re.DOTALL)
 
 
@@ -63,11 +64,11 @@ def text_of(weights: Mapping[str, float]) -> str:
 
 
 def asked_in(text: str) -> Asked:
-    """Of `mix:a*0.7+b*0.3`, `mix:{"a": 0.7, "b": 0.3}` or `mix:{"mix": {...}, "method": ...}`, and of `arrow:a,b` or
+    """Of `mix:a*0.7+b*0.3`, `mix:{"a": 0.7, "b": 0.3}` or `mix:{"mix": {...}, "method": ...}`, and of `arrow:a+b` or
     `arrow:{"adapters": [...], "top_k": ...}`. Raises AdapterError."""
     if text.startswith(ARROW_PREFIX):
         inside = text.removeprefix(ARROW_PREFIX)
-        return _routed(_object_in(text, inside) if inside.startswith("{") else {"adapters": inside.split(",")})
+        return _routed(_object_in(text, inside) if inside.startswith("{") else {"adapters": inside.split("+")})
     if text.startswith(f"{PREFIX}{{"):
         asked = _object_in(text, text.removeprefix(PREFIX))
         if isinstance(asked.get("mix"), dict):
@@ -99,7 +100,7 @@ def _routed(asked: Mapping[str, Any]) -> Asked:
     known = ("adapters", "top_k", "temperature", "seed")
     if strange := sorted(map(str, asked.keys() - set(known))):
         raise AdapterError(f"{shown(strange)} are no options of an arrow; allowed: {', '.join(known)}")
-    names = asked.get("adapters")
+    names: Any = asked.get("adapters")
     fits = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     if not fits or not 2 <= len(names) <= MOST_ROUTED or len({*names}) < len(names):
         raise AdapterError(
@@ -155,6 +156,10 @@ def mix_of(asked: Asked, loaded: Mapping[str, Any]) -> Mix:
         raise AdapterError(f"mix {dict(weights)!r}: {missing} are not loaded; load them first")
     parts: list[Part] = []
     for name, weight in weights.items():
+        if loaded[name].lora_path.startswith(CHOOSER_PREFIX):
+            raise AdapterError(
+                f"mix {dict(weights)!r}: {name!r} chooses by the prompt, which no mix has; name it alone"
+            )
         inner = decoded(loaded[name].lora_path)
         if inner is not None and (asked.method or inner.method):
             raise AdapterError(f"mix {dict(weights)!r}: {name!r} is a mix itself; a merge's parts are adapters")
