@@ -65,7 +65,7 @@ def write_classifier(folder: Path, names: Sequence[str], mode: str = "albert", *
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(network.state_dict(), folder / "classifier.safetensors")
-    word_tokenizer().save(str(folder / "tokenizer.json"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=word_tokenizer()).save_pretrained(folder)
     (folder / "dlp_config.json").write_text(json.dumps({"adapters": [*names], "top_p": 0.6, "max_tokens": 20, **more}))
     return network
 

@@ -14,6 +14,7 @@ from dlp_support import TransformerClassifier, classifier_output, word_tokenizer
 from engine_support import load, save_peft_adapter
 from safetensors.torch import load_file, save_file
 
+from flora_vllm.commands import convert
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
 from flora_vllm.formats.dlp import Chooser, chosen, read_chooser
@@ -252,3 +253,34 @@ def test_a_name_and_its_alias_find_the_chooser(folder: Path) -> None:
     assert [named(models, model) for model in (None, "", "other", "dlp:other", "dlp:")] == [None] * 5
     mix = mix_of_choice([(chooser.choices[0], 0.25)])
     assert key_of("tasks", mix) == "tasks?poems*0.25"
+
+
+def test_the_authors_files_become_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which then chooses as the one that was written by hand does."""
+    encoder, listing, pickled, out = (tmp_path / name for name in ("encoder", "list.txt", "dlp.pth", "out"))
+    network = write_classifier(encoder, NAMES, "roberta")
+    (encoder / "classifier.safetensors").unlink()
+    torch.save({**network.state_dict(), "model.embeddings.position_ids": torch.arange(512)}, pickled)
+    listing.write_text("\n".join(str(folder / name) for name in NAMES).replace("/code", "\\code") + "\n")
+    arguments = [*map(str, ("--dlp", listing, encoder, pickled, out))]
+    assert convert.main([*arguments, "--max-tokens", "20"]) == 0
+    assert "choose among poems, old, code, at most 2 at once" in capsys.readouterr().out
+    chooser = read_chooser(out)
+    for prompt in PROMPTS:
+        indices, weights = theirs(network, prompt, 0.6)
+        found = chooser.choose(prompt)
+        assert [choice.name for choice, _ in found] == [("poems", "old", "code")[i] for i in indices]
+        assert [weight for _, weight in found] == pytest.approx(weights, abs=1e-6)
+    for changed, words in (
+        (arguments, "is not an empty directory"),
+        ([*arguments[:-1], str(tmp_path / "x"), "--max-tokens", "600"], "the encoder has 511 positions"),
+        ([*arguments[:-1], str(tmp_path / "x"), "--alpha", "1"], "are for --pickle and --repair"),
+        (["--pickle", *arguments[2:], "--top-p", "1"], "are for --dlp"),
+        (["--dlp", str(tmp_path / "none"), *arguments[2:-1], str(tmp_path / "x")], "cannot be read"),
+    ):
+        assert convert.main(changed) == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+    listing.write_text(f"{folder / 'code'}\n{tmp_path / 'code'}\n")
+    assert convert.main([*arguments[:-1], str(tmp_path / "x")]) == 1
+    assert "no two folders may have one name" in capsys.readouterr().err
