@@ -7,6 +7,7 @@ import pytest
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.arrow import Routing
 from flora_vllm.formats.merge_methods import Method
+from flora_vllm.plugin.mix_requests import MOST_UNNAMED, outdated
 from flora_vllm.plugin.mixes import Asked, Mix, Part, asked_in, checked, decoded, digest_of_mix, encoded, mix_of
 
 TIES = Method("ties", density=0.5)
@@ -137,3 +138,10 @@ def test_the_digest_is_that_of_contents_weights_and_method():
     others += [mix({"a": 0.7, "b": 0.3}, both, Method("ties", 0.5, "frequency"))]
     others += [mix({"a": 1.0, "b": 1.0}, both, routing) for routing in (None, Routing(1), Routing(2), Routing(1, 0.5))]
     assert len({digest_of_mix(other) for other in others}) == len(others)
+
+
+def test_unnamed_mixes_are_unloaded_when_many_and_old():
+    recent = {f"mix:{i}": float(i) for i in range(MOST_UNNAMED + 3)}
+    assert outdated(recent, 1000.0) == ["mix:0", "mix:1", "mix:2"]
+    assert outdated(recent, 11.5) == ["mix:0", "mix:1"]
+    assert outdated(dict(list(recent.items())[3:]), 1000.0) == []

@@ -2,13 +2,15 @@
 
 The engine knows an adapter as `name@digest` of its content, clients as `name`. So a reload under the same name is
 another adapter to the engine: requests that run finish on the old weights, prefix caches never mix versions, and no
-name ever has two live ids (which would end vLLM's engine). An adapter's id is permanent for its identity.
+name ever has two live ids (which would end vLLM's engine). An adapter's id is permanent for its identity (a mix's:
+for long after it was released).
 """
 
 import asyncio
 import functools
 import importlib
 import os
+from collections import OrderedDict
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from flora_vllm.plugin.published import identity_of
 from flora_vllm.plugin.refusals import refusal
 
 _POLL_S = 0.1
+MOST_RETIRED = 4096
 
 
 def install() -> None:
@@ -260,6 +263,7 @@ async def _identify(self: Any, request: Any, confined: bool, mix: mixes.Mix | No
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1)
+    _retired(self).pop(known, None)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
     if offers(NAMED):
         request.served_name = name
@@ -287,15 +291,30 @@ async def release(self: Any, request: Any) -> None:
         return
     if _in_flight(engine, request.lora_name):
         _in_background(self, _release_when_idle(self, request))
-    else:
+    # Choices of one chooser may be equal in content, and then are one adapter; whoever asks, all names count.
+    elif all(live.lora_int_id != request.lora_int_id for live in dict.values(self.lora_requests)):
         await engine.remove_lora(request.lora_int_id)
+        if mixes.is_mix(request.lora_path):
+            _retire(self, request.lora_name)
 
 
 async def _release_when_idle(self: Any, request: Any) -> None:
     while _in_flight(self.engine_client, request.lora_name):
         await asyncio.sleep(_POLL_S)
-    if all(live.lora_int_id != request.lora_int_id for live in self.lora_requests.values()):
-        await release(self, request)
+    await release(self, request)
+
+
+def _retired(self: Any) -> OrderedDict[str, None]:
+    """Identities of mixes that were released and not asked for since, the oldest first."""
+    return self.__dict__.setdefault("_flora_retired", OrderedDict())
+
+
+def _retire(self: Any, known: str) -> None:
+    """Prompts' mixes are without number: their ids are forgotten, long after any request can be on its way."""
+    _retired(self)[known] = None
+    while len(_retired(self)) > MOST_RETIRED:
+        oldest, _ = _retired(self).popitem(last=False)
+        self._flora_ids.pop(oldest, None)
 
 
 def _in_flight(engine: Any, lora_name: str) -> bool:

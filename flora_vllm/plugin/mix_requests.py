@@ -9,20 +9,25 @@ import asyncio
 import functools
 import importlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import shown
 from flora_vllm.plugin import choosers, frontend, mixes
+from flora_vllm.plugin.access import CURRENT, OPERATOR
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.told import tell
 
 KEY, HEADER = "flora", "x-flora-mix"
 MOST_UNNAMED = 64
+# What was asked for so recently stays: its request may not have reached the engine yet.
+_GRACE_S = 10.0
 _BASE = "vllm.entrypoints.serve.engine.serving"
 _CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
 _LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.arrow"  # patches/0020
@@ -133,14 +138,26 @@ async def _loaded(models: Any, name: str, path: str, **more: Any) -> Any:
     async with models.lora_resolver_lock[name]:
         known = await frontend.admit(models, name, path, **more)
     if isinstance(known, str):
-        recent: OrderedDict[str, None] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
-        recent[name] = None
+        recent: OrderedDict[str, float] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
+        recent[name] = time.monotonic()
         recent.move_to_end(name)
-        while len(recent) > MOST_UNNAMED:
-            oldest, _ = recent.popitem(last=False)
-            if oldest in models.lora_requests:
-                await frontend.release(models, models.lora_requests.pop(oldest))
+        # The oldest may be another tenant's.
+        token = CURRENT.set(OPERATOR)
+        try:
+            while old := outdated(recent, time.monotonic()):
+                oldest = old[0]
+                del recent[oldest]
+                if oldest in models.lora_requests:
+                    await frontend.release(models, models.lora_requests.pop(oldest))
+        finally:
+            CURRENT.reset(token)
     return known
+
+
+def outdated(recent: Mapping[str, float], now: float) -> list[str]:
+    """Those beyond the MOST_UNNAMED asked for last. `recent`: name -> when it was, the oldest first."""
+    beyond = max(len(recent) - MOST_UNNAMED, 0)
+    return [name for name, asked_at in islice(recent.items(), beyond) if now - asked_at > _GRACE_S]
 
 
 def _error(message: str) -> Any:
