@@ -95,9 +95,11 @@ def _load_mixes() -> None:
 
 async def choose(serving: Any, request: Any) -> Any:
     """Have a request with a mix, or one for a chooser, name its mix as its model; an error response if it cannot."""
+    extra = getattr(request, "model_extra", None) or {}
+    if KEY not in extra and not choosers.choosers_of(serving.models):
+        return None
     if options_of(serving.models.engine_client.vllm_config.additional_config) is None:
         return None
-    extra = getattr(request, "model_extra", None) or {}
     if KEY not in extra:
         chooser = choosers.named(serving.models, request.model)
         return None if chooser is None else await _choose_by_prompt(serving.models, chooser, request)
