@@ -172,6 +172,8 @@ def edit_classifier(folder: Path, change: Callable[[dict[str, torch.Tensor]], An
         (lambda f: edit(f, "config.json", model_type="bert"), "model_type is 'bert'; allowed: albert, roberta"),
         (lambda f: edit(f, "config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
         (lambda f: edit(f, "config.json", hidden_act="x"), "transformers builds no albert of it"),
+        (lambda f: edit(f, "config.json", hidden_size=10**6, num_attention_heads=1), "must be (1000000, 8)"),
+        (lambda f: edit(f, "config.json", num_attention_heads=16, embedding_size="x"), "transformers builds no albert"),
         (lambda f: edit(f, "config.json", vocab_size=20), "word_embeddings.weight has shape (40, 8)"),
         (lambda f: edit_classifier(f, lambda t: t.pop("norm.bias")), "tensors are missing: ['norm.bias']"),
         (lambda f: edit_classifier(f, lambda t: t.update(x=torch.ones(1))), "no place for: ['x']"),

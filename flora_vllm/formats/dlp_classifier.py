@@ -56,12 +56,16 @@ class Classifier:
         encoder: Any = self._network.model.config
         # RoBERTa's positions begin behind its padding's.
         positions = encoder.max_position_embeddings
-        positions -= encoder.pad_token_id + 1 if encoder.model_type == "roberta" else 0
+        positions -= (encoder.pad_token_id or 0) + 1 if encoder.model_type == "roberta" else 0
         if max_tokens > positions:
             raise AdapterError(f"max_tokens is {max_tokens}; the encoder has {positions} positions")
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= encoder.vocab_size:
             raise AdapterError(f"tokenizer.json has token {largest}; the encoder knows {encoder.vocab_size}")
+        try:
+            self._network(torch.full((1, max_tokens), largest))
+        except Exception as error:  # whatever else in a config makes an encoder that cannot run
+            raise AdapterError(f"the encoder cannot be run ({type(error).__name__}: {error})") from error
 
     @torch.inference_mode()
     def logits(self, prompt: str) -> torch.Tensor:
