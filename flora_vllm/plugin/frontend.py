@@ -152,17 +152,17 @@ def error_response(message: str, status: HTTPStatus) -> Any:
 async def admit(
     self: Any,
     name: str,
-    path: str,
+    content: str | mixes.Mix,
     base_model_name: str | None = None,
     confined: bool = False,
-    *,
-    mix: mixes.Mix | None = None,
     told: str | None = None,
 ) -> Any:
-    """Have the engine load the content now at `path`, or `mix`, under `name`; its identity, or an error response.
+    """Have the engine load `content`, or what is now at that path, under `name`; its identity, or an error response.
 
     `told`: what answers, logs and metrics call it, if not by `name`.
     """
+    mix = None if isinstance(content, str) else content
+    path = content if isinstance(content, str) else mixes.encoded(content)
     request = importlib.import_module("vllm.lora.request").LoRARequest(told or name, 1, path)
     try:
         await _identify(self, request, confined, mix)
@@ -203,7 +203,7 @@ async def _try(self: Any, request: Any) -> Any:
     name = plain_name(request.lora_name)
     trial = f"{name}{CHOICE}"
     for mix in choosers.trials(choosers.choosers_of(self)[request.lora_name]):
-        result = await admit(self, trial, "", mix=mix, told=name)
+        result = await admit(self, trial, mix, told=name)
         if not isinstance(result, str):
             return result
         await release(self, self.lora_requests.pop(trial))

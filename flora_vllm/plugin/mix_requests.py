@@ -112,7 +112,7 @@ async def choose(serving: Any, request: Any) -> Any:
         name = mixes.text_of(mixes.checked(asked["mix"]))
     except AdapterError as error:
         return _error(str(error))
-    return await _give(serving.models, request, asked["mix"], name, mixes.PREFIX + json.dumps(dict(asked["mix"])))
+    return await _give(serving.models, request, asked["mix"], name, mixes.PREFIX + json.dumps(dict(asked["mix"])), None)
 
 
 async def _choose_by_prompt(models: Any, named: choosers.Named, request: Any) -> Any:
@@ -122,12 +122,14 @@ async def _choose_by_prompt(models: Any, named: choosers.Named, request: Any) ->
     except AdapterError as error:
         return _error(f"{named.name!r}: {error}")
     weights, key = choosers.weights_of(mix), choosers.key_of(named.name, mix)
-    return await _give(models, request, weights, key, "", mix=mix, told=named.name)
+    return await _give(models, request, weights, key, mix, named.name)
 
 
-async def _give(models: Any, request: Any, weights: Mapping[str, float], name: str, path: str, **more: Any) -> Any:
+async def _give(
+    models: Any, request: Any, weights: Mapping[str, float], name: str, content: str | mixes.Mix, told: str | None
+) -> Any:
     """The request names the mix, which is loaded; None, or an error response."""
-    known = await _loaded(models, name, path, **more)
+    known = await _loaded(models, name, content, told)
     if not isinstance(known, str):
         return known
     request.model = name
@@ -135,10 +137,10 @@ async def _give(models: Any, request: Any, weights: Mapping[str, float], name: s
     return None
 
 
-async def _loaded(models: Any, name: str, path: str, **more: Any) -> Any:
+async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | None) -> Any:
     """The identity of the mix, loaded under `name`, or an error response."""
     async with models.lora_resolver_lock[name]:
-        known = await frontend.admit(models, name, path, **more)
+        known = await frontend.admit(models, name, content, told=told)
     if isinstance(known, str):
         recent: OrderedDict[str, float] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
         recent[name] = time.monotonic()
