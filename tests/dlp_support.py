@@ -55,13 +55,14 @@ def word_tokenizer() -> Tokenizer:
 
 def write_classifier(folder: Path, names: Sequence[str], mode: str = "albert", **more: Any) -> TransformerClassifier:
     """Everything of a folder but its adapters."""
-    torch.manual_seed(5)
+    torch.manual_seed(8)
     make = {"albert": transformers.AlbertConfig, "roberta": transformers.RobertaConfig}[mode]
     config = make(**SIZES, **({"embedding_size": 8} if mode == "albert" else {"pad_token_id": 0}))
     network = TransformerClassifier(config, len(names), mode).eval()
     for name, parameter in network.named_parameters():
-        # Far from each other for different prompts.
-        torch.nn.init.normal_(parameter, std=2.0 if "Decode" in name else 0.5)
+        # Without biases, which would outweigh the prompt.
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.6 if "Decode" in name else 0.5)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(network.state_dict(), folder / "classifier.safetensors")

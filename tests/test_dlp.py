@@ -62,12 +62,15 @@ def test_a_prompt_gets_the_adapters_that_the_authors_code_gives_it(
     copy(folder, tmp_path)
     network = write_classifier(tmp_path, NAMES, mode, top_p=top_p)
     chooser = read_chooser(tmp_path)
+    seen = set()
     for prompt in PROMPTS:
         found = chooser.choose(prompt)
         indices, weights = theirs(network, prompt, top_p)
+        seen.add(tuple(indices))
         assert [choice.name for choice, _ in found] == [NAMES[i] for i in indices]
         assert [weight for _, weight in found] == pytest.approx(weights, abs=1e-6)
         assert len(found) <= chooser.most
+    assert len(seen) > 1
 
 
 def test_kept_are_those_up_to_the_one_that_crosses_p() -> None:
