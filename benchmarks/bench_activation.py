@@ -1,8 +1,10 @@
-"""Time to first token of activated adapters (aLoRA, aFLoRA) on a context that the base model has already read.
+"""What adapters that choose cost: mixes and gates in a layer, the first token of activated adapters in an engine.
 
-    python benchmarks/bench_activation.py            # appends its row to benchmarks/results/serving.jsonl
+    python benchmarks/bench_activation.py            # appends to benchmarks/results: ops.jsonl, serving.jsonl
     python benchmarks/bench_activation.py --quick    # three rounds, writes nothing
 
+First ops_choices.py, in a process of its own: a mix of four adapters and MeteoRA's gate among 28, each over one adapter
+of the summed ranks. Then the time to first token of aLoRA and aFLoRA on a context that the base has already read:
 SmolLM2-135M in bfloat16, one engine in this process. Before each call the prefix cache is emptied and the base model
 reads the context, as a conversation leaves it. Then one caller sends context, four tokens and a fresh tail and gets one
 token: the base model, an activated LoRA of rank 8, an activated FLoRA of rank 2, and a LoRA of rank 8 that applies to
@@ -13,6 +15,8 @@ taken from the cache, and each caller's median over the base model's in the same
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +37,7 @@ CALLERS: tuple[str, ...] = ("base", "alora_r8", "aflora_r2", "lora_r8")
 
 def main() -> None:
     options = _arguments()
+    choices = _choices(options.quick)
     model = fetch_smollm2(cache_root() / "smollm2")
     with tempfile.TemporaryDirectory(prefix="flora-activation-") as folder:
         adapters = _adapters(Path(folder), model)
@@ -62,8 +67,16 @@ def main() -> None:
         },
     }
     if not options.quick:
+        append_rows(RESULTS / "ops.jsonl", [{**environment(), "bench": "ops_choices", "threads": 1, **choices}])
         append_rows(RESULTS / "serving.jsonl", [row])
-    finish(row)
+    finish({**row, "choices": choices})
+
+
+def _choices(quick: bool) -> dict[str, Any]:
+    """The result of ops_choices.py, which binds its process to one core."""
+    command = [sys.executable, str(Path(__file__).with_name("ops_choices.py")), *(["--quick"] if quick else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _arguments() -> argparse.Namespace:

@@ -116,6 +116,15 @@ def test_one_key_is_one_tenants(tmp_path: Path) -> None:
         AccessRules([], str(tmp_path / "none"), has_root=False)
 
 
+def test_a_choosers_choice_is_of_whom_the_chooser_is() -> None:
+    tenant = Tenant("acme", adapters=("tasks", "acme/*"))
+    for name in ("tasks", "tasks?law*0.5+poems*0.5", "acme/x?b*1.0"):
+        assert tenant.may_use(name)
+    for name in ("task", "other?tasks*1.0", "tasks2?law*1.0", "?acme/x"):
+        assert not tenant.may_use(name)
+    assert name_fault("tasks?law") is not None
+
+
 def test_each_tenant_sees_its_own() -> None:
     table = ScopedRequests({"acme/a": 1, "shared": 2, "other/b": 3})
     assert (len(table), list(table), table["other/b"]) == (3, ["acme/a", "shared", "other/b"], 3)

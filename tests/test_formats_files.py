@@ -49,10 +49,10 @@ def test_digest_tells_files_apart() -> None:
 def test_a_file_that_changes_while_it_is_read(name: str, how: str, tmp_path: Path, monkeypatch) -> None:
     path = write_version(tmp_path / "a", 1.0)
     file, content = path / name, (path / name).read_bytes()
-    read_one = files._read_one
+    read_one = files.read_one
 
-    def change_after(directory: int, read_name: str):
-        result = read_one(directory, read_name)
+    def change_after(directory: int, read_name: str, most_bytes: int):
+        result = read_one(directory, read_name, most_bytes)
         if read_name == "adapter_model.safetensors":
             match how:
                 case "rewrite":
@@ -69,7 +69,7 @@ def test_a_file_that_changes_while_it_is_read(name: str, how: str, tmp_path: Pat
                     file.unlink()
         return result
 
-    monkeypatch.setattr(files, "_read_one", change_after)
+    monkeypatch.setattr(files, "read_one", change_after)
     with pytest.raises(AdapterError, match=f"{name}: changed while it was read; publish adapters by renaming"):
         read_adapter(path)
 

@@ -35,7 +35,7 @@ PARTS = (
     Part("terms", ("errors", "ops.rare", "ops.terms"), ("torch",)),
     Part("adapter", ("terms",), ("torch",)),
     Part("formats", ("errors", "adapter", "terms"),
-         ("torch", "numpy", "regex", "safetensors", "huggingface_hub", "sklearn", "transformers")),
+         ("torch", "numpy", "regex", "safetensors", "huggingface_hub", "sklearn", "transformers", "tokenizers")),
     Part("ops.paths"),
     Part("ops", ("environment", "errors", "ops.paths", "ops.rare", "ops.terms"), ("numpy", "torch", "triton")),
     Part("slots", ("adapter", "ops.terms", "terms"), ("torch",)),

@@ -84,7 +84,10 @@ def test_a_mix_of_hot_and_rare_slots_is_the_equation(dtype, implementation):
     slots = len(layer.slots)
     for path in ("auto", "stacked") if implementation == "opaque" else ("auto", "stacked", "modulated"):
         shell, _ = layer.shell(implementation, path)
-        for slot_T in (torch.arange(3 * slots) % slots, torch.randint(0, slots, (40,), generator=layer.random)):
+        scattered = torch.arange(3 * slots) % slots, torch.randint(0, slots, (40,), generator=layer.random)
+        # Each slot's rows are neighbours: of all slots in a row, and with the base's between them.
+        ordered = torch.arange(slots).repeat_interleave(2)
+        for slot_T in (*scattered, ordered, ordered.flip(0) * (torch.arange(2 * slots) % 4 < 2)):
             x_TI, segments = layer.tensor(len(slot_T), IN), group_by_slot(slot_T)
             truth = layer.reference(x_TI, segments)
             before = x_TI.clone()

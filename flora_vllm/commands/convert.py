@@ -26,6 +26,7 @@ examples:
   flora-vllm convert --from-ia3 ./SmolLM2-135M ./adapters/poet-ia3 ./adapters/poet
   flora-vllm convert --to-lora ./SmolLM2-135M ./adapters/haiku-pissa ./adapters/haiku
   flora-vllm convert --repair ./checkpoint-500 ./adapters/haiku
+  flora-vllm convert --dlp folders_list.txt ./albert-base-v2 ./classifier.pth ./adapters/tasks --top-p 0.6
   flora-vllm convert --pickle ./final_checkpoint.pt ./adapters/tasks --alpha 16 --temperature 0.1
 
 LoRA adds to the weights, FLoRA multiplies them: the fit is an approximation, and often a poor one. What it loses is
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """0 when OUT holds the adapter, 1 with the reason on stderr otherwise."""
     try:
         _check(args)
-        if args.repair or args.pickle:
+        if args.repair or args.pickle or args.dlp is not None:
             convert_files.run(args)
         elif args.to_lora:
             _to_lora(args)
@@ -100,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
         faults.append("BASE is missing: BASE ADAPTER OUT")
     if not files_only and any(value is not None for value in (args.alpha, args.temperature, args.top_k)):
         faults.append("--alpha, --temperature and --top-k are for --pickle and --repair")
+    if args.dlp is None and (args.top_p is not None or args.max_tokens is not None):
+        faults.append("--top-p and --max-tokens are for --dlp")
     if faults:
         raise ConfigError("; ".join(faults))
 

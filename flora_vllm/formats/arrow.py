@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.config_keys import is_number
 from flora_vllm.formats.families.gated import ARROW, PROTOTYPES
 from flora_vllm.formats.families.lora import LORA_A, LORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from flora_vllm.formats.foreign import as_json
+from flora_vllm.formats.limits import shown
 from flora_vllm.formats.lora_merges import LoraPart, low_rank, part_faults
 from flora_vllm.formats.names import PREFIX
 from flora_vllm.formats.ranks import Limits
@@ -39,14 +41,18 @@ class Routing:
 
     def __post_init__(self) -> None:
         faults = []
-        if not self.top_k >= 1:
-            faults.append(f"top_k is {self.top_k}, must be at least 1")
-        if not 0 < self.temperature < float("inf"):
-            faults.append(f"temperature is {self.temperature}, must be a number above 0")
-        if not 0 <= self.seed < 2**63:
-            faults.append(f"seed is {self.seed}, must be an integer from 0 to 2^63 - 1")
+        if not _is_whole(self.top_k) or not self.top_k >= 1:
+            faults.append(f"top_k is {shown(self.top_k)}, must be an integer of at least 1")
+        if not is_number(self.temperature) or not 0 < self.temperature < float("inf"):
+            faults.append(f"temperature is {shown(self.temperature)}, must be a number above 0")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            faults.append(f"seed is {shown(self.seed)}, must be an integer from 0 to 2^63 - 1")
         if faults:
             raise AdapterError(f"arrow: {'; '.join(faults)}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def write_arrow(path: Path, tasks: Sequence[LoraPart], general: Sequence[LoraPart], routing: Routing) -> None:

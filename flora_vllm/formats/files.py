@@ -113,7 +113,7 @@ def _collect_from(directory: Directory) -> tuple[dict[str, bytearray], list[str]
     faults: list[str] = []
     for name in FILE_NAMES:
         try:
-            files[name], states[name] = _read_one(directory, name)
+            files[name], states[name] = read_one(directory, name, MAX_BYTES[name])
         except FileNotFoundError:
             if name != SIDECAR_NAME:
                 faults.append(_missing(name, directory.descriptor))
@@ -153,15 +153,16 @@ def _missing(name: str, directory: int) -> str:
     return f"{name}: missing; an adapter's directory holds {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
-def _read_one(directory: Directory, name: str) -> tuple[bytearray, tuple[int, ...]]:
+def read_one(directory: Directory, name: str, most_bytes: int) -> tuple[bytearray, tuple[int, ...]]:
+    """(content of a file in the directory, its state: the same when it is unchanged). Raises OSError, AdapterError."""
     # O_NONBLOCK: opening a FIFO must not wait for its writer.
     descriptor = directory.open(name, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):
             raise AdapterError("not a regular file")
-        if before.st_size > MAX_BYTES[name]:
-            raise AdapterError(f"has {before.st_size} bytes; at most {MAX_BYTES[name]} are read")
+        if before.st_size > most_bytes:
+            raise AdapterError(f"has {before.st_size} bytes; at most {most_bytes} are read")
         data = bytearray(before.st_size)
         view, filled = memoryview(data), 0
         while filled < len(data):

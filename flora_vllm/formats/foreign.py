@@ -81,7 +81,7 @@ def find(path: Path, pickled: bool, told: Told) -> Found:
         raise AdapterError(
             f"{file} is a pickle, which can hold code; `flora-vllm convert --pickle` reads its tensors only"
         )
-    tensors, notes = _load(file)
+    tensors, notes = load_tensors(file)
     if any(name.endswith(f".{LAMBDAS}") for name in tensors):
         return _mtl_lora(file, tensors, notes, told)
     if any(_RECYCLED.fullmatch(name) for name in tensors):
@@ -116,7 +116,8 @@ def _json(file: Path) -> Config | None:
         raise AdapterError(f"{file}: {error}") from None
 
 
-def _load(file: Path) -> tuple[Tensors, list[str]]:
+def load_tensors(file: Path) -> tuple[Tensors, list[str]]:
+    """(tensors by name, notes) of a .safetensors file or a pickle, of which nothing is run. Raises AdapterError."""
     if file.suffix not in (*PICKLES, ".safetensors"):
         raise AdapterError(f"{file}: only {', '.join(PICKLES)} and .safetensors are read")
     try:

@@ -146,9 +146,9 @@ class GatedAdded:
         scores_TE = rows.float() @ self.gate_EI.T
         largest_TK, chosen_TK = (scores_TE.abs() if self.is_absolute else scores_TE).topk(self.top, 1)
         shares_TE = torch.zeros_like(scores_TE).scatter_(1, chosen_TK, torch.softmax(largest_TK / self.temperature, 1))
-        middle_TL = (rows.to(self.down_LI.dtype) @ self.down_LI.T).float()
-        middle_TL = middle_TL * shares_TE.repeat_interleave(self.down_LI.shape[0] // self.gate_EI.shape[0], 1)
-        added = (middle_TL.to(self.up_OL.dtype) @ self.up_OL.T).float()
+        middle_TL = rows.to(self.down_LI.dtype) @ self.down_LI.T
+        middle_TER = middle_TL.view(*shares_TE.shape, middle_TL.shape[1] // shares_TE.shape[1]) * shares_TE[..., None]
+        added = (middle_TER.flatten(1).to(self.up_OL.dtype) @ self.up_OL.T).float()
         return added if self.out_O is None else added * self.out_O
 
     def gained(self, gain_O: torch.Tensor) -> RareTerm:

@@ -43,10 +43,11 @@ class _SlotRare:
 
 @dataclass(slots=True, eq=False)  # frozen ones take thrice as long to make, one a segment and layer
 class _Piece:
-    """A segment with rare terms: its N rows of x and y, and where its further rows begin."""
+    """A segment with rare terms: its N rows of x and y (`run`: if neighbours), and where its further rows begin."""
 
     rare: _SlotRare
     rows_N: torch.Tensor
+    run: slice | None
     count: int  # N
     further: int  # first of (turns - 1) runs of N rows
 
@@ -97,11 +98,12 @@ class Shell:
         tokens = x_TI.shape[0]
         pieces, copies = [], []
         further = tokens
-        for slot, (rows_N, count) in zip(segments.slots, _rows_on(segments, x_TI.device), strict=True):
+        places = zip(segments.slots, _rows_on(segments, x_TI.device), segments.runs, strict=True)
+        for slot, (rows_N, count), run in places:
             rare = self._rare.get(slot)
             copies.append(0 if rare is None else len(rare.turns) - 1)
             if rare is not None:
-                pieces.append(_Piece(rare, rows_N, count, further))
+                pieces.append(_Piece(rare, rows_N, run, count, further))
                 further += copies[-1] * count
         turned_VI = _turned(x_TI, pieces, further)
         y_VO = self._kernel.forward(turned_VI, bias_O, _extended(segments, tuple(copies)))
@@ -120,16 +122,17 @@ class Shell:
             pieces = self._finish_natively(self._native, y_TP, x_TI, i, pieces)
         if not pieces:
             return
-        rows_N = torch.cat([piece.rows_N for piece in pieces])
-        y_NP = y_TP[rows_N].float()
-        _add(y_NP, x_TI, rows_N, [(piece.rare.added[i], len(piece.rows_N)) for piece in pieces])
+        rows = _joined(pieces)
+        y_NP = y_TP[rows].float()
+        _add(y_NP, x_TI, rows, [(piece.rare.added[i], len(piece.rows_N)) for piece in pieces])
         hidden_P = None if self._hidden_bias is None else self._hidden_bias[self._parts[i]].float()
         if hidden_P is not None:
             y_NP += hidden_P
         _map(y_NP, [(piece.rare.output[i], len(piece.rows_N)) for piece in pieces])
         if hidden_P is not None:
             y_NP -= hidden_P
-        y_TP[rows_N] = y_NP.to(y_TP.dtype)
+        if not isinstance(rows, slice) or y_TP.dtype != torch.float32:  # else they are the same numbers
+            y_TP[rows] = y_NP.to(y_TP.dtype)
 
     def _finish_natively(
         self, native: NativeRows, y_TP: torch.Tensor, x_TI: torch.Tensor, i: int, pieces: list[_Piece]
@@ -155,6 +158,19 @@ class Shell:
             else:
                 left += members
         return left
+
+
+def _joined(pieces: list[_Piece]) -> slice | torch.Tensor:
+    """The rows of all pieces; a slice if they are neighbours in this order."""
+    runs = [piece.run for piece in pieces if piece.run is not None]
+    if len(runs) == len(pieces) and all(one.stop == other.start for one, other in pairwise(runs)):
+        return slice(runs[0].start, runs[-1].stop)
+    return torch.cat([piece.rows_N for piece in pieces])
+
+
+def _some(x_TI: torch.Tensor, rows: slice | torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
+    """Those of `rows` that `which` names."""
+    return x_TI[rows][which] if isinstance(rows, slice) else x_TI[rows[which]]
 
 
 def _by_row(terms: RareTerms) -> tuple | None:
@@ -289,7 +305,7 @@ def _extended(segments: Segments, copies: tuple[int, ...]) -> Segments:
     return Segments(segments.slots, tuple(starts), torch.cat(rows))
 
 
-def _add(y_NP: torch.Tensor, x_TI: torch.Tensor, rows_N: torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
+def _add(y_NP: torch.Tensor, x_TI: torch.Tensor, rows: slice | torch.Tensor, runs: list[tuple[RareTerms, int]]) -> None:
     """The added terms of runs of rows come to y, in place. Those over the same shared factors are two products."""
     shared: dict[tuple, list[tuple[SharedLow, int, int]]] = {}
     start = 0
@@ -299,10 +315,11 @@ def _add(y_NP: torch.Tensor, x_TI: torch.Tensor, rows_N: torch.Tensor, runs: lis
                 key = (_identity(term.down_LI), _identity(term.up_OL))
                 shared.setdefault(key, []).append((term, start, count))
             else:
-                y_NP[start : start + count] += term.apply(x_TI[rows_N[start : start + count]])
+                run = slice(start, start + count)
+                y_NP[run] += term.apply(_some(x_TI, rows, run))
         start += count
     for group in shared.values():
-        _add_shared(y_NP, x_TI, rows_N, group)
+        _add_shared(y_NP, x_TI, rows, group)
 
 
 def _identity(tensor: torch.Tensor) -> tuple:
@@ -311,12 +328,12 @@ def _identity(tensor: torch.Tensor) -> tuple:
 
 
 def _add_shared(
-    y_NP: torch.Tensor, x_TI: torch.Tensor, rows_N: torch.Tensor, group: list[tuple[SharedLow, int, int]]
+    y_NP: torch.Tensor, x_TI: torch.Tensor, rows: slice | torch.Tensor, group: list[tuple[SharedLow, int, int]]
 ) -> None:
     """out ∘ up(mid · down x) of the group's rows come to y: one product with down, one with up, vectors by token."""
-    place_M = torch.cat([torch.arange(start, start + count, device=rows_N.device) for _, start, count in group])
+    place_M = torch.cat([torch.arange(start, start + count, device=x_TI.device) for _, start, count in group])
     first = group[0][0]
-    middle_ML = (x_TI[rows_N[place_M]].to(first.down_LI.dtype) @ first.down_LI.T).float()
+    middle_ML = (_some(x_TI, rows, place_M).to(first.down_LI.dtype) @ first.down_LI.T).float()
     done = 0
     for term, _, count in group:
         run = slice(done, done + count)

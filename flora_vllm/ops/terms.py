@@ -7,6 +7,7 @@ Plain tensors only; nothing here knows checkpoints or vLLM. Shape letters: T tok
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -82,6 +83,13 @@ class Segments:
         """All of it as compiled code reads it, int64: number of segments, slots, starts, rows."""
         head = torch.tensor((len(self.slots), *self.slots, *self.starts), dtype=torch.int64)
         return torch.cat([head, self.rows_T])
+
+    @cached_property
+    def runs(self) -> tuple[slice | None, ...]:
+        """Of each segment whose rows are neighbours, where they are: a view of them costs less than a copy."""
+        rows = self.rows_T.numpy()
+        spans = [(int(rows[start]), int(rows[stop - 1]) + 1, stop - start) for start, stop in pairwise(self.starts)]
+        return tuple(slice(first, stop) if stop - first == count else None for first, stop, count in spans)
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         for i, slot in enumerate(self.slots):

@@ -21,6 +21,8 @@
     activation.py     activated adapters: whose a request's first tokens and cached blocks are
     mixes.py          how clients write a mix, and how the engine is told of it
     mix_requests.py   server side: the mix of a request
+    choosers.py       server side: DLP-LoRA's folders, of which each prompt gets a mix
+    told.py           headers that an answer gets
     identity.py       the name under which the engine knows one content
     preload.py        an engine's adapters: known by their content, loaded before the first request is queued
     refusals.py       our refusal of an adapter, found in an engine's error

@@ -29,6 +29,8 @@ from flora_vllm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _RECHECK_S = 1.0
+# What follows it in a name says which of its adapters a chooser took (choosers.py); patterns are for what is before it.
+CHOICE = "?"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Tenant:
     directory: str = ""
 
     def may_use(self, adapter: str) -> bool:
-        return any(fnmatch.fnmatchcase(adapter, pattern) for pattern in self.adapters)
+        name, _, _ = adapter.partition(CHOICE)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
 OPERATOR = Tenant("operator")

@@ -2,22 +2,25 @@
 
 The engine knows an adapter as `name@digest` of its content, clients as `name`. So a reload under the same name is
 another adapter to the engine: requests that run finish on the old weights, prefix caches never mix versions, and no
-name ever has two live ids (which would end vLLM's engine). An adapter's id is permanent for its identity.
+name ever has two live ids (which would end vLLM's engine). An adapter's id is permanent for its identity (a mix's:
+for long after it was released).
 """
 
 import asyncio
 import functools
 import importlib
 import os
+from collections import OrderedDict
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import content_digest, resolve_under, split_task
+from flora_vllm.formats.dlp import read_chooser
 from flora_vllm.formats.files import CONFIG_NAME
-from flora_vllm.plugin import mixes, preload, sleeping, uploads
-from flora_vllm.plugin.access import root_of_request
+from flora_vllm.plugin import choosers, mixes, preload, sleeping, uploads
+from flora_vllm.plugin.access import CHOICE, root_of_request
 from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
@@ -28,6 +31,7 @@ from flora_vllm.plugin.published import identity_of
 from flora_vllm.plugin.refusals import refusal
 
 _POLL_S = 0.1
+MOST_RETIRED = 4096
 
 
 def install() -> None:
@@ -104,6 +108,8 @@ async def _unload_lora_adapter(original: Any, self: Any, request: Any) -> Any:
         if refused is not None:
             return refused
         await release(self, self.lora_requests.pop(request.lora_name))
+        for choice in [name for name in self.lora_requests if choosers.is_choice_of(name, request.lora_name)]:
+            await release(self, self.lora_requests.pop(choice))
     return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
 
@@ -144,11 +150,23 @@ def error_response(message: str, status: HTTPStatus) -> Any:
     return serving.create_error_response(message=message, err_type=kind, status_code=status)
 
 
-async def admit(self: Any, name: str, path: str, base_model_name: str | None = None, confined: bool = False) -> Any:
-    """Have the engine load the content now at `path` under `name`; its identity, or an error response."""
-    request = importlib.import_module("vllm.lora.request").LoRARequest(name, 1, path)
+async def admit(
+    self: Any,
+    name: str,
+    content: str | mixes.Mix,
+    base_model_name: str | None = None,
+    confined: bool = False,
+    told: str | None = None,
+) -> Any:
+    """Have the engine load `content`, or what is now at that path, under `name`; its identity, or an error response.
+
+    `told`: what answers, logs and metrics call it, if not by `name`.
+    """
+    mix = None if isinstance(content, str) else content
+    path = content if isinstance(content, str) else mixes.encoded(content)
+    request = importlib.import_module("vllm.lora.request").LoRARequest(told or name, 1, path)
     try:
-        await _identify(self, request, confined)
+        await _identify(self, request, confined, mix)
     except AdapterError as error:
         if _is_missing(self, path):
             # With vLLM's own words, which clients match.
@@ -160,6 +178,18 @@ async def admit(self: Any, name: str, path: str, base_model_name: str | None = N
         return known
     if base_model_name is not None and self.is_base_model(base_model_name):
         request.base_model_name = base_model_name
+    refused = await _try(self, request) if choosers.is_chooser(request.lora_path) else await _add(self, request)
+    if refused is not None:
+        choosers.choosers_of(self).pop(known, None)
+        return refused
+    self.lora_requests[name] = request
+    if current is not None:
+        _in_background(self, release(self, current))
+    return known
+
+
+async def _add(self: Any, request: Any) -> Any:
+    """Have the engine load it; None, or an error response."""
     try:
         with preload.identified():
             await self.engine_client.add_lora(request)
@@ -168,10 +198,19 @@ async def admit(self: Any, name: str, path: str, base_model_name: str | None = N
         if message is None:
             return error_response(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
         return error_response(message, HTTPStatus.BAD_REQUEST)
-    self.lora_requests[name] = request
-    if current is not None:
-        _in_background(self, release(self, current))
-    return known
+    return None
+
+
+async def _try(self: Any, request: Any) -> Any:
+    """Whether the engine takes all that a chooser may ask of it; None, or an error response."""
+    name = plain_name(request.lora_name)
+    trial = f"{name}{CHOICE}"
+    for mix in choosers.trials(choosers.choosers_of(self)[request.lora_name]):
+        result = await admit(self, trial, mix, told=name)
+        if not isinstance(result, str):
+            return result
+        await release(self, self.lora_requests.pop(trial))
+    return None
 
 
 def _resolve(path: str, root: str | None) -> str:
@@ -187,9 +226,9 @@ def _is_missing(self: Any, path: str) -> bool:
     """Whether there is no adapter at `path`; never told of paths below an adapter root."""
     if mixes.is_mix(path) or _adapter_root(self) is not None:
         return False
-    found = Path(split_task(path)[0])
+    found = Path(split_task(path.removeprefix(mixes.CHOOSER_PREFIX))[0])
     try:
-        return not (found.is_file() or (found / CONFIG_NAME).exists())
+        return not (found.is_file() or (found if choosers.is_chooser(path) else found / CONFIG_NAME).exists())
     except OSError:  # a name that is too long for the file system
         return True
 
@@ -204,21 +243,33 @@ def _adapter_root(self: Any) -> str | None:
     return root_of_request(_checked_options(self).adapter_root)
 
 
-async def _identify(self: Any, request: Any, confined: bool) -> None:
-    """Give the request the identity of the content now at its path, or of the mix there. Raises AdapterError."""
-    root = _adapter_root(self)
-    name = request.lora_name
-    if mixes.is_mix(request.lora_path):
-        mix = mixes.mix_of(mixes.asked_in(request.lora_path), self.lora_requests)
+async def _identify(self: Any, request: Any, confined: bool, mix: mixes.Mix | None = None) -> None:
+    """Give the request the identity of `mix`, or of what its path says: content, mix, chooser. Raises AdapterError."""
+    root = _adapter_root(self) if confined else None
+    name, path = request.lora_name, request.lora_path
+    allowed = _checked_options(self).adapter_digests
+    chooser = None
+    if mix is None and mixes.is_mix(path):
+        mix = mixes.mix_of(mixes.asked_in(path), self.lora_requests)
+    if mix is not None:
         request.lora_path, digest = mixes.encoded(mix), mixes.digest_of_mix(mix)
+    elif choosers.is_chooser(path):
+        folder = await asyncio.to_thread(_resolve, path.removeprefix(mixes.CHOOSER_PREFIX), root)
+        chooser = await asyncio.to_thread(read_chooser, folder, root)
+        for choice in chooser.choices:
+            await asyncio.to_thread(check_digest, allowed, f"{name}: {choice.name}", choice.digest)
+        request.lora_path, digest = mixes.CHOOSER_PREFIX + folder, chooser.digest
     else:
-        request.lora_path = await asyncio.to_thread(_resolve, request.lora_path, root if confined else None)
-        digest = await asyncio.to_thread(content_digest, request.lora_path, root if confined else None)
-        await asyncio.to_thread(check_digest, _checked_options(self).adapter_digests, name, digest)
+        request.lora_path = await asyncio.to_thread(_resolve, path, root)
+        digest = await asyncio.to_thread(content_digest, request.lora_path, root)
+        await asyncio.to_thread(check_digest, allowed, name, digest)
     known = identity(name, digest)
+    if chooser is not None:
+        choosers.choosers_of(self)[known] = chooser
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1)
+    _retired(self).pop(known, None)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
     if offers(NAMED):
         request.served_name = name
@@ -231,6 +282,8 @@ async def _admit_offered(self: Any, request: Any) -> None:
     errors = importlib.import_module("vllm.exceptions")
     path = request.lora_path
     try:
+        if choosers.is_chooser(path):
+            raise AdapterError(f"{path!r}: DLP-LoRA needs a vLLM in which the plugin loads adapters itself")
         await _identify(self, request, not _is_operators(self, request.lora_name, path))
     except AdapterError as error:
         kind = errors.VLLMNotFoundError if _is_missing(self, path) else errors.VLLMValidationError
@@ -240,17 +293,34 @@ async def _admit_offered(self: Any, request: Any) -> None:
 async def release(self: Any, request: Any) -> None:
     """Free the engine's copy of an adapter that lost its name, once its last running request has finished."""
     engine = self.engine_client
+    if choosers.choosers_of(self).pop(request.lora_name, None) is not None:
+        return
     if _in_flight(engine, request.lora_name):
         _in_background(self, _release_when_idle(self, request))
-    else:
+    # Choices of one chooser may be equal in content, and then are one adapter; whoever asks, all names count.
+    elif all(live.lora_int_id != request.lora_int_id for live in dict.values(self.lora_requests)):
         await engine.remove_lora(request.lora_int_id)
+        if mixes.is_mix(request.lora_path):
+            _retire(self, request.lora_name)
 
 
 async def _release_when_idle(self: Any, request: Any) -> None:
     while _in_flight(self.engine_client, request.lora_name):
         await asyncio.sleep(_POLL_S)
-    if all(live.lora_int_id != request.lora_int_id for live in self.lora_requests.values()):
-        await release(self, request)
+    await release(self, request)
+
+
+def _retired(self: Any) -> OrderedDict[str, None]:
+    """Identities of mixes that were released and not asked for since, the oldest first."""
+    return self.__dict__.setdefault("_flora_retired", OrderedDict())
+
+
+def _retire(self: Any, known: str) -> None:
+    """Prompts' mixes are without number: their ids are forgotten, long after any request can be on its way."""
+    _retired(self)[known] = None
+    while len(_retired(self)) > MOST_RETIRED:
+        oldest, _ = _retired(self).popitem(last=False)
+        self._flora_ids.pop(oldest, None)
 
 
 def _in_flight(engine: Any, lora_name: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from flora_vllm.plugin import listing
 from flora_vllm.plugin.access import CURRENT, NOBODY, AccessRules
 from flora_vllm.plugin.flags import options_from
+from flora_vllm.plugin.told import ToldHeaders
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -47,6 +48,7 @@ def install() -> None:
             # It knows the operator's keys only and would turn tenants away; the gate asks for a key wherever it does.
             app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
         listing.attach(app)
+        app.add_middleware(ToldHeaders)
         app.add_middleware(Gate, rules=rules)
         app.add_exception_handler(RecursionError, _refuse_nested)
 

@@ -24,6 +24,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.arrow import Routing, arrow_files
 from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.lora_merges import LoraPart, merged_lora
 from flora_vllm.formats.lora_writer import lora_files
@@ -190,7 +191,7 @@ class AdapterLoader:
         return CutAdapter(adapter.family, adapter.rank, layers, adapter.invocation_tokens)
 
     def _read_merge(self, name: str, mix: Mix) -> tuple[dict[str, bytearray], CutAdapter]:
-        """The LoRA that the parts merge into, as `flora-vllm merge` would write it: files of its own, read like any."""
+        """The adapter that the parts become, as `flora-vllm merge` would write it: files of its own, read like any."""
         assert mix.method is not None, "the sum of parts is no merge"
         parts = []
         for part in mix.parts:
@@ -200,7 +201,10 @@ class AdapterLoader:
             adapter = self._examined(f"{plain!r} ({part.path})", files, faults, task)
             parts.append(LoraPart(part.weight, repr(plain), files, adapter))
         try:
-            merged = lora_files(merged_lora(parts, mix.method), parts[0].adapter.base_model)
+            if isinstance(mix.method, Routing):
+                merged = arrow_files(parts, (), mix.method)
+            else:
+                merged = lora_files(merged_lora(parts, mix.method), parts[0].adapter.base_model)
             found, error = examine_files(merged, self._layout, self._limits), None
         except AdapterError as failure:
             merged, found, error = {}, Examination(None, ()), failure

@@ -1,28 +1,36 @@
-"""Mixes in the server's requests: `extra_body={"flora": {"mix": {...}}}`, and `"mix"` where an adapter is loaded.
+"""Mixes in the server's requests: `extra_body={"flora": {"mix": {...}}}`, and `"mix"`, `"arrow"` where one is loaded.
 
 A mix that a request asks for is loaded like a named one, under its own text (`mix:a*0.7+b*0.3`), and the request then
-names it; so everything behind sees an adapter like any other. The least recently asked for is unloaded.
+names it; so everything behind sees an adapter like any other. So is the mix that a chooser makes for a prompt; its
+answer has the chooser's name. The least recently asked for is unloaded. HEADER of the answer has the weights.
 """
 
+import asyncio
 import functools
 import importlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import shown
-from flora_vllm.plugin import frontend, mixes
+from flora_vllm.plugin import choosers, frontend, mixes
+from flora_vllm.plugin.access import CURRENT, OPERATOR
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import options_of
+from flora_vllm.plugin.told import tell
 
-KEY = "flora"
+KEY, HEADER = "flora", "x-flora-mix"
 MOST_UNNAMED = 64
+# What was asked for so recently stays: its request may not have reached the engine yet.
+_GRACE_S = 10.0
 _BASE = "vllm.entrypoints.serve.engine.serving"
 _CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
-_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.method"  # patches/0020
+_LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.arrow"  # patches/0020
 
 
 def install() -> None:
@@ -54,7 +62,7 @@ def _choose_before(serving: Any, *, raises: bool) -> None:
 
 
 def _load_mixes() -> None:
-    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`, and a merge's method beside it."""
+    """The body of /v1/load_lora_adapter takes `mix` in place of `lora_path`, with a merge's method, or `arrow`."""
     router: Any = importlib.import_module("vllm.entrypoints.serve.lora.api_router")
     pydantic = importlib.import_module("pydantic")
 
@@ -65,6 +73,7 @@ def _load_mixes() -> None:
         density: float | None = None
         majority_sign_method: str | None = None
         seed: int | None = None
+        arrow: dict[str, Any] | None = None
 
         @pydantic.model_validator(mode="after")
         def name_the_mix(self) -> Any:
@@ -72,20 +81,28 @@ def _load_mixes() -> None:
             options = {name: value for name in names if (value := getattr(self, name)) is not None}
             if options and (self.mix is None or self.method is None):
                 raise ValueError(f"{', '.join(options)} go with a mix and its method")
+            given = {"lora_path": self.lora_path or None, "mix": self.mix, "arrow": self.arrow}
+            if len(beside := [name for name, value in given.items() if value is not None]) > 1:
+                raise ValueError(f"give {' or '.join(beside)}, not both")
             if self.mix is not None:
-                if self.lora_path:
-                    raise ValueError("give lora_path or mix, not both")
                 self.lora_path = mixes.PREFIX + json.dumps({"mix": self.mix, **options} if options else self.mix)
+            if self.arrow is not None:
+                self.lora_path = mixes.ARROW_PREFIX + json.dumps(self.arrow)
             return self
 
     router.LoadLoRAAdapterRequest = LoadLoRAAdapterRequest
 
 
 async def choose(serving: Any, request: Any) -> Any:
-    """Have a request with a mix name it as its model; an error response if it cannot have it."""
+    """Have a request with a mix, or one for a chooser, name its mix as its model; an error response if it cannot."""
     extra = getattr(request, "model_extra", None) or {}
-    if KEY not in extra or options_of(serving.models.engine_client.vllm_config.additional_config) is None:
+    if KEY not in extra and not choosers.choosers_of(serving.models):
         return None
+    if options_of(serving.models.engine_client.vllm_config.additional_config) is None:
+        return None
+    if KEY not in extra:
+        chooser = choosers.named(serving.models, request.model)
+        return None if chooser is None else await _choose_by_prompt(serving.models, chooser, request)
     asked = extra[KEY]
     if not isinstance(asked, Mapping) or set(asked) != {"mix"}:
         return _error(f'"{KEY}" must be an object with the one key "mix", got {shown(asked)}')
@@ -95,26 +112,56 @@ async def choose(serving: Any, request: Any) -> Any:
         name = mixes.text_of(mixes.checked(asked["mix"]))
     except AdapterError as error:
         return _error(str(error))
-    known = await _loaded(serving.models, name, asked["mix"])
+    return await _give(serving.models, request, asked["mix"], name, mixes.PREFIX + json.dumps(dict(asked["mix"])), None)
+
+
+async def _choose_by_prompt(models: Any, named: choosers.Named, request: Any) -> Any:
+    try:
+        prompt = choosers.prompt_of(request)
+        mix = choosers.mix_of_choice(await asyncio.to_thread(named.chooser.choose, prompt))
+    except AdapterError as error:
+        return _error(f"{named.name!r}: {error}")
+    weights, key = choosers.weights_of(mix), choosers.key_of(named.name, mix)
+    return await _give(models, request, weights, key, mix, named.name)
+
+
+async def _give(
+    models: Any, request: Any, weights: Mapping[str, float], name: str, content: str | mixes.Mix, told: str | None
+) -> Any:
+    """The request names the mix, which is loaded; None, or an error response."""
+    known = await _loaded(models, name, content, told)
     if not isinstance(known, str):
         return known
     request.model = name
+    tell(HEADER, json.dumps(dict(weights)))
     return None
 
 
-async def _loaded(models: Any, name: str, weights: Mapping[str, float]) -> Any:
+async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | None) -> Any:
     """The identity of the mix, loaded under `name`, or an error response."""
     async with models.lora_resolver_lock[name]:
-        known = await frontend.admit(models, name, mixes.PREFIX + json.dumps(dict(weights)))
+        known = await frontend.admit(models, name, content, told=told)
     if isinstance(known, str):
-        recent: OrderedDict[str, None] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
-        recent[name] = None
+        recent: OrderedDict[str, float] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
+        recent[name] = time.monotonic()
         recent.move_to_end(name)
-        while len(recent) > MOST_UNNAMED:
-            oldest, _ = recent.popitem(last=False)
-            if oldest in models.lora_requests:
-                await frontend.release(models, models.lora_requests.pop(oldest))
+        # The oldest may be another tenant's.
+        token = CURRENT.set(OPERATOR)
+        try:
+            while old := outdated(recent, time.monotonic()):
+                oldest = old[0]
+                del recent[oldest]
+                if oldest in models.lora_requests:
+                    await frontend.release(models, models.lora_requests.pop(oldest))
+        finally:
+            CURRENT.reset(token)
     return known
+
+
+def outdated(recent: Mapping[str, float], now: float) -> list[str]:
+    """Those beyond the MOST_UNNAMED asked for last. `recent`: name -> when it was, the oldest first."""
+    beyond = max(len(recent) - MOST_UNNAMED, 0)
+    return [name for name, asked_at in islice(recent.items(), beyond) if now - asked_at > _GRACE_S]
 
 
 def _error(message: str) -> Any:

@@ -1,10 +1,10 @@
 """Mixes of loaded adapters: how clients write one, and how the engine is told of it.
 
 A client names parts and weights, in text (`mix:a*0.7+b*0.3`) or as an object (`{"a": 0.7, "b": 0.3}`), and maybe one of
-PEFT's merge methods in place of the exact sum (`{"mix": {...}, "method": "ties", "density": 0.5}`). The engine gets
-them in the path of a LoRARequest: which content of which directory, by digest, with which weight. So a mix needs no
-part to stay loaded, is evicted and comes back like an adapter, and another content, weight or option is another
-identity.
+PEFT's merge methods in place of the exact sum (`{"mix": {...}, "method": "ties", "density": 0.5}`). Or it names LoRAs
+among which each token chooses: `arrow:a+b`, `{"adapters": ["a", "b"], "top_k": 1}`. The engine gets them in the path of
+a LoRARequest: which content of which directory, by digest, with which weight. So a mix needs no part to stay loaded, is
+evicted and comes back like an adapter, and another content, weight or option is another identity.
 """
 
 import hashlib
@@ -12,16 +12,20 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.arrow import Routing
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.merge_methods import Method, method_of
 from flora_vllm.plugin.identity import split_identity
 
-PREFIX = "mix:"
+PREFIX, ARROW_PREFIX = "mix:", "arrow:"
 MOST_PARTS = 8
+MOST_ROUTED = 64
+_ROUTED = "arrow"
+CHOOSER_PREFIX = "dlp:"  # what is at such a path is no adapter: choosers.py
 _PART = re.compile(r"(?P<name>.+)\*(?P<weight>-?(\d+\.?\d*|\.\d+)(e-?\d+)?)", re.DOTALL)
 
 
@@ -36,10 +40,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Mix:
-    """`parts` as the exact weighted sum, or merged by `method`."""
+    """`parts` as the exact weighted sum, merged by `method`, or each token's choice among them."""
 
     parts: tuple[Part, ...]
-    method: Method | None = None
+    method: Method | Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class Asked:
     """A mix as a client wrote it: loaded names and weights."""
 
     weights: Mapping[str, float]
-    method: Method | None = None
+    method: Method | Routing | None = None
 
 
 def is_mix(path: str) -> bool:
-    return path.startswith(PREFIX)
+    return path.startswith((PREFIX, ARROW_PREFIX))
 
 
 def text_of(weights: Mapping[str, float]) -> str:
@@ -60,12 +64,13 @@ def text_of(weights: Mapping[str, float]) -> str:
 
 
 def asked_in(text: str) -> Asked:
-    """Of `mix:a*0.7+b*0.3`, `mix:{"a": 0.7, "b": 0.3}` or `mix:{"mix": {...}, "method": ...}`. Raises AdapterError."""
+    """Of `mix:a*0.7+b*0.3`, `mix:{"a": 0.7, "b": 0.3}` or `mix:{"mix": {...}, "method": ...}`, and of `arrow:a+b` or
+    `arrow:{"adapters": [...], "top_k": ...}`. Raises AdapterError."""
+    if text.startswith(ARROW_PREFIX):
+        inside = text.removeprefix(ARROW_PREFIX)
+        return _routed(_object_in(text, inside) if inside.startswith("{") else {"adapters": inside.split("+")})
     if text.startswith(f"{PREFIX}{{"):
-        try:
-            asked = json.loads(text.removeprefix(PREFIX))
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"mix {shown(text)} is not what JSON calls an object: {error}") from error
+        asked = _object_in(text, text.removeprefix(PREFIX))
         if isinstance(asked.get("mix"), dict):
             options = {key: value for key, value in asked.items() if key != "mix"}
             if "method" not in options:
@@ -81,6 +86,29 @@ def asked_in(text: str) -> Asked:
             )
         found[match["name"]] = float(match["weight"])
     return Asked(checked(found))
+
+
+def _object_in(text: str, inside: str) -> dict[str, Any]:
+    try:
+        return json.loads(inside)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"mix {shown(text)} is not what JSON calls an object: {error}") from error
+
+
+def _routed(asked: Mapping[str, Any]) -> Asked:
+    """An arrow's adapters, the weight of each 1: its gate weighs. Without `top_k` it is PEFT's 3, or all of fewer."""
+    known = ("adapters", "top_k", "temperature", "seed")
+    if strange := sorted(map(str, asked.keys() - set(known))):
+        raise AdapterError(f"{shown(strange)} are no options of an arrow; allowed: {', '.join(known)}")
+    names: Any = asked.get("adapters")
+    fits = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not fits or not 2 <= len(names) <= MOST_ROUTED or len({*names}) < len(names):
+        raise AdapterError(
+            f"an arrow's adapters must be 2 to {MOST_ROUTED} different names of loaded LoRAs; got {shown(names)}"
+        )
+    options = {"top_k": min(Routing.top_k, len(names)), **asked}
+    del options["adapters"]
+    return Asked(dict.fromkeys(names, 1.0), Routing(**options))
 
 
 def _servable(method: Method) -> Method:
@@ -128,6 +156,10 @@ def mix_of(asked: Asked, loaded: Mapping[str, Any]) -> Mix:
         raise AdapterError(f"mix {dict(weights)!r}: {missing} are not loaded; load them first")
     parts: list[Part] = []
     for name, weight in weights.items():
+        if loaded[name].lora_path.startswith(CHOOSER_PREFIX):
+            raise AdapterError(
+                f"mix {dict(weights)!r}: {name!r} chooses by the prompt, which no mix has; name it alone"
+            )
         inner = decoded(loaded[name].lora_path)
         if inner is not None and (asked.method or inner.method):
             raise AdapterError(f"mix {dict(weights)!r}: {name!r} is a mix itself; a merge's parts are adapters")
@@ -136,7 +168,7 @@ def mix_of(asked: Asked, loaded: Mapping[str, Any]) -> Mix:
             if inner is None
             else [Part(weight * part.weight, part.name, part.path) for part in inner.parts]
         )
-    if len(parts) > MOST_PARTS:
+    if len(parts) > MOST_PARTS and not isinstance(asked.method, Routing):
         raise AdapterError(f"mix {dict(weights)!r} has {len(parts)} parts; at most {MOST_PARTS} can be mixed")
     return Mix(tuple(parts), asked.method)
 
@@ -152,8 +184,12 @@ def decoded(path: str) -> Mix | None:
     if not path.startswith(f"{PREFIX}[["):
         return None
     written = json.loads(path.removeprefix(PREFIX))
-    method = method_of(written.pop()) if isinstance(written[-1], dict) else None
+    method = _method_in(written.pop()) if isinstance(written[-1], dict) else None
     return Mix(tuple(Part(*part) for part in written), method)
+
+
+def _method_in(options: dict[str, Any]) -> Method | Routing:
+    return Routing(**options[_ROUTED]) if _ROUTED in options else method_of(options)
 
 
 def digest_of_mix(mix: Mix) -> str:
@@ -163,4 +199,6 @@ def digest_of_mix(mix: Mix) -> str:
 
 
 def _options(mix: Mix) -> list[dict[str, Any]]:
+    if isinstance(mix.method, Routing):
+        return [{_ROUTED: asdict(mix.method)}]
     return [] if mix.method is None else [mix.method.options()]
