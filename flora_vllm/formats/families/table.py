@@ -31,6 +31,7 @@ from flora_vllm.formats.families.lora_blocks import BDLORA, QALORA
 from flora_vllm.formats.families.lora_starts import KASA, OLORA, PISSA
 from flora_vllm.formats.families.melora import MELORA
 from flora_vllm.formats.families.miss import BONE, MISS
+from flora_vllm.formats.families.mixlora import MIXLORA
 from flora_vllm.formats.families.mtllora import MTLLORA
 from flora_vllm.formats.families.oft import OFT, OFT_NEUMANN
 from flora_vllm.formats.families.osf import OSF
@@ -57,7 +58,7 @@ ROWS = (
     # the same, of systems outside PEFT
     MELORA, MTLLORA, XGBLORA,
     # low rank, chosen by token
-    ARROW, METEORA,
+    ARROW, METEORA, MIXLORA,
     # low rank once the base was asked
     PEANUT, HRA, DEFT, PSOFT, OSF, ADAMSS,
     # gains and biases
