@@ -89,7 +89,13 @@ class FeedForward:
         share_NK, expert_NK = self._router(slot).choose(x_NH)
         each = expert_NK.shape[1]
         y_PG = y_TG[rows_N].float().repeat_interleave(each, 0)
-        _add(y_PG, x_NH.repeat_interleave(each, 0), expert_NK.flatten(), self._terms[0].get(slot, ()), self._layers[0].sizes)
+        _add(
+            y_PG,
+            x_NH.repeat_interleave(each, 0),
+            expert_NK.flatten(),
+            self._terms[0].get(slot, ()),
+            self._layers[0].sizes,
+        )
         y_NKG = y_PG.to(y_TG.dtype).view(len(rows_N), each, -1)
         y_TG[rows_N] = y_NKG[:, 0]
         return _Waiting(slot, rows_N, share_NK, expert_NK, y_NKG[:, 1:].flatten(0, 1))

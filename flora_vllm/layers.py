@@ -62,8 +62,8 @@ class Block(Protocol):
 class AdaptedLinear:
     """One linear layer of the model with its slots.
 
-    `sizes`: out features of each slice. `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add) on this rank; terms that act on the
-    whole sum must know it. `device`: where x is; None where that is the host.
+    `sizes`: out features of each slice. `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add)
+    on this rank; terms that act on the whole sum must know it. `device`: where x is; None where that is the host.
     """
 
     def __init__(

@@ -160,7 +160,7 @@ class GatedAdded:
 
 @dataclass(frozen=True, eq=False)
 class RoutedAdded:
-    """up_e down_e x for each row's own expert e: one layer's part of what experts add to a feed-forward block (MixLoRA).
+    """up_e down_e x for each row's own expert e: what experts add to one layer of a feed-forward block (MixLoRA).
 
     router (E, H) float32, H the block's input; down (E·R, I) and up (O, E·R) in the layer's dtype, expert e's part from
     e·R on. `activation`: what the block must have between its layers; None: whatever it has.

@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 _GATE_UP, _ACTIVATION, _DOWN = "gate_up_proj", "act_fn", "down_proj"
 # transformers' names -> those of ACTIVATIONS.
 _ACTIVATIONS = {
-    **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 # What roundings of one activation may differ by, in float32, for inputs up to 4.
 _SAME = 1e-4

@@ -1,8 +1,8 @@
 """MixLoRA (arXiv 2404.15159; TUDB-Labs/MixLoRA): LoRA in the attention, experts of LoRA in the feed-forward blocks.
 
-`y = Σ_e w_e · down_e(act(gate_e(x)) ∘ up_e(x))` over the `top_k` experts of the largest router scores G x, w the softmax
-over these; layer p of expert e is `p + α/r · B_e A_e`. So a token goes through the block once for each of its experts.
-The tensors are its authors' (`mixlora/model.py`), whose `mixlora.` is `base_model.model.model.` here, as
+`y = Σ_e w_e · down_e(act(gate_e(x)) ∘ up_e(x))` over the `top_k` experts of the largest router scores G x, w the
+softmax of these; layer p of expert e is `p + α/r · B_e A_e`. So a token goes through the block once for each of its
+experts. The tensors are its authors' (`mixlora/model.py`), whose `mixlora.` is `base_model.model.model.` here, as
 `flora-vllm convert --pickle` names them. Their loader leaves dropout on in the experts; here it is off, as it is meant.
 Where their code rounds w to the dtype of the router, it stays float32 here.
 """
