@@ -41,7 +41,7 @@ class World:
     engine: Engine
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["eager", "compiled"])
+@pytest.fixture(scope="module", params=[True, False], ids=["eager", "not_eager"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("mixlora")
     model, paths = tiny_llama(folder / "model"), {}

@@ -5,9 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import mixlora_support as support
+import peft
 import pytest
 import torch
-from formats_support import edit_config, edit_tensors, faults_of, linear_layout, the_fault, tiny_model
+from formats_support import (
+    edit_config,
+    edit_tensors,
+    faults_of,
+    linear_layout,
+    save_peft_adapter,
+    the_fault,
+    tiny_model,
+)
 from mixlora_support import EXPERTS, RANK, TOP
 from torch.nn.functional import silu
 
@@ -108,7 +117,9 @@ class Rank:
         return self.down.forward(inner, self.bias)
 
 
-LORA = Added(normal(3, M, seed=50), normal(H, 3, seed=51))
+LORA = normal(3, M, seed=50), normal(H, 3, seed=51)
+# The base, as one expert that changes nothing.
+NO_EXPERTS = {"down": Routed(normal(1, H), normal(1, M), torch.zeros(H, 1), 1)}
 SLOTS: dict[int, dict[str, Any]] = {
     1: experts_of(5, 2, seed=100),
     2: experts_of(3, 3, seed=200, names=("gate", "down")),
@@ -125,18 +136,18 @@ def test_a_row_goes_through_its_own_experts(cuts: list[slice]) -> None:
     for rank in ranks:
         for slot, terms in SLOTS.items():
             rank.write(slot, {name: (term,) for name, term in terms.items()})
-        rank.write(6, {"down": (LORA,)})
+        rank.write(6, {"down": (Added(*LORA),)})
     slots = [0, 1, 6, 2, 1, 3, 0, 4, 5, 2, 1]
     x_TH = normal(len(slots), H, seed=9)
-    found = sum(rank.run(x_TH, slots).double() for rank in ranks)
+    found = torch.stack([rank.run(x_TH, slots).double() for rank in ranks]).sum(0)
     for t, slot in enumerate(slots):
-        wanted = equation(x_TH[t], SLOTS.get(slot, {"down": Routed(normal(1, H), normal(1, M), torch.zeros(H, 1), 1)}))
+        wanted = equation(x_TH[t], SLOTS.get(slot, NO_EXPERTS))
         if slot == 6:
             inner = silu(WEIGHTS["gate"] @ x_TH[t]) * (WEIGHTS["up"] @ x_TH[t])
-            wanted = wanted + (LORA.up @ (LORA.down @ inner)).double()  # pyright: ignore[reportOperatorIssue]
-        assert float((found[t] - wanted).abs().max()) < 1e-4 * max(float(wanted.abs().max()), 1), (t, slot)  # type: ignore[index]
-        alone = sum(rank.run(x_TH[t : t + 1], [slot]).double() for rank in ranks)
-        assert float((alone[0] - wanted).abs().max()) < 1e-4 * max(float(wanted.abs().max()), 1)  # type: ignore[index]
+            wanted = wanted + (LORA[1] @ (LORA[0] @ inner)).double()
+        alone = torch.stack([rank.run(x_TH[t : t + 1], [slot]).double() for rank in ranks]).sum(0)
+        for answer in (found[t], alone[0]):
+            assert float((answer - wanted).abs().max()) < 1e-4 * max(float(wanted.abs().max()), 1), (t, slot)
 
 
 def test_a_cleared_slot_leaves_nothing_behind() -> None:
@@ -163,6 +174,19 @@ def test_what_routed_terms_cannot_be() -> None:
     part = fold([term], Cut(slice(0, M), slice(0, H), torch.float32, CPU))
     with pytest.raises(AdapterError, match="routes the tokens"):
         mixed([(0.5, {"x": (part,)}), (0.5, {"x": (part,)})], {"x": (M,)})
+
+
+def test_conditional_mixlora_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether its routers come in the authors' pickle or in a folder that says LoRA, as its config would."""
+    module = "model.layers.0.self_attn.q_proj"
+    router = {f"base_model.model.{module}.cmoa_selector.loraA_selector.weight": normal(4, 64)}
+    torch.save(router, tmp_path / "pytorch_model.bin")
+    assert convert.main(["--pickle", str(tmp_path / "pytorch_model.bin"), str(tmp_path / "out")]) == 1
+    assert "conditional MixLoRA (VT-NLP), which is not served: its routers read the mean" in capsys.readouterr().err
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    save_peft_adapter(tiny_model("llama"), config, tmp_path / "lora")
+    edit_tensors(tmp_path / "lora", **router)
+    assert "its output depends on how an engine cuts a prompt into steps" in the_fault(tmp_path / "lora")
 
 
 @pytest.fixture

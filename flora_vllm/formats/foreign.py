@@ -20,6 +20,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.families.gated import GATE, METEORA
 from flora_vllm.formats.families.mixlora import MIXLORA
 from flora_vllm.formats.families.mtllora import LAMBDAS, LORA_A, LORA_B, MTLLORA
+from flora_vllm.formats.families.table import CONDITIONAL, CONDITIONAL_MARK, REFUSED_VARIANTS
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME
 from flora_vllm.formats.names import PREFIX
 from flora_vllm.formats.tensor_file import load_json_object
@@ -88,6 +89,9 @@ def find(path: Path, pickled: bool, told: Told) -> Found:
         return _mtl_lora(file, tensors, notes, told)
     if any(_RECYCLED.fullmatch(name) for name in tensors):
         return _recycled(file, tensors, notes, told)
+    if name := next((name for name in tensors if CONDITIONAL_MARK in name), None):
+        reason = REFUSED_VARIANTS[CONDITIONAL]
+        raise AdapterError(f"{file}: {name!r} is of {CONDITIONAL}, which is not served: {reason}")
     config = _json(folder / CONFIG_NAME)
     if config is None:
         raise AdapterError(

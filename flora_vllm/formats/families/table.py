@@ -94,12 +94,18 @@ REFUSED: Mapping[str, str] = {
     "SHADOW": "it runs a model of its own beside the base",
 }
 
-# Variants that a config names and a row's keys refuse: README's words for them.
-REFUSED_VARIANTS: Mapping[str, str] = dict.fromkeys(
-    ("CorDA", "LoRA-GA", "LoftQ", "PiSSA with `pissa_niter_*`"),
-    "training changed the base in a way that no file tells; PEFT saves it as LoRA with "
-    "`path_initial_model_for_weight_conversion`",
-)
+# The mark of its tensors, and its name in the tables.
+CONDITIONAL_MARK, CONDITIONAL = "cmoa_", "conditional MixLoRA (VT-NLP)"
+# Variants that a config or a tensor names and no row reads: README's words for them.
+REFUSED_VARIANTS: Mapping[str, str] = {
+    CONDITIONAL: "its routers read the mean over all tokens of one call, so that its output depends on how an engine "
+    "cuts a prompt into steps (chunked prefill, cached prefixes, a preempted request's second prefill)",
+    **dict.fromkeys(
+        ("CorDA", "LoRA-GA", "LoftQ", "PiSSA with `pissa_niter_*`"),
+        "training changed the base in a way that no file tells; PEFT saves it as LoRA with "
+        "`path_initial_model_for_weight_conversion`",
+    ),
+}
 
 
 def family_of(config: Mapping[str, Any]) -> tuple[str | None, Family | None]:
