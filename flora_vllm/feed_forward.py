@@ -46,13 +46,14 @@ class FeedForward:
         self._layers = (gate_up, down)
         self._activation, self._device = activation, device
         self._terms: tuple[dict[int, RoutedTerms], dict[int, RoutedTerms]] = ({}, {})
+        self._slots: frozenset[int] = frozenset()
         self._waiting: list[_Waiting] = []
         for layer in self._layers:
             layer.join(self)
 
     @property
     def slots(self) -> Collection[int]:
-        return self._terms[0].keys() | self._terms[1].keys()
+        return self._slots
 
     def write_slot(self, layer: AdaptedLinear, slot: int, terms: LayerTerms | None) -> None:
         mine = self._terms[self._layers.index(layer)]
@@ -61,6 +62,7 @@ class FeedForward:
         if any(term is not None for term in routed):
             there = (None if term is None else placed((term,), self._device)[0] for term in routed)
             mine[slot] = tuple(there)  # pyright: ignore[reportArgumentType] - placing keeps the kind
+        self._slots = frozenset(self._terms[0].keys() | self._terms[1].keys())
         for each in self._layers:
             each.note_rare()
 
@@ -73,8 +75,7 @@ class FeedForward:
         segments: Segments,
     ) -> None:
         """See `layers.Block`."""
-        slots = self.slots
-        pieces = [(slot, rows.to(x_TI.device)) for slot, rows in segments if slot in slots]
+        pieces = [(slot, rows.to(x_TI.device)) for slot, rows in segments if slot in self._slots]
         if not pieces:
             return
         if layer is self._layers[0]:
