@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import engine_support as support
@@ -18,7 +17,6 @@ from tiny_models import HEADS, KV_HEADS, LAYERS, WIDTH, tiny_llama
 
 import flora_vllm
 from flora_vllm.commands import convert
-from flora_vllm.plugin import feed_forward
 
 pytestmark = support.ENGINE_MARKS
 
@@ -105,25 +103,3 @@ def test_another_activation_than_the_models_is_refused(world: World, tmp_path: P
     edit_config(tmp_path / "gelu", act_fn="gelu")
     with pytest.raises(flora_vllm.AdapterError, match="activation 'gelu', the model has silu or swish"):
         world.engine.ask([Ask(support.prompt(5, seed=1), tmp_path / "gelu")])
-
-
-def test_a_block_of_another_shape_is_none(world: World) -> None:
-    """And an adapter's experts there are refused by name."""
-    model: Any = world.engine.model()
-    block, device = model.model.layers[0].mlp, torch.device("cpu")
-    assert feed_forward._is_block(block, device)
-    forward = type(block).forward
-    for other in (
-        lambda x: 2 * forward(block, x),
-        lambda x: forward(block, x + 1),
-        lambda x: block.down_proj(-block.act_fn(block.gate_up_proj(x)[0]))[0],
-        lambda x, y: forward(block, x) + y,
-    ):
-        with mock.patch.object(block, "forward", other):
-            assert not feed_forward._is_block(block, device)
-    assert feed_forward._is_block(block, device)
-    loaded = world.engine.manager()
-    world.engine.ask([Ask(support.prompt(5, seed=1), world.paths["mix1"])], 1)
-    number = world.engine.request_for(world.paths["mix1"]).lora_int_id
-    (fault,) = feed_forward.routed_faults(loaded._registered_adapters[number].layers, {})
-    assert "4 layers, the first 'model.layers.0.mlp.gate_up_proj'" in fault
