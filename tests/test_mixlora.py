@@ -248,6 +248,7 @@ def test_targets_may_be_switches(tmp_path: Path) -> None:
         ({"top_k": 9}, "of 4 experts a token takes 1 to 4, got 9"),
         ({"top_k": 0}, "'top_k' is 0"),
         ({"bias": "all"}, "'bias' is 'all'"),
+        ({"num_experts": 10**9}, "'num_experts' is 1000000000; allowed: an integer from 1 to 256"),
         ({"num_experts": 5}, "experts.4.lora_A.weight' is missing"),
     ],
 )

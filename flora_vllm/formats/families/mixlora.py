@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, NUMBER, RANK, TARGETS, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, NUMBER, RANK, TARGETS, Key, is_rank, only
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.lora import LORA_A, LORA_B
 from flora_vllm.terms import Added, Routed, Term
@@ -21,6 +21,8 @@ from flora_vllm.terms import Added, Routed, Term
 EXPERT = "experts.{}."
 # transformers' names (ACT2FN) of gated activations that some served model has.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh")
+# Their names are written out for each module: more than any model has would take a server's time.
+MAX_EXPERTS = 256
 _ROUTER = "model.model.layers.*.mlp.moe_gate.weight"
 
 
@@ -69,7 +71,9 @@ MIXLORA = Family(
         "r": RANK,
         "lora_alpha": NUMBER,
         "use_rslora": BOOLEAN,
-        "num_experts": RANK,
+        "num_experts": Key(
+            f"an integer from 1 to {MAX_EXPERTS}", lambda value: is_rank(value) and value <= MAX_EXPERTS, required=True
+        ),
         "top_k": Key(RANK.allowed, RANK.check),
         "bias": only("none"),
         "routing_strategy": Key(
