@@ -87,7 +87,7 @@ def test_several_answers_to_one_prompt_are_one_answer(world: World) -> None:
 
     ask = Ask(support.prompt(70, seed=5), world.paths["mix1"])
     (once,) = world.engine.ask([ask], NEW)
-    sampling = vllm.SamplingParams(n=3, temperature=1e-6, max_tokens=NEW, detokenize=False, ignore_eos=True)
+    sampling = vllm.SamplingParams(n=3, top_k=1, max_tokens=NEW, detokenize=False, ignore_eos=True)
     (output,) = world.engine.llm.generate(
         [{"prompt_token_ids": list(ask.prompt)}],
         sampling,
