@@ -6,7 +6,7 @@ Calls of layers whose kernel has a direct form are taken in C++ (`direct_calls`)
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from flora_vllm.handles import Handles
 from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.shell import Shell
 from flora_vllm.ops.table import LinearKernel, direct_form_of, graph_form_of, graph_rows_of
-from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.ops.terms import LayerTerms, Segments
 from flora_vllm.step import GraphSteps, Step
 
 
@@ -39,11 +39,31 @@ class Adapted(Protocol):
         ...
 
 
+class Block(Protocol):
+    """Several layers of which some slots want more than each layer for itself (`feed_forward`)."""
+
+    @property
+    def slots(self) -> Collection[int]:
+        """Those slots."""
+        ...
+
+    def write_slot(self, layer: "AdaptedLinear", slot: int, terms: LayerTerms | None, /) -> None:
+        """As the layer's own, of one of its layers."""
+        ...
+
+    def finish(
+        self, layer: "AdaptedLinear", x_TI: torch.Tensor, y_TO: torch.Tensor, bias_O: torch.Tensor | None,
+        segments: Segments, /,
+    ) -> None:  # fmt: skip
+        """One of its layers has just made y of x: what those slots want besides is done to y, in place."""
+        ...
+
+
 class AdaptedLinear:
     """One linear layer of the model with its slots.
 
-    `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add) on this rank; terms that act on the
-    whole sum must know it. `device`: where x is; None where that is the host.
+    `sizes`: out features of each slice. `hidden_bias`: the bias of a layer whose caller adds it later (skip_bias_add)
+    on this rank; terms that act on the whole sum must know it. `device`: where x is; None where that is the host.
     """
 
     def __init__(
@@ -59,6 +79,8 @@ class AdaptedLinear:
         self._step = step
         self._shell = Shell(kernel, sizes, hidden_bias, device)
         self._has_rare = ctypes.c_int64(0)  # read by compiled code
+        self._block: Block | None = None
+        self.sizes = tuple(sizes)
         self._out_features = sum(sizes)
         self.handle = _layers.register(self)
         form = direct_form_of(kernel)
@@ -82,9 +104,19 @@ class AdaptedLinear:
     def out_features(self) -> int:
         return self._out_features
 
+    def join(self, block: Block) -> None:
+        """The layer is one of `block`'s from now on."""
+        self._block = block
+
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         self._shell.write_slot(slot, terms)
-        self._has_rare.value = bool(self._shell.rare_slots)
+        if self._block is not None:
+            self._block.write_slot(self, slot, terms)
+        self.note_rare()
+
+    def note_rare(self) -> None:
+        """Compiled code learns whether some slot needs Python."""
+        self._has_rare.value = bool(self._shell.rare_slots or (self._block is not None and self._block.slots))
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., I) -> (..., O)."""
@@ -97,6 +129,8 @@ class AdaptedLinear:
             return self._captured_form(x_TI, bias, graphs).view(*x.shape[:-1], self.out_features)
         segments = self._step.segments_for(tokens)
         y_TO = self._shell.forward(x_TI, bias, segments)
+        if self._block is not None and self._block.slots and segments is not None:
+            self._block.finish(self, x_TI, y_TO, bias, segments)
         return y_TO if is_flat else y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _captured_form(self, x_TI: torch.Tensor, bias: torch.Tensor | None, graphs: GraphSteps) -> torch.Tensor:

@@ -93,7 +93,8 @@ def _refuse_what_is_no_sum(parts: Sequence[tuple[float, Mapping[str, LayerTerms]
     if alone:
         number, name = alone[0]
         raise AdapterError(
-            f"part {number} turns the input or swaps the outputs of {len(alone)} layers, the first {name!r}: such an "
+            f"part {number} turns the input, swaps the outputs or routes the tokens of {len(alone)} layers, the first "
+            f"{name!r}: such an "
             "adapter adds to no other and has no share; use it alone, with weight 1"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_support as support
+import mixlora_support
 import peft
 import pytest
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 
 import flora_vllm
+from flora_vllm.commands import convert
 from flora_vllm.formats import arrow
 from flora_vllm.formats.families.table import ROWS, family_of
 from flora_vllm.formats.lora_merges import read_part
@@ -175,6 +177,15 @@ def write_meteora(served: Served, folder: Path) -> None:
               folder / "meteora" / "adapter_model.safetensors")  # fmt: skip
 
 
+def write_mixlora(served: Served, folder: Path) -> None:
+    """Experts in every feed-forward block, LoRA in the attention, and the model with their equation in it."""
+    model = support.load(served.model)
+    tensors = mixlora_support.random_tensors(model)
+    mixlora_support.write(folder / "theirs", mixlora_support.config_of(act_fn="silu"), tensors)
+    assert convert.main(["--pickle", str(folder / "theirs"), str(folder / "mixlora")]) == 0
+    served.models["mixlora"], served.paths["mixlora"] = mixlora_support.mixed_model(model, tensors), folder / "mixlora"
+
+
 def save(model: Path, case: Case, path: Path, seed: int = 1) -> None:
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(support.load(model), case.config)
@@ -196,6 +207,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         write_outside(served, folder)
         write_arrow(served, folder, "arrow", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
         write_meteora(served, folder)
+        write_mixlora(served, folder)
     prompts = {name: support.prompt(5 + i % 17, seed=i) for i, name in enumerate(served.paths)}
     asks = [(name, Ask(PROMPT, path)) for name, path in served.paths.items()]
     asks += [(name, Ask(prompts[name], path)) for name, path in served.paths.items()]
@@ -257,6 +269,7 @@ def test_two_workers_serve_them_too_or_refuse_them_by_name(
             save(served.model, case, folder / name)
             served.paths[name] = folder / name
     write_arrow(served, folder, "arrow", ["q_proj", "v_proj", "up_proj"])
+    write_mixlora(served, folder)
     options = {"max_loras": len(served.paths), "max_lora_rank": 256, "max_flora_rank": 64, "max_num_seqs": 256}
     refused: dict[str, str] = {}
     with support.running(served.model, tensor_parallel_size=2, distributed_executor_backend="mp", **options) as engine:
@@ -278,7 +291,7 @@ def test_two_workers_serve_them_too_or_refuse_them_by_name(
 def test_every_row_of_the_table_is_served_here() -> None:
     """By an adapter of its kind in one of the batches above; what is left out says why."""
     known = {"FLORA", "MELORA", "XGBLORA", "MTLLORA"}  # test_engine_architectures, and `write_outside`
-    known |= {"ARROW", "METEORA"}  # `write_arrow`, `write_meteora`
+    known |= {"ARROW", "METEORA", "MIXLORA"}  # `write_arrow`, `write_meteora`, `write_mixlora`
     for architecture in ("llama", "qwen2", "phi3", "gptbigcode"):
         for case in cases_of(architecture).values():
             config = {key: getattr(value, "value", value) for key, value in case.config.to_dict().items()}

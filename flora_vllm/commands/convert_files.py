@@ -6,9 +6,9 @@ from pathlib import Path
 EXAMPLES = """\
 --repair rewrites names that a trainer left as they were (an adapter's name, module., _orig_mod., no base_model.model.,
 Tinker's unembed_tokens) and, if BASE is given, drops saved weights that equal it. --pickle does the same to .bin, .pt
-and .pth, of which only tensors are read; MTL-LoRA's final_checkpoint.pt and LoRA Recycle's w_a_000 are known, and of
-MeteoRA's model its shards' gates and factors are taken. Both say what they did, and write nothing that would not be
-served.
+and .pth, of which only tensors are read; MTL-LoRA's final_checkpoint.pt, LoRA Recycle's w_a_000 and MixLoRA's folder
+are known, and of MeteoRA's model its shards' gates and factors are taken. Both say what they did, and write nothing
+that would not be served.
 
 --dlp makes a DLP-LoRA folder (serve it as dlp:OUT) of its authors' files: LIST.txt names a LoRA folder a line, BASE is
 the classifier's encoder (ALBERT or RoBERTa, with its tokenizer), ADAPTER the classifier's .pth."""

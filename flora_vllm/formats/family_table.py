@@ -31,8 +31,8 @@ GROUPS = {
     "turn or swap its inputs or outputs": ("Turn", "Swap"),
     "multiply its weights": ("Product",),
     "add a full matrix, kept small": ("Kron", "Circulant", "Sparse", "Bases", "Dense"),
+    "choose by token among products of low rank": ("Gated", "Routed"),
     "add a product of low rank": ("Added",),
-    "choose by token among products of low rank": ("Gated",),
     "move its outputs": ("Offset",),
 }
 
@@ -56,8 +56,9 @@ def group_table() -> str:
 
 def _served(family: Family) -> str:
     # What a module or the adapter has by name, without the parts of those.
-    parts = [name for name in (*family.names, *family.shared_names) if name not in BIAS_NAMES]
-    stems = dict.fromkeys(part.split(".")[0].replace("*", "…") for part in parts)
+    own = [name.split(".")[0] for name in family.names if name not in BIAS_NAMES]
+    shared = [name.removesuffix(".weight").removesuffix(".*").split(".")[-1] for name in family.shared_names]
+    stems = dict.fromkeys(stem.replace("*", "…") for stem in (*own, *shared))
     kinds = [kind.__name__ for kind in KINDS if kind in family.kinds]
     status = ["served"]
     if family.name != "LORA" and set(family.kinds) <= BECOMES_LORA:

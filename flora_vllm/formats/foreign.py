@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.families.gated import GATE, METEORA
+from flora_vllm.formats.families.mixlora import MIXLORA
 from flora_vllm.formats.families.mtllora import LAMBDAS, LORA_A, LORA_B, MTLLORA
+from flora_vllm.formats.families.table import CONDITIONAL, CONDITIONAL_MARK, REFUSED_VARIANTS
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME
 from flora_vllm.formats.names import PREFIX
 from flora_vllm.formats.tensor_file import load_json_object
@@ -33,6 +35,7 @@ _WRAPPED_IN = ("state_dict", "module", "model", "model_state_dict")
 _RECYCLED = re.compile(r"w_([ab])_(\d+)")
 _RECYCLED_HEAD = re.compile(r"fc_\d+in_\d+out")
 _OF_METEORA = (f".{GATE}", ".lora_A.weight", ".lora_B.weight")
+_OF_MIXLORA = "mixlora."
 _FUSED = re.compile(r"\.lora_B_[qkv](_w)?\Z")
 # What reading a damaged file, or one with more than tensors, has been seen to raise, and their kin.
 _DAMAGED = (
@@ -86,12 +89,17 @@ def find(path: Path, pickled: bool, told: Told) -> Found:
         return _mtl_lora(file, tensors, notes, told)
     if any(_RECYCLED.fullmatch(name) for name in tensors):
         return _recycled(file, tensors, notes, told)
+    if name := next((name for name in tensors if CONDITIONAL_MARK in name), None):
+        reason = REFUSED_VARIANTS[CONDITIONAL]
+        raise AdapterError(f"{file}: {name!r} is of {CONDITIONAL}, which is not served: {reason}")
     config = _json(folder / CONFIG_NAME)
     if config is None:
         raise AdapterError(
             f"{folder} has no {CONFIG_NAME} beside {file.name}, and its tensors ({', '.join(list(tensors)[:3])}, …) "
             "are of no layout that does without: MTL-LoRA (lora_lambdas), LoRA Recycle (w_a_000)"
         )
+    if config.get("peft_type") == MIXLORA.type_name:
+        return _mixlora(config, tensors, notes)
     return Found(config, tensors, _json(folder / SIDECAR_NAME), tuple(notes))
 
 
@@ -235,6 +243,20 @@ def _mtl_lora(file: Path, tensors: Tensors, notes: list[str], told: Told) -> Fou
         "target_modules": modules,
     }
     return Found(config, renamed, {"alpha": told.alpha, "temperature": told.temperature}, tuple(notes))
+
+
+def _mixlora(config: Config, tensors: Tensors, notes: list[str]) -> Found:
+    """TUDB-Labs' MixLoRA: names from the layers on, targets a list or a switch for each name."""
+    renamed = {
+        f"{PREFIX}model.{name.removeprefix(_OF_MIXLORA)}" if name.startswith(_OF_MIXLORA) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    targets = config.get("target_modules")
+    if isinstance(targets, dict):
+        targets = sorted(name for name, is_on in targets.items() if is_on)
+    if renamed.keys() != tensors.keys():
+        notes.append(f"{_OF_MIXLORA} is {PREFIX}model. now, where PEFT has an adapter's layers")
+    return Found({**config, "target_modules": targets}, renamed, None, tuple(notes))
 
 
 def _recycled(file: Path, tensors: Tensors, notes: list[str], told: Told) -> Found:

@@ -6,11 +6,13 @@ from functools import lru_cache
 
 from flora_vllm.formats.config_keys import SAVED_WHOLE
 from flora_vllm.formats.families.family import Family
+from flora_vllm.formats.families.table import CONDITIONAL, CONDITIONAL_MARK, REFUSED_VARIANTS
 
 ROOT = "base_model."
 PREFIX = "base_model.model."
 
 _HINTS: Mapping[str, str] = {
+    CONDITIONAL_MARK: f"it is a router of {CONDITIONAL}, which is not served: {REFUSED_VARIANTS[CONDITIONAL]}",
     "embedding_A": "it adapts an embedding, which is supported for plain LoRA only",
     "embedding_B": "it adapts an embedding, which is supported for plain LoRA only",
     "lora_magnitude_vector": "it belongs to DoRA, and the config does not say use_dora",

@@ -14,7 +14,7 @@ class RareTerm(Protocol):
     """A kind of rare term; `stage` says when the shell calls `apply`.
 
     "input": x_TI -> the rows that the products see, for one slice. "added": x_TI -> what is added to y (T, O), float32.
-    "output": y_TO with its bias -> y_TO.
+    "output": y_TO with its bias -> y_TO. "block": never, for `feed_forward` does it.
     """
 
     stage: str
@@ -156,6 +156,45 @@ class GatedAdded:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (t for t in (self.gate_EI, self.down_LI, self.up_OL, self.out_O) if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedAdded:
+    """up_e down_e x for each row's own expert e: what experts add to one layer of a feed-forward block (MixLoRA).
+
+    router (E, H) float32, H the block's input; down (E·R, I) and up (O, E·R) in the layer's dtype, expert e's part from
+    e·R on. `activation`: what the block must have between its layers; None: whatever it has.
+    """
+
+    router_EH: torch.Tensor
+    down_LI: torch.Tensor
+    up_OL: torch.Tensor
+    top: int
+    activation: str | None = None
+    stage = "block"
+
+    def choose(self, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(shares, experts) of the rows of the block's input, (N, K) float32 and int64; a row's shares sum to 1."""
+        largest_NK, expert_NK = (x_NH.float() @ self.router_EH.T).topk(self.top, 1)
+        return torch.softmax(largest_NK, 1), expert_NK
+
+    def of_experts(self, x_PI: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+        """(P, O) float32: what the expert of each row adds."""
+        experts = len(self.router_EH)
+        is_mine_PE = torch.nn.functional.one_hot(expert_P, experts)
+        # All experts' small side in one product: E·R rows are little beside a base product.
+        middle_PL = (x_PI.to(self.down_LI.dtype) @ self.down_LI.T).float()
+        middle_PL = middle_PL * is_mine_PE.repeat_interleave(self.down_LI.shape[0] // experts, 1)
+        return (middle_PL.to(self.up_OL.dtype) @ self.up_OL.T).float()
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("rows have an expert only within their block")
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        return replace(self, up_OL=(gain_O[:, None] * self.up_OL).to(self.up_OL.dtype))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.router_EH, self.down_LI, self.up_OL)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ class Shell:
         if all(part is None for part in terms):
             hot = None
         self._kernel.write_slot(slot, hot)
-        self._rare[slot] = _slot_rare([_placed(terms, self._device) for terms in rare])
+        self._rare[slot] = _slot_rare([placed(terms, self._device) for terms in rare])
 
     def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor:
         """y_TO; `segments` None says that no token has an adapter."""
@@ -257,18 +257,19 @@ def _contents(term: RareTerm) -> tuple:
     return type(term), *(_identity(v) if isinstance(v, torch.Tensor) else v for v in vars(term).values())
 
 
-def _placed(terms: RareTerms, device: torch.device | None) -> RareTerms:
+def placed(terms: RareTerms, device: torch.device | None) -> RareTerms:
+    """The terms with their tensors on `device`; None leaves them where they are."""
     if device is None:
         return terms
-    placed = []
+    there = []
     for term in terms:
         moved: dict[str, Any] = {}
         for field in fields(term):  # pyright: ignore[reportArgumentType] - every rare term is a dataclass
             value = getattr(term, field.name)
             if isinstance(value, torch.Tensor) and value.device != device:
                 moved[field.name] = value.to(device)
-        placed.append(replace(term, **moved) if moved else term)  # pyright: ignore[reportArgumentType]
-    return tuple(placed)
+        there.append(replace(term, **moved) if moved else term)  # pyright: ignore[reportArgumentType]
+    return tuple(there)
 
 
 def _turned(x_TI: torch.Tensor, pieces: list[_Piece], rows: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from flora_vllm.layers import Adapted, AdaptedLinear
 from flora_vllm.ops.dispatch import NEVER, PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
-from flora_vllm.plugin import experts
+from flora_vllm.plugin import experts, feed_forward
 from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
@@ -54,6 +54,8 @@ class Attached:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)  # their linear layers are among those above
+    # Layers of feed-forward blocks that rows may be routed through -> transformers' names of what their activation is.
+    blocks: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def graph_rows(self, name: str, terms: LayerTerms) -> int:
         """Base products that a token with these terms of layer `name` needs in a CUDA graph; NEVER if none has it."""
@@ -119,6 +121,7 @@ def attach(
             attached.refused[name] = others[name]
         else:
             _take_experts(attached, name, module, steps[name], only)
+    attached.blocks |= dict(feed_forward.take_over(model, attached.layers, device))
     _name_parts(attached, packed_modules)
     attached.refused |= idle_modules(model)
     return attached

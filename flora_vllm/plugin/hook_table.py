@@ -156,7 +156,7 @@ _LAYERS = (
     Hook(
         f"{_LINEAR}:RowParallelLinear.__init__",
         ("self", "input_size", "output_size", "input_is_parallel"),
-        sets=("input_size_per_partition", "output_partition_sizes", "input_is_parallel", "bias"),
+        sets=("input_size_per_partition", "output_partition_sizes", "input_is_parallel", "bias", "reduce_results"),
     ),
     Hook(f"{_LINEAR}:ReplicatedLinear.__init__", ("self", "input_size"), sets=("output_partition_sizes", "bias")),
     Hook(f"{_LINEAR}:LinearMethodBase.apply", ("self", "layer", "x", "bias")),

@@ -35,6 +35,7 @@ from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
 from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
+from flora_vllm.plugin.feed_forward import routed_faults
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.mixes import Mix, Part, decoded
 from flora_vllm.plugin.module_names import renamer
@@ -280,6 +281,7 @@ class AdapterLoader:
                 continue
             if terms is not None:
                 layers[name] = terms
+        faults += routed_faults(layers, self._attached.blocks)
         chunks = [chunk for arena in arenas.values() for chunk in arena.finished()]
         kept = CompactLayers(layers, chunks)
         if not kept.is_finite():

@@ -25,6 +25,7 @@ from flora_vllm.terms.kind import Cut, Draft, Kind, Merging, Probe, Term
 from flora_vllm.terms.kron import KRON, Kron
 from flora_vllm.terms.offset import OFFSET, Offset
 from flora_vllm.terms.product import PRODUCT, Product
+from flora_vllm.terms.routed import ROUTED, Routed
 from flora_vllm.terms.shared import Shared
 from flora_vllm.terms.sparse import SPARSE, Sparse
 from flora_vllm.terms.swap import SWAP, Swap
@@ -44,6 +45,7 @@ __all__ = [
     "Offset",
     "Probe",
     "Product",
+    "Routed",
     "Shared",
     "Sparse",
     "Swap",
@@ -61,6 +63,7 @@ KINDS: Mapping[type, Kind] = {
     Turn: TURN,
     Added: ADDED,
     Gated: GATED,
+    Routed: ROUTED,
     Bases: BASES,
     Kron: KRON,
     Circulant: CIRCULANT,

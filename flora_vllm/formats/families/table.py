@@ -31,6 +31,7 @@ from flora_vllm.formats.families.lora_blocks import BDLORA, QALORA
 from flora_vllm.formats.families.lora_starts import KASA, OLORA, PISSA
 from flora_vllm.formats.families.melora import MELORA
 from flora_vllm.formats.families.miss import BONE, MISS
+from flora_vllm.formats.families.mixlora import MIXLORA
 from flora_vllm.formats.families.mtllora import MTLLORA
 from flora_vllm.formats.families.oft import OFT, OFT_NEUMANN
 from flora_vllm.formats.families.osf import OSF
@@ -57,7 +58,7 @@ ROWS = (
     # the same, of systems outside PEFT
     MELORA, MTLLORA, XGBLORA,
     # low rank, chosen by token
-    ARROW, METEORA,
+    ARROW, METEORA, MIXLORA,
     # low rank once the base was asked
     PEANUT, HRA, DEFT, PSOFT, OSF, ADAMSS,
     # gains and biases
@@ -93,12 +94,18 @@ REFUSED: Mapping[str, str] = {
     "SHADOW": "it runs a model of its own beside the base",
 }
 
-# Variants that a config names and a row's keys refuse: README's words for them.
-REFUSED_VARIANTS: Mapping[str, str] = dict.fromkeys(
-    ("CorDA", "LoRA-GA", "LoftQ", "PiSSA with `pissa_niter_*`"),
-    "training changed the base in a way that no file tells; PEFT saves it as LoRA with "
-    "`path_initial_model_for_weight_conversion`",
-)
+# The mark of its tensors, and its name in the tables.
+CONDITIONAL_MARK, CONDITIONAL = "cmoa_", "conditional MixLoRA (VT-NLP)"
+# Variants that a config or a tensor names and no row reads: README's words for them.
+REFUSED_VARIANTS: Mapping[str, str] = {
+    CONDITIONAL: "its routers read the mean over all tokens of one call, so that its output depends on how an engine "
+    "cuts a prompt into steps (chunked prefill, cached prefixes, a preempted request's second prefill)",
+    **dict.fromkeys(
+        ("CorDA", "LoRA-GA", "LoftQ", "PiSSA with `pissa_niter_*`"),
+        "training changed the base in a way that no file tells; PEFT saves it as LoRA with "
+        "`path_initial_model_for_weight_conversion`",
+    ),
+}
 
 
 def family_of(config: Mapping[str, Any]) -> tuple[str | None, Family | None]:
