@@ -84,8 +84,12 @@ def seeds() -> dict[str, Seed]:
     """Every case of the families' tests that a Llama can have, and the families that PEFT lacks."""
     layout = linear_layout(base())
     found = {
-        "flora": Seed(_saved_by_peft(lambda: FloraConfig(r=3, target_modules=["q_proj", "v_proj"]), fill_normal), layout),
-        "hira": Seed(_saved_by_peft(lambda: peft.HiraConfig(r=3, target_modules=["q_proj", "v_proj"]), fill_normal), layout),
+        "flora": Seed(
+            _saved_by_peft(lambda: FloraConfig(r=3, target_modules=["q_proj", "v_proj"]), fill_normal), layout
+        ),
+        "hira": Seed(
+            _saved_by_peft(lambda: peft.HiraConfig(r=3, target_modules=["q_proj", "v_proj"]), fill_normal), layout
+        ),
         "ia3": Seed(
             _saved_by_peft(
                 lambda: peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),

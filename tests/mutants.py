@@ -19,7 +19,22 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool)
 NUMBERS = (math.nan, math.inf, -math.inf, 0.0, 1.0, -1.0, 1e-40, 1e4, 3e38)
-_NAME_PARTS = ("base_model.", "model.", "default.", "weight", "0", "1", "7", "A", "B", "lora_", "\n", "é", ".", "x" * 700)
+_NAME_PARTS = (
+    "base_model.",
+    "model.",
+    "default.",
+    "weight",
+    "0",
+    "1",
+    "7",
+    "A",
+    "B",
+    "lora_",
+    "\n",
+    "é",
+    ".",
+    "x" * 700,
+)
 
 
 def mutate(folder: Path, known_keys: list[str], random: Random) -> str:
