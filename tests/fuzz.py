@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import json
+import re
 import resource
 import shutil
 import sys
@@ -42,7 +43,7 @@ from transformers import PreTrainedModel
 from flora_vllm.adapter import Adapter, ModelLayout
 from flora_vllm.errors import MAX_MESSAGE_BYTES, AdapterError
 from flora_vllm.formats import read_adapter
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING
+from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, NOTHING
 from flora_vllm.formats.families.table import family_of
 from flora_vllm.terms import merged, resolve
 from flora_vllm.training import FloraConfig
@@ -51,6 +52,9 @@ TARGETS = {"q_proj", "v_proj", "down_proj"}
 MOST_S = 3.0
 MOST_BYTES = 1 << 30
 TOLERANCE = 2e-3
+# PEFT refuses sizes of these that the config does not tell. They say themselves what they are (blocks of OFT, TinyLoRA's
+# rank), or more of them than is used changes nothing (bases of which layers use the first rows), or only training does.
+_ANY_SIZE = re.compile(r"oft_R|tinylora_[ABPv]|p?vera_[AB]|randlora_[AB]|lora_velora_embed|lora_monteclora_sampler")
 
 
 @dataclass(frozen=True)
@@ -218,18 +222,23 @@ def difference(weights: Weights, path: Path, task: str | None) -> str | None:
             if not error < TOLERANCE:
                 return f"the outputs of {module} are not PEFT's by {error:.2g} of the largest"
     except Exception as error:
+        sizes = re.findall(r"size mismatch for (\S+):", str(error))
+        if sizes and all(_ANY_SIZE.search(name) for name in sizes):
+            return None
         return f"PEFT says {type(error).__name__}: {str(error)[:300]}"
     return None
 
 
 def _restore_what_never_matters(path: Path, original: Path) -> bool:
-    """Give the keys that describe the training, which PEFT may choke on, back their values; whether one changed."""
+    """Give the keys that describe the training, and those at one of several forms of nothing, which PEFT may choke on,
+    back their values; whether one changed."""
     config = json.loads((path / CONFIG).read_text())
     old = json.loads((original / CONFIG).read_text())
     _, family = family_of(config)
     assert family is not None
     before = dict(config)
-    for key in {key for key, rule in family.keys.items() if rule is ANYTHING} | (BOOKKEEPING.keys() - {"peft_type"}):
+    idle = {key for key, rule in family.keys.items() if rule in (ANYTHING, NOTHING)}
+    for key in idle | (BOOKKEEPING.keys() - {"peft_type"}):
         config.pop(key, None)
         if key in old:
             config[key] = old[key]
