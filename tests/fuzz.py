@@ -52,8 +52,8 @@ TARGETS = {"q_proj", "v_proj", "down_proj"}
 MOST_S = 3.0
 MOST_BYTES = 1 << 30
 TOLERANCE = 2e-3
-# PEFT refuses sizes of these that the config does not tell. They say themselves what they are (blocks of OFT, TinyLoRA's
-# rank), or more of them than is used changes nothing (bases of which layers use the first rows), or only training does.
+# PEFT refuses sizes of these that the config does not tell. They say themselves what they are (blocks of OFT,
+# TinyLoRA's rank), or more of them than is used changes nothing (bases of which layers use the first rows), or only training does.
 _ANY_SIZE = re.compile(r"oft_R|tinylora_[ABPv]|p?vera_[AB]|randlora_[AB]|lora_velora_embed|lora_monteclora_sampler")
 
 
@@ -243,7 +243,7 @@ def _restore_what_never_matters(path: Path, original: Path) -> bool:
         if key in old:
             config[key] = old[key]
     (path / CONFIG).write_text(json.dumps(config))
-    return config != before
+    return json.dumps(config, sort_keys=True) != json.dumps(before, sort_keys=True)  # 1 is not True
 
 
 def _known_keys(path: Path) -> list[str]:
