@@ -53,7 +53,8 @@ MOST_S = 3.0
 MOST_BYTES = 1 << 30
 TOLERANCE = 2e-3
 # PEFT refuses sizes of these that the config does not tell. They say themselves what they are (blocks of OFT,
-# TinyLoRA's rank), or more of them than is used changes nothing (bases of which layers use the first rows), or only training does.
+# TinyLoRA's rank), or more of them than is used changes nothing (bases of which layers use the first rows), or only
+# training uses them.
 _ANY_SIZE = re.compile(r"oft_R|tinylora_[ABPv]|p?vera_[AB]|randlora_[AB]|lora_velora_embed|lora_monteclora_sampler")
 
 

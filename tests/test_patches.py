@@ -25,7 +25,7 @@ LORA_OPS = "vllm/lora/ops/torch_ops/lora_ops.py"
 FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
-# layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot.
+# layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot, the spans of requests.
 WITHOUT_DIFF = {
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
@@ -41,7 +41,9 @@ WITHOUT_DIFF = {
     "vllm.v1.executor.abstract:Executor.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.llm_engine:LLMEngine.sleep",
+    "vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+    "vllm.v1.engine.output_processor:instrument_manual",
     "vllm.v1.metrics.loggers:PrometheusStatLogger.__init__",
     "vllm.v1.worker.gpu_worker:Worker.add_lora",
     "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs",

@@ -267,6 +267,8 @@ _ENGINES = (
     Hook(f"{_OUTPUT}:RequestState.__init__", ("self",), sets=("lora_name", "lora_request", "queue", "detokenizer")),
     Hook("vllm.v1.metrics.loggers:PrometheusStatLogger.__init__", ("self", "vllm_config"), sets=("gauge_lora_info",)),
     Hook(f"{_OUTPUT}:OutputProcessor.process_outputs", ("self", "engine_core_outputs")),
+    Hook(f"{_OUTPUT}:OutputProcessor.do_tracing", ("self", "engine_core_output", "req_state", "iteration_stats")),
+    Hook(f"{_OUTPUT}:instrument_manual", ("attributes",)),
     Hook(f"{_OUTPUT}:RequestOutputCollector.put", ("self", "output")),
     Hook("vllm.entrypoints.llm:LLM._run_engine", ("self",)),
     Hook("vllm.entrypoints.llm:LLM._run_tiling_engine", ("self",)),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import activation, hooks, loads, mistakes, published, refusals, step_faults, turns
+from flora_vllm.plugin import activation, hooks, loads, mistakes, published, refusals, step_faults, traces, turns
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -32,6 +32,7 @@ def install_all() -> None:
     gate.install()
     _once("mixes", mix_requests.install)
     _once("published names", published.name_metrics)
+    _once("traces", traces.install)
     _once("failed requests", step_faults.install_request_side)
     install_worker_side()
 
