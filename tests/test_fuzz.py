@@ -19,11 +19,10 @@ MUTANTS = 300
 FAMILIES = (
     "flora", "hira", "ia3", "lora-lora_bias", "dora", "lora-patterns", "lora-pissa", "lora-kasa", "lora-bdlora",
     "loha-patterns", "adalora-biases", "vblora", "vblora-weights", "unilora-indices", "miss-mini", "miss-bat",
-    "gralora-hybrid", "delora", "poly", "peanut-deep", "hra-gram-schmidt", "deft-qr", "psoft", "osf", "oft", "oft-coft",
-    "boft", "road-2", "glora", "beft", "vera", "vera-unsaved", "pvera", "randlora-sparse", "tinylora",
+    "gralora-hybrid", "delora", "poly", "peanut-deep", "hra-gram-schmidt", "deft-qr", "psoft", "osf", "oft",
+    "oft-coft", "boft", "road-2", "glora", "beft", "vera", "vera-unsaved", "pvera", "randlora-sparse", "tinylora",
     "fourierft-pattern", "waveft-db2", "waveft-proportional", "lokr", "c3a", "shira", "supertuning",
-    "supertuning-unsaved", "frod", "melora",
-    "mtllora", "xgblora",
+    "supertuning-unsaved", "frod", "melora", "mtllora", "xgblora",
 )  # fmt: skip
 
 

@@ -1,22 +1,7 @@
 """The table of vLLM's symbols that we rely on, with the parameters and attributes of each."""
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Hook:
-    """`symbol` is `module:attribute.path`.
-
-    `parameters` must appear in its signature in this order; it must set `sets` on its `self`; `device` ("cpu", "cuda")
-    is the only one that needs it; where `unless` exists the hook is not needed (a diff in patches/ offers another way).
-    """
-
-    symbol: str
-    parameters: tuple[str, ...] | None = None
-    device: str | None = None
-    sets: tuple[str, ...] = ()
-    unless: str | None = None
-
+from flora_vllm.plugin.hook import Hook
+from flora_vllm.plugin.scheduler_hooks import SCHEDULER_HOOKS
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
@@ -272,27 +257,6 @@ _ENGINES = (
     Hook(f"{_OUTPUT}:RequestOutputCollector.put", ("self", "output")),
     Hook("vllm.entrypoints.llm:LLM._run_engine", ("self",)),
     Hook("vllm.entrypoints.llm:LLM._run_tiling_engine", ("self",)),
-    Hook(
-        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        ("self", "scheduler_output", "model_runner_output"),
-    ),
-    Hook("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
-    Hook(
-        "vllm.v1.core.sched.scheduler:Scheduler.__init__",
-        ("self",),
-        sets=("requests", "kv_cache_manager", "vllm_config", "policy", "running", "waiting"),
-    ),
-    Hook("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self",)),
-    Hook("vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request", ("self", "request")),
-    Hook("vllm.v1.core.sched.request_queue:SchedulingPolicy.FCFS"),
-    Hook("vllm.v1.request:RequestStatus.WAITING"),
-    Hook("vllm.v1.request:RequestStatus.PREEMPTED"),
-    Hook("vllm.v1.request:Request.num_output_tokens"),
-    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", ("self", "request_id")),
-    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks", ("self", "block_ids")),
-    Hook("vllm.v1.request:RequestStatus.FINISHED_ERROR"),
-    Hook("vllm.v1.request:Request.get_finished_reason", ("self",)),
-    Hook("vllm.v1.request:Request.take_events", ("self",)),
     Hook("vllm.v1.engine:EngineCoreOutput.stop_reason"),
     Hook("vllm.v1.engine:EngineCoreOutput.pooling_output"),
     Hook("vllm.v1.engine:EngineCoreOutputs.outputs"),
@@ -431,22 +395,9 @@ _CORE = (
     Hook(f"{_ENGINE}.add_lora", ("self", "lora_request")),
     Hook(f"{_ENGINE}.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(f"{_ENGINE}.preprocess_add_request", ("self", "request")),
-    Hook(
-        "vllm.v1.request:Request.__init__",
-        ("self",),
-        sets=(
-            "lora_request",
-            "prompt_token_ids",
-            "_block_hasher",
-            "arrival_time",
-            "max_tokens",
-            "num_computed_tokens",
-            "status",
-        ),
-    ),
     Hook("vllm.v1.engine:EngineCoreRequest.prompt_token_ids"),
     Hook("vllm.v1.engine:EngineCoreRequest.prompt_embeds"),
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
-COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
+COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE + SCHEDULER_HOOKS
 HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]
