@@ -138,6 +138,7 @@ def test_an_adapter_that_waited_gets_a_slot_within_the_bound(make: Callable, clo
     run.keep_busy(range(1, 3), 30.0)
     waited_s = run.started[last] - asked_s
     assert WAIT_S <= waited_s <= WAIT_S + (LENGTH + 2) * STEP_S
+    assert turns.counts(run.scheduler)["drained"] >= 1
     # Adapters 1 and 2 went on, the drained one after its own wait.
     assert all(any(name.startswith(f"{adapter}-") for name in list(run.started)[-30:]) for adapter in (1, 2))
 

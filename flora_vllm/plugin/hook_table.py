@@ -391,7 +391,7 @@ _CORE = (
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
     Hook(f"{_KEYS}:_gen_prompt_embeds_extra_hash_keys", ("request", "start_token_idx", "end_token_idx")),
     Hook(f"{_KEYS}:generate_block_hash_extra_keys", ("request", "start_token_idx", "end_token_idx")),
-    Hook(f"{_ENGINE}.__init__", ("self", "vllm_config"), sets=("request_block_hasher",)),
+    Hook(f"{_ENGINE}.__init__", ("self", "vllm_config"), sets=("request_block_hasher", "scheduler")),
     Hook(f"{_ENGINE}.add_lora", ("self", "lora_request")),
     Hook(f"{_ENGINE}.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(f"{_ENGINE}.preprocess_add_request", ("self", "request")),

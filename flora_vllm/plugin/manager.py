@@ -252,6 +252,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             "slots": self.lora_slots,
             "on_gpu": sum(adapter.id in on_gpu for adapter in loaded),
             "on_cpu": len(loaded),
+            "bytes": {
+                "gpu": sum(adapter.nbytes for adapter in loaded if adapter.id in on_gpu),
+                "cpu": sum(adapter.nbytes for adapter in loaded),
+            },
             "adapters": [
                 {
                     "id": adapter.id,

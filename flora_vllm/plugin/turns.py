@@ -20,13 +20,22 @@ _READY = ("WAITING", "PREEMPTED")
 
 
 class SlotTurns:
-    """Whose turn it is in one scheduler, decided anew for each step. `slots`: adapters that may run at once."""
+    """Whose turn it is in one scheduler, decided anew for each step. `slots`: adapters that may run at once.
+
+    `drained`: how many slots were drained since the start.
+    """
 
     def __init__(self, slots: int, wait_s: float) -> None:
         self._slots, self._wait_s = slots, wait_s
         self._running: set[int] = set()
         self._starved: list[int] = []
         self._draining: list[int] = []
+        self.drained = 0
+
+    @property
+    def starved(self) -> int:
+        """Adapters that have waited too long and have no slot yet, at most as many as there are slots."""
+        return len(self._starved)
 
     def begin(self, running: Iterable[Any], waiting: Iterable[Any], now: float) -> None:
         """A step begins with these vLLM requests, those that wait in the order of their arrival; `now`: Unix time."""
@@ -42,6 +51,7 @@ class SlotTurns:
         kept = [adapter for adapter in self._draining if adapter in left]
         others = sorted((adapter for adapter in left if adapter not in kept), key=lambda adapter: left[adapter])
         self._draining = [*kept, *others][:needed]
+        self.drained += max(len(self._draining) - len(kept), 0)
 
     def holds(self, request: Any) -> bool:
         """Whether a waiting request must be passed by in this step, for others have waited longer."""
@@ -89,6 +99,12 @@ def install() -> None:
         return turns is None or not turns.holds(request)
 
     scheduler.schedule, scheduler._handle_blocked_waiting_request = schedule_in_turn, is_ready_in_turn
+
+
+def counts(scheduler: Any) -> dict[str, int]:
+    """For the report of an engine (loads.py)."""
+    turns = scheduler.__dict__.get("_flora_turns")
+    return {"starved": 0 if turns is None else turns.starved, "drained": 0 if turns is None else turns.drained}
 
 
 def _turns_of(scheduler: Any) -> SlotTurns | None:
