@@ -12,7 +12,7 @@ BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test test-cluster conformance soak lint table format bench serve
+.PHONY: setup model demo test test-cluster conformance soak fuzz lint table format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -41,6 +41,10 @@ conformance: setup
 # Random loads and unloads under checked traffic for an hour; MINUTES=5 for less.
 soak: setup
 	@$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),60)
+
+# Adapters of every family changed at random, refused or read as PEFT reads them; MUTANTS=500 for less.
+fuzz: setup
+	@$(BIN)/python tests/fuzz.py --mutants $(or $(MUTANTS),12000)
 
 lint: setup
 	$(BIN)/ruff format --check .

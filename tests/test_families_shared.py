@@ -202,6 +202,15 @@ FAULTS = {
     "frod-unsaved": (
         frod(), {"save_projection": False}, {}, "'save_projection' is False; allowed: True",
     ),
+    "fourierft-count": (fourierft(), {}, {f"{FILE}.fourierft_spectrum": torch.ones(49)}, "allow (50)"),
+    "fourierft-pattern": (fourierft(), {"n_frequency_pattern": {"q_proj": 7}}, {}, "allow (7)"),
+    "waveft-count": (waveft(), {}, {f"{FILE}.waveft_spectrum": torch.ones(201)}, "allow (200)"),
+    "supertuning-count": (
+        made(peft.SupertuningConfig, sparsity=0.9), {"sparsity": 0.8}, {}, "allow (819)",
+    ),
+    "frod-sides": (
+        frod(), {}, {"base_model.frod_s_size.self_attn_q_proj": torch.zeros(2, dtype=torch.int64)}, "is [0, 0], and",
+    ),
     "frod-incomplete": (
         frod(), {}, {"base_model.frod_V.self_attn_q_proj": None}, "is missing; the file is incomplete",
     ),

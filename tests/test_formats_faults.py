@@ -62,6 +62,11 @@ CONFIG_CASES = {
     "targets-regex": ({"target_modules": "(q"}, "'target_modules' is '(q'"),
     "layers-type": ({"layers_to_transform": [0, True]}, "'layers_to_transform' is [0, True]"),
     "layers-with-regex": ({"target_modules": ".*", "layers_to_transform": [0, 1]}, "beside a list of names"),
+    "layers-pattern-alone": (
+        {"layers_pattern": "layers"},
+        "'layers_pattern' is 'layers' without 'layers_to_transform'",
+    ),
+    "targets-empty": ({"target_modules": []}, "'target_modules' is [] and selects nothing"),
     "pattern-type": ({"rank_pattern": {"q_proj": 0}}, "'rank_pattern' is {'q_proj': 0}"),
     "pattern-regex": ({"rank_pattern": {"*": 1}}, "'rank_pattern' is {'*': 1}"),
     "base-type": ({"base_model_name_or_path": 1}, "'base_model_name_or_path' is 1"),

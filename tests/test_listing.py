@@ -21,7 +21,11 @@ def _report(on_gpu: int, on_cpu: int, shown: int) -> dict[str, Any]:
         {"id": i, "level": "gpu" if i < on_gpu else "cpu", "pinned": i == 0, "rank": 4}
         for i in range(min(shown, on_cpu))
     ]
-    return Loads().counts() | {"slots": 8, "on_gpu": on_gpu, "on_cpu": on_cpu, "adapters": adapters}
+    sizes = {"gpu": 100 * on_gpu, "cpu": 100 * on_cpu}
+    turns = {"starved": 1, "drained": 3}
+    return Loads().counts() | turns | {
+        "slots": 8, "on_gpu": on_gpu, "on_cpu": on_cpu, "adapters": adapters, "bytes": sizes,
+    }  # fmt: skip
 
 
 def _loaded(report: dict[str, Any], names: dict[int, str]) -> dict[tuple[str, ...], float]:
@@ -40,6 +44,19 @@ def test_the_rest_is_one_series_a_level():
     assert found["tenant-0", "gpu", "true", "4"] == 1
     assert found["other", "cpu", "", ""] == 5000 - MOST_NAMED
     assert sum(found.values()) == 5000
+
+
+def test_bytes_and_waiting_have_their_series():
+    text = exposition(_report(2, 5, 5), {}).decode()
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["flora_adapter_bytes", "gpu"] == 200
+    assert samples["flora_adapter_bytes", "cpu"] == 500
+    assert samples["flora_adapters_starved",] == 1
+    assert samples["flora_slots_drained_total",] == 3
 
 
 def test_adapters_without_a_name_here_are_in_the_rest():

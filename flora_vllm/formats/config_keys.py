@@ -164,4 +164,11 @@ def check_config(
                     f"adapter_config.json: {name!r} is {shown(values[name])} while 'target_modules' is one string; "
                     "PEFT allows it only beside a list of names"
                 )
+    if values.get("target_modules") == [] and not values.get("target_parameters"):
+        faults.append(f"{file}: 'target_modules' is [] and selects nothing; name the modules that the file has")
+    if values.get("layers_pattern") and values.get("layers_to_transform") in (None, []):
+        faults.append(
+            f"adapter_config.json: 'layers_pattern' is {shown(values['layers_pattern'])} without "
+            "'layers_to_transform', which PEFT does not allow; say which layers, or remove it"
+        )
     return CheckedConfig(values, frozenset(bad), tuple(faults))

@@ -224,7 +224,9 @@ def _allowed(axis: str | int | None, ranks: tuple[int, ...], sizes: Mapping[str,
 
 
 def _axis_text(axis: str | int | None, known: tuple[int, ...] | None) -> str:
-    meaning = str(axis) if isinstance(axis, int) else "any" if axis is None else _MEANINGS.get(axis, axis)
+    if isinstance(axis, int):
+        return str(axis)
+    meaning = "any" if axis is None else _MEANINGS.get(axis, axis)
     return meaning if known is None else f"{' or '.join(map(str, sorted(set(known))))} ({meaning})"
 
 

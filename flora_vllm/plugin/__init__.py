@@ -2,7 +2,7 @@
 
     options.py        what the user may set: one field an option
     carried.py        how the options reach every process
-    hook_table.py     the vLLM symbols we rely on
+    hook.py, hook_table.py, scheduler_hooks.py  the vLLM symbols we rely on
     hooks.py          versions, and the check of the table before anything is replaced
     install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
     flags.py          command-line flags and their way into the engine's config
@@ -17,6 +17,8 @@
     loader.py         one adapter directory -> what a worker keeps
     module_names.py   what a checkpoint calls a module -> what the engine calls it
     planned.py        the same of an adapter like one met before, in a fraction of the time
+    memory.py         adapters in memory and in slots within a number of bytes
+    turns.py          an adapter that has waited too long for a slot drains one
     loads.py          counts of loads and evictions, and the engine's report of its adapters
     activation.py     activated adapters: whose a request's first tokens and cached blocks are
     mixes.py          how clients write a mix, and how the engine is told of it
@@ -35,6 +37,7 @@
     handed.py         adapters given as tensors or files instead of by a path
     sleeping.py       the sleep that would lose adapters
     uploads.py        the route that takes an adapter's files
+    traces.py         the adapter on a request's span
     published.py      metrics and events: the names that clients use
     speech.py         the adapter's part in vLLM's speech server
     offline.py        flora_vllm.LLM

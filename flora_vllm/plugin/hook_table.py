@@ -1,22 +1,7 @@
 """The table of vLLM's symbols that we rely on, with the parameters and attributes of each."""
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Hook:
-    """`symbol` is `module:attribute.path`.
-
-    `parameters` must appear in its signature in this order; it must set `sets` on its `self`; `device` ("cpu", "cuda")
-    is the only one that needs it; where `unless` exists the hook is not needed (a diff in patches/ offers another way).
-    """
-
-    symbol: str
-    parameters: tuple[str, ...] | None = None
-    device: str | None = None
-    sets: tuple[str, ...] = ()
-    unless: str | None = None
-
+from flora_vllm.plugin.hook import Hook
+from flora_vllm.plugin.scheduler_hooks import SCHEDULER_HOOKS
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
@@ -110,6 +95,7 @@ _WORKER_SIDE = (
     Hook(f"{_MANAGER}.remove_all_adapters", ("self",)),
     Hook(f"{_MANAGER}.create_dummy_lora", ("self", "lora_id", "rank", "embedding_modules")),
     Hook(f"{_CACHE}.cache"),
+    Hook(f"{_CACHE}.order"),
     Hook(f"{_CACHE}.__init__", ("self",), sets=("pinned_items",)),
     Hook(f"{_CACHE}.touch", ("self", "key")),
     Hook(f"{_CACHE}.remove_oldest", ("self",)),
@@ -130,6 +116,7 @@ _WORKER_SIDE = (
     Hook("vllm.model_executor.models.utils:WeightsMapper.orig_to_new_substr"),
     Hook("vllm.forward_context:set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled")),
     Hook("vllm.distributed.parallel_state:get_pp_group", ()),
+    Hook("vllm.distributed.parallel_state:get_tp_group", ()),
     Hook("vllm.distributed.parallel_state:get_tensor_model_parallel_world_size", ()),
     Hook("vllm.distributed.communication_op:tensor_model_parallel_all_reduce", ("input_",)),
     Hook("vllm.config:ModelConfig.uses_mrope"),
@@ -265,20 +252,11 @@ _ENGINES = (
     Hook(f"{_OUTPUT}:RequestState.__init__", ("self",), sets=("lora_name", "lora_request", "queue", "detokenizer")),
     Hook("vllm.v1.metrics.loggers:PrometheusStatLogger.__init__", ("self", "vllm_config"), sets=("gauge_lora_info",)),
     Hook(f"{_OUTPUT}:OutputProcessor.process_outputs", ("self", "engine_core_outputs")),
+    Hook(f"{_OUTPUT}:OutputProcessor.do_tracing", ("self", "engine_core_output", "req_state", "iteration_stats")),
+    Hook(f"{_OUTPUT}:instrument_manual", ("attributes",)),
     Hook(f"{_OUTPUT}:RequestOutputCollector.put", ("self", "output")),
     Hook("vllm.entrypoints.llm:LLM._run_engine", ("self",)),
     Hook("vllm.entrypoints.llm:LLM._run_tiling_engine", ("self",)),
-    Hook(
-        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        ("self", "scheduler_output", "model_runner_output"),
-    ),
-    Hook("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
-    Hook("vllm.v1.core.sched.scheduler:Scheduler.__init__", ("self",), sets=("requests", "kv_cache_manager")),
-    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", ("self", "request_id")),
-    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks", ("self", "block_ids")),
-    Hook("vllm.v1.request:RequestStatus.FINISHED_ERROR"),
-    Hook("vllm.v1.request:Request.get_finished_reason", ("self",)),
-    Hook("vllm.v1.request:Request.take_events", ("self",)),
     Hook("vllm.v1.engine:EngineCoreOutput.stop_reason"),
     Hook("vllm.v1.engine:EngineCoreOutput.pooling_output"),
     Hook("vllm.v1.engine:EngineCoreOutputs.outputs"),
@@ -413,14 +391,13 @@ _CORE = (
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
     Hook(f"{_KEYS}:_gen_prompt_embeds_extra_hash_keys", ("request", "start_token_idx", "end_token_idx")),
     Hook(f"{_KEYS}:generate_block_hash_extra_keys", ("request", "start_token_idx", "end_token_idx")),
-    Hook(f"{_ENGINE}.__init__", ("self", "vllm_config"), sets=("request_block_hasher",)),
+    Hook(f"{_ENGINE}.__init__", ("self", "vllm_config"), sets=("request_block_hasher", "scheduler")),
     Hook(f"{_ENGINE}.add_lora", ("self", "lora_request")),
     Hook(f"{_ENGINE}.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(f"{_ENGINE}.preprocess_add_request", ("self", "request")),
-    Hook("vllm.v1.request:Request.__init__", ("self",), sets=("lora_request", "prompt_token_ids", "_block_hasher")),
     Hook("vllm.v1.engine:EngineCoreRequest.prompt_token_ids"),
     Hook("vllm.v1.engine:EngineCoreRequest.prompt_embeds"),
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
-COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
+COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE + SCHEDULER_HOOKS
 HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import activation, hooks, loads, mistakes, published, refusals, step_faults
+from flora_vllm.plugin import activation, hooks, loads, mistakes, published, refusals, step_faults, traces, turns
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -32,6 +32,7 @@ def install_all() -> None:
     gate.install()
     _once("mixes", mix_requests.install)
     _once("published names", published.name_metrics)
+    _once("traces", traces.install)
     _once("failed requests", step_faults.install_request_side)
     install_worker_side()
 
@@ -47,6 +48,7 @@ def install_worker_side() -> None:
     _once("experts", _build_experts_without_lora)
     _once("refusals", refusals.answer_with_refusals)
     _once("reports", loads.offer_report)
+    _once("turns", turns.install)
     _once("block keys", activation.key_blocks_by_first_token)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)

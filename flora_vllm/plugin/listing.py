@@ -185,6 +185,18 @@ def _families(report: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[A
         ("vllm:max_gpu_lora_adapters", report["slots"], "Slots."),
     ):
         yield core.GaugeMetricFamily(name, text, value=value)
+    size = core.GaugeMetricFamily(
+        "flora_adapter_bytes", "Bytes of adapters in slots, in host memory.", labels=["level"]
+    )
+    for level, value in report["bytes"].items():
+        size.add_metric([level], value)
+    yield size
+    yield core.GaugeMetricFamily(
+        "flora_adapters_starved", "Adapters that have waited for a slot for too long.", value=report["starved"]
+    )
+    yield core.CounterMetricFamily(
+        "flora_slots_drained", "Slots drained for adapters that had waited too long.", value=report["drained"]
+    )
     bounds = [*map(str, LOAD_BOUNDS_S), "+Inf"]
     yield core.HistogramMetricFamily(
         "vllm:lora_adapter_load_seconds",

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from flora_vllm.plugin import turns
+
 # Upper bounds of the load histogram, seconds; one more counts what took longer.
 LOAD_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # The engine's utility call.
@@ -57,8 +59,9 @@ def offer_report() -> None:
 
 
 def _report(core: Any, most: int | None = None) -> dict[str, Any]:
-    """What the first worker says; all ranks hold the same adapters. Plain values: it crosses a process border."""
-    return core.collective_rpc(_report_of, args=(most,))[0]
+    """What the first worker and the scheduler say; all ranks hold the same adapters. Plain values: it crosses a
+    process border."""
+    return core.collective_rpc(_report_of, args=(most,))[0] | turns.counts(core.scheduler)
 
 
 def _report_of(worker: Any, most: int | None) -> dict[str, Any]:

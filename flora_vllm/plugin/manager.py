@@ -8,9 +8,10 @@ vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never writt
 import functools
 import heapq
 import logging
+import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,10 @@ from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.graphs import graph_steps
 from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.head import AdaptedHead, attach_heads
-from flora_vllm.plugin.loader import AdapterLoader
+from flora_vllm.plugin.identity import plain_name
+from flora_vllm.plugin.loader import AdapterLoader, CutAdapter
 from flora_vllm.plugin.loads import Loads
+from flora_vllm.plugin.memory import MemoryBudget
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
@@ -107,6 +110,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         note_on_outputs()
         follow_positions(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
+
+    @property
+    def capacity(self) -> int:
+        """Adapters in host memory; where their bytes are counted (memory.py) their number is not."""
+        return super().capacity if self.options.adapter_memory is None else sys.maxsize
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         self.rows = row_spaces(self.model)
@@ -244,6 +252,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             "slots": self.lora_slots,
             "on_gpu": sum(adapter.id in on_gpu for adapter in loaded),
             "on_cpu": len(loaded),
+            "bytes": {
+                "gpu": sum(adapter.nbytes for adapter in loaded if adapter.id in on_gpu),
+                "cpu": sum(adapter.nbytes for adapter in loaded),
+            },
             "adapters": [
                 {
                     "id": adapter.id,
@@ -298,19 +310,25 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             has_encoder=manager.rows.has_encoder,
             adapter_root=manager.options.adapter_root,
         )
+        self._memory = MemoryBudget(manager.options.adapter_memory, manager.lora_slots)
         return model
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
         counted = self._adapter_manager.loads.counted(in_step=in_step)
         with counted, on_disk(lora_request) as request:  # trainers in this process hand tensors over
             number, name = request.lora_int_id, request.lora_name
+
+            def check(found: CutAdapter) -> None:
+                self._memory.check(number, plain_name(name), found.layers.nbytes)
+                self.base_rows.learn(number, found.invocation_tokens, name, announced=not in_step)
+
             adapter = self._loader.load(
                 number,
                 name,
                 request.lora_path,
                 fresh=fresh,
                 in_step=in_step,
-                check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=not in_step),
+                check=check,
             )
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
@@ -350,24 +368,33 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         # In a step an adapter is only ever brought back, never replaced: `load_inplace` acts where it is asked for.
         if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
+        needed = {request.lora_int_id for request in lora_requests}
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             adapter = self._adapter_manager.get_adapter(request.lora_int_id)
-            if adapter is None:
-                try:
+            try:
+                if adapter is None:
                     adapter = self._load_adapter(request, fresh=False, in_step=True)
-                    self._admit(adapter)
-                except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
-                    self._adapter_manager.leave_out(request.lora_int_id, str(error))
-                    continue
+                    self._admit(adapter, needed)
+                else:
+                    self._make_room(adapter, needed)
+            except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
+                self._adapter_manager.leave_out(request.lora_int_id, str(error))
+                continue
             adapter.last_used = time.time()
             self._adapter_manager.activate_adapter(request.lora_int_id)
 
-    def _admit(self, adapter: LoadedAdapter) -> None:
+    def _admit(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> None:
         if len(self._adapter_manager) + 1 > self._adapter_manager.capacity:
             self._adapter_manager.remove_oldest_adapter()
             self._adapter_manager.loads.evictions["cpu"] += 1
+        self._make_room(adapter, needed)
         self._adapter_manager.add_adapter(adapter)
+
+    def _make_room(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> None:
+        """For an adapter that gets a slot next; `needed`: the present step's adapters. Raises AdapterError."""
+        evicted = self._memory.make_room(self._adapter_manager, adapter.id, adapter.nbytes, needed)
+        self._adapter_manager.loads.evictions["cpu"] += evicted
 
     def add_adapter(self, lora_request: Any) -> bool:
         adapter_id = lora_request.lora_int_id
@@ -375,12 +402,16 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             # First, so that a faulty one leaves the old one in place.
             adapter = self._load_adapter(lora_request, fresh=lora_request.load_inplace)
             self._adapter_manager.remove_adapter(adapter_id)
+            self._memory.forget(adapter_id)
             self._admit(adapter)
+        else:
+            self._make_room(self._adapter_manager.get_adapter(adapter_id))
         self._adapter_manager.activate_adapter(adapter_id)
         return True
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._loader.retire(adapter_id)
+        self._memory.forget(adapter_id)
         return super().remove_adapter(adapter_id)
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:

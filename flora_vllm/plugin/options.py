@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flora_vllm.ops.paths import PATHS, PathChoice
-from flora_vllm.options import Values, check, from_mapping, one_of, option, text, whole
+from flora_vllm.options import Values, byte_count, check, from_mapping, number_above, one_of, option, text, whole
 from flora_vllm.plugin import names
 
 KEY = "flora"
@@ -54,6 +54,23 @@ class FloraOptions:
         "Largest total of an adapter's whole matrices (LoKr, C3A, SHiRA and others that have no factors), in bytes; "
         "larger ones are refused.",
         metavar="BYTES",
+    )
+    adapter_memory: int | None = option(
+        None,
+        "--adapter-memory",
+        byte_count(),
+        "Bytes that each worker's adapters may take, in memory and in slots together, for example 2GiB. In place of "
+        "--max-cpu-loras: how many adapters are kept follows their ranks. An adapter that could run beside others that "
+        "it would not fit with is refused.",
+        metavar="BYTES",
+    )
+    adapter_wait: float = option(
+        5.0,
+        "--adapter-wait",
+        number_above(0),
+        "Seconds that a request waits at most for a slot while requests of adapters that have one keep coming; then "
+        "one of those gets no further requests until its slot is free. Not with --scheduling-policy priority.",
+        metavar="SECONDS",
     )
     adapter_names: str = option(
         names.DEFAULT,

@@ -10,10 +10,10 @@ import math
 
 import torch
 
-from flora_vllm.formats.config_keys import ANYTHING, NUMBER, TUNER, Key, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK_PATTERN, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
-from flora_vllm.formats.families.projections import random_cells, sides
+from flora_vllm.formats.families.projections import coefficients, random_cells, sides
 from flora_vllm.formats.families.vera import SEED
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Term
 
@@ -56,14 +56,14 @@ FOURIERFT = Family(
         "bias": bias_key("fourierft"),
         "scaling": NUMBER,
         "random_loc_seed": SEED,
-        # The file's spectra say how many coefficients each module has.
         "n_frequency": Key("an integer of at least 1", is_rank),
-        "n_frequency_pattern": ANYTHING,
+        "n_frequency_pattern": RANK_PATTERN,
         "init_weights": ANYTHING,
     },
     names=(SPECTRUM, *BIAS_NAMES),
     alone=frozenset(BIAS_NAMES),
-    parts=lambda scope: {SPECTRUM: Part((None,)), **bias_parts(scope)},
+    # Another number of coefficients would have other places.
+    parts=lambda scope: {SPECTRUM: Part((coefficients(scope, 1000),)), **bias_parts(scope)},
     terms=and_biases(_terms),
     kinds=(Added, Offset),
     note="waves held once per engine",

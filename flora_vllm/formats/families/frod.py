@@ -30,11 +30,14 @@ def category_of(module: str) -> str:
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
     category = category_of(module.scope.module)
-    found = [module.shared.get(f"{name}.{category}") for name in (V, S_INDICES)]
-    v_II, places = found
-    if v_II is None or places is None:
-        raise AdapterError(f"its projections '{V}.{category}' and '{S_INDICES}.{category}' are missing")
+    v_II, places, sides = (module.shared.get(f"{name}.{category}") for name in (V, S_INDICES, S_SIZE))
+    if v_II is None or places is None or sides is None:
+        raise AdapterError(
+            f"its projections '{V}.{category}', '{S_INDICES}.{category}' and '{S_SIZE}.{category}' are not all there"
+        )
     diagonal, values = module[LAMBDA_L], module[LAMBDA_S]
+    if sides.tolist() != [*v_II.shape]:
+        raise AdapterError(f"'{S_SIZE}.{category}' is {sides.tolist()}, and '{V}.{category}' {tuple(v_II.shape)}")
     if v_II.shape != (len(diagonal), len(diagonal)) or places.shape[1] != len(values):
         raise AdapterError(
             f"'{V}.{category}' {tuple(v_II.shape)} and '{S_INDICES}.{category}' {tuple(places.shape)} do not fit "
@@ -43,7 +46,10 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
 
     def build(probe: Probe) -> tuple[Term, ...]:
         weight_OI, v = probe.weight().double(), v_II.double()
-        coordinates_OI = torch.linalg.solve(v, weight_OI.T).T
+        try:
+            coordinates_OI = torch.linalg.solve(v, weight_OI.T).T
+        except torch.linalg.LinAlgError as error:
+            raise AdapterError(f"'{V}.{category}' has no inverse, so the base has no coordinates in it") from error
         norms = coordinates_OI.norm(dim=0)
         u_OI = torch.where(norms > 1e-12, coordinates_OI / norms, 0).to(probe.dtype).double()
         inner = torch.diag(diagonal.double()).index_put((places[0], places[1]), values.double(), accumulate=True)

@@ -104,7 +104,9 @@ OFT = Family(
         # Blocks are counted and sized by the file; PEFT moves these to divisors of the layer.
         "r": ANYTHING,
         # Files of PEFT before 0.14 have none and mean something else.
-        "oft_block_size": Key("an integer", lambda value: type(value) is int, required=True),
+        "oft_block_size": Key(
+            "an integer of at least 0", lambda value: type(value) is int and value >= 0, required=True
+        ),
         "coft": BOOLEAN,
         "eps": replace(NUMBER, required=False),
         "block_share": BOOLEAN,

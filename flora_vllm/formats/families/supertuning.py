@@ -18,9 +18,12 @@ LORA_A, LORA_B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 
 
 def _parts(scope: Scope) -> Mapping[str, Part]:
-    parts = {VALUES: Part(("n",))}
+    count: int | str = "n"
+    if scope.out_features is not None and scope.in_features is not None:
+        count = int(scope.out_features * scope.in_features * (1 - scope.config.get("sparsity", 0.99)))
+    parts = {VALUES: Part((count,))}
     if scope.config.get("save_precomputed_indices", True):
-        parts[INDICES] = Part(("n",), dtypes=INTEGERS)
+        parts[INDICES] = Part((count,), dtypes=INTEGERS)
     if scope.config.get("r") is not None:
         parts |= {LORA_A: Part(("R", "I")), LORA_B: Part(("O", "R"))}
     return parts
@@ -56,8 +59,7 @@ SUPERTUNING = Family(
         "lora_alpha": Key("null or a finite number", lambda value: value is None or is_number(value)),
         "select_top": BOOLEAN,
         "save_precomputed_indices": BOOLEAN,
-        # The file says how many values each module has.
-        "sparsity": ANYTHING,
+        "sparsity": Key("a number from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1),
         # Used only while training.
         "lora_dropout": ANYTHING,
         "init_weights": ANYTHING,

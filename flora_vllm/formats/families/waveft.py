@@ -5,12 +5,15 @@ PEFT gives the coefficients of the upper right quadrant to the filter that is hi
 columns', and those of the lower left to the other (`peft/tuners/waveft/layer.py::get_delta_weight`, `waverec2d.py`).
 """
 
+import math
+
 import torch
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, TUNER, Key, is_rank
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK_PATTERN, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
-from flora_vllm.formats.families.family import Family, ModuleFile, Part
-from flora_vllm.formats.families.projections import random_cells, sides
+from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.projections import coefficients, random_cells, sides, targets_in_order
 from flora_vllm.formats.families.vera import SEED
 from flora_vllm.formats.families.wavelets import LOW_PASS
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Sparse, Term
@@ -52,11 +55,25 @@ def _coefficients(
     )  # pyright: ignore[reportReturnType]
 
 
+def _count(scope: Scope) -> int | None:
+    """None where only the whole model tells."""
+    return None if scope.config.get("proportional_parameters") else coefficients(scope, 2592)
+
+
+def _share(probe: Probe, config: Config) -> int:
+    """A module's part of all coefficients (`peft/tuners/waveft/model.py::_calculate_proportional_parameters`)."""
+    sizes = [math.prod(probe.modules[module]) for module in targets_in_order(probe, config)]
+    all_of_them = config.get("n_frequency", 2592) * len(sizes)
+    return max(1, round(math.prod(probe.shape) / sum(sizes) * all_of_them))
+
+
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
     spectrum, config, scope = module[SPECTRUM], module.config, module.scope
 
     def build(probe: Probe) -> tuple[Term, ...]:
         shape, count, seed = sides(probe), len(spectrum), config["random_loc_seed"]
+        if config.get("proportional_parameters") and count != (share := _share(probe, config)):
+            raise AdapterError(f"its {SPECTRUM} has {count} coefficients, and the module's share of all is {share}")
         if not config.get("use_idwt", True):
             return (Sparse(spectrum, *random_cells(*shape, count, seed), shape, config["scaling"]),)
         low_pass = LOW_PASS[config["wavelet_family"]]
@@ -85,15 +102,14 @@ WAVEFT = Family(
         # Of coif5 PEFT 0.21 has 48 taps and pads for 30; the others it names but has no filters of.
         "wavelet_family": Key(", ".join(LOW_PASS), lambda value: value in tuple(LOW_PASS), required=True),
         "use_idwt": BOOLEAN,
-        # The file's spectra say how many coefficients each module has.
         "n_frequency": Key("an integer of at least 1", is_rank),
-        "n_frequency_pattern": ANYTHING,
-        "proportional_parameters": ANYTHING,
+        "n_frequency_pattern": RANK_PATTERN,
+        "proportional_parameters": BOOLEAN,
         "init_weights": ANYTHING,
     },
     names=(SPECTRUM, *BIAS_NAMES),
     alone=frozenset(BIAS_NAMES),
-    parts=lambda scope: {SPECTRUM: Part((None,)), **bias_parts(scope)},
+    parts=lambda scope: {SPECTRUM: Part((_count(scope),)), **bias_parts(scope)},
     terms=and_biases(_terms),
     kinds=(Added, Sparse, Offset),
     note="wavelets held once per engine",
