@@ -34,6 +34,7 @@ from flora_vllm.formats.names import not_understood, saved_module, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
+from flora_vllm.pacing import pace
 from flora_vllm.terms import check_fit
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tenso
     misnamed: dict[str, str] = {}
     saved: dict[str, TensorRecord] = {}
     for record in records:
+        pace()
         if saved_module(record.name) is not None:
             saved[record.name] = record
             continue
@@ -269,6 +271,7 @@ def _built(
     shared = _views(data, tensors.shared)
     known: dict[tuple, torch.Tensor] = {}
     for module, records in sorted(tensors.modules.items()):
+        pace()
         shape = None if layout is None else layout.shape_of(module)
         scope = scope_of(config.values, module, shape, records, task)
         try:

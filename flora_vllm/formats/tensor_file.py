@@ -15,6 +15,7 @@ import torch
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import MAX_HEADER_BYTES, MAX_TENSORS, brief, name_fault, value_fault
+from flora_vllm.pacing import pace
 
 LENGTH_BYTES = 8
 _MAX_AXES = 8
@@ -71,6 +72,7 @@ def parse_header(header: bytes | bytearray | memoryview, file_bytes: int) -> lis
 
 
 def _record(name: str, entry: Any, data_start: int) -> TensorRecord:
+    pace()
     if fault := name_fault(name):
         raise AdapterError(f"its header is refused: {fault}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

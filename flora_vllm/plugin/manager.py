@@ -10,7 +10,7 @@ import heapq
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
+from flora_vllm.pacing import Turns
 from flora_vllm.plugin import install
 from flora_vllm.plugin.activation import BaseRows, follow_positions
 from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.beside import LoadsBeside
 from flora_vllm.plugin.embeddings import attach_embeddings
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
@@ -98,6 +100,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self._in_slots: dict[int, LoadedAdapter] = {}
         self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
         self.loads = Loads()
+        self.turns = Turns()
         self._vllm_config = vllm_config
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -203,6 +206,16 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self._in_slots[index + 1] = adapter
         return True
 
+    def oldest_adapter(self, keep: Collection[int]) -> int | None:
+        """The adapter to evict from host memory for another; None if all are pinned or among `keep`."""
+        return _oldest(self._registered_adapters, keep)
+
+    def has_slot(self, keep: Collection[int]) -> bool:
+        """Whether one more adapter may have a slot without taking it from one of `keep`."""
+        slots = self._active_adapters
+        oldest = _oldest(slots, ())
+        return len(slots) < self.lora_slots or (oldest is not None and oldest not in keep)
+
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
             index = self.lora_index_to_id.index(lora_id)
@@ -270,6 +283,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         return LoadedAdapter(lora_id, rank, {}, is_stand_in=True)
 
 
+def _oldest(cache: Any, keep: Collection[int]) -> int | None:
+    """The least recently used of what a cache of vLLM's may evict and is not among `keep`."""
+    return next((key for key in cache.order if key not in cache.pinned_items and key not in keep), None)
+
+
 def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str, tuple[int, int]]]:
     """What lists the modules of the Hugging Face model. vLLM's Transformers backend has changed its classes."""
     if type(model).__module__.startswith("vllm.model_executor.models.transformers"):
@@ -298,10 +316,39 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             has_encoder=manager.rows.has_encoder,
             adapter_root=manager.options.adapter_root,
         )
+        self.beside = LoadsBeside(self, manager.turns, manager.device)
         return model
 
-    def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
-        counted = self._adapter_manager.loads.counted(in_step=in_step)
+    def load(self, lora_request: Any, again: bool) -> LoadedAdapter:
+        """The adapter as its host memory will have it; for `beside`, and changes nothing that a step sees.
+
+        `again`: it had been evicted.
+        """
+        return self._load_adapter(lora_request, fresh=lora_request.load_inplace and not again, again=again)
+
+    def let_in(self, adapter: LoadedAdapter, keep: Collection[int], *, again: bool) -> tuple[int, ...] | None:
+        """Have steps find an adapter, in a slot if there is one: the ids of those that made room for it, none of
+        `keep`. None: there is no room."""
+        manager, evicted = self._adapter_manager, ()
+        is_there = manager.get_adapter(adapter.id) is not None
+        if is_there and again:
+            return ()  # a step needed it first
+        if not is_there and len(manager) >= manager.capacity:
+            oldest = manager.oldest_adapter(keep)
+            if oldest is None:
+                return None
+            manager.remove_adapter(oldest)
+            manager.loads.evictions["cpu"] += 1
+            evicted = (oldest,)
+        manager.remove_adapter(adapter.id)
+        manager.add_adapter(adapter)
+        if manager.has_slot(keep):
+            manager.activate_adapter(adapter.id)
+        return evicted
+
+    def _load_adapter(self, lora_request: Any, fresh: bool = True, again: bool = False) -> LoadedAdapter:
+        """`again`: it had been evicted."""
+        counted = self._adapter_manager.loads.counted(again=again)
         with counted, on_disk(lora_request) as request:  # trainers in this process hand tensors over
             number, name = request.lora_int_id, request.lora_name
             adapter = self._loader.load(
@@ -309,8 +356,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                 name,
                 request.lora_path,
                 fresh=fresh,
-                in_step=in_step,
-                check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=not in_step),
+                again=again,
+                check=lambda found: self.base_rows.learn(number, found.invocation_tokens, name, announced=not again),
             )
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
@@ -355,7 +402,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             adapter = self._adapter_manager.get_adapter(request.lora_int_id)
             if adapter is None:
                 try:
-                    adapter = self._load_adapter(request, fresh=False, in_step=True)
+                    adapter = self._load_adapter(request, fresh=False, again=True)
                     self._admit(adapter)
                 except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
                     self._adapter_manager.leave_out(request.lora_int_id, str(error))
