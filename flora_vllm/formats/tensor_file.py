@@ -19,6 +19,7 @@ from flora_vllm.pacing import pace
 
 LENGTH_BYTES = 8
 _MAX_AXES = 8
+_MOST = 1 << 63
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
@@ -91,7 +92,7 @@ def _are_sizes(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) <= _MAX_AXES
-        and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value)
+        and all(type(v) is int and 0 <= v < _MOST for v in value)  # no bool is; json makes no other kind
     )
 
 

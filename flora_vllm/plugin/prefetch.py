@@ -22,6 +22,7 @@ from typing import Any
 
 from flora_vllm.plugin import activation
 from flora_vllm.plugin.options import options_of
+from flora_vllm.plugin.refusals import as_vllm_says
 
 # How often workers are asked what is done: each time may end a step that ran ahead.
 POLL_S = 0.003
@@ -86,7 +87,8 @@ class Loading:
     def poll(self) -> None:
         """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that."""
         now = time.monotonic()
-        if now < self._next_poll:
+        # Asleep, slots have no memory.
+        if now < self._next_poll or self._core.model_executor.is_sleeping:
             return
         done = self._core.collective_rpc(_done)
         for ticket in [ticket for ticket in self._loads if all(ticket in of_rank for of_rank in done)]:
@@ -110,6 +112,8 @@ class Loading:
         adapter = load.request.lora_int_id
         if load.is_cancelled:
             self._forget(ticket)
+            if self._load_of(adapter) is None:
+                self._core.model_executor.remove_lora(adapter)  # the copy that it has made meanwhile, too
             self._answer(load, None)
             return False
         keep = self._in_use()
@@ -157,7 +161,7 @@ class Loading:
         if error is None:
             load.answer.set_result(True)
         else:
-            load.answer.set_exception(error)
+            load.answer.set_exception(as_vllm_says(error))
 
 
 def _adapters_of(requests: Any) -> set[int]:
@@ -209,6 +213,7 @@ def install() -> None:
             loading.poll()
             if self.has_work() or not self.is_running():
                 break
+            self._notify_idle_state_callbacks()
             with contextlib.suppress(queue.Empty):  # nothing to step: wait for what comes first
                 self._handle_client_request(*self.input_queue.get(timeout=POLL_S))
         listen(self)
