@@ -297,7 +297,8 @@ def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str,
 
 class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     """Loads adapters for one worker. A request's adapter is loaded before the request is queued (frontend), so a
-    faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original."""
+    faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original. Where the
+    engine has a process of its own both happen beside the steps (prefetch.py)."""
 
     _manager_cls = FloraModelManager
     _adapter_manager: Any

@@ -24,8 +24,8 @@ from flora_vllm.plugin import activation
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.refusals import as_vllm_says
 
-# How often workers are asked what is done: each time may end a step that ran ahead.
-POLL_S = 0.003
+# How far apart workers are asked what is done: with steps, each time may wait for one that ran ahead.
+POLL_S, IDLE_POLL_S = 0.003, 0.0005
 # Adapters that are loaded for waiting requests at a time: they need memory before there is room for them.
 MOST_AHEAD = 4
 _LOADING = "_flora_loading"  # on the core, and on its scheduler
@@ -49,7 +49,7 @@ class Loading:
         self._loads: dict[int, _Load] = {}  # by ticket, in the order in which they began
         self._held: set[int] = set()
         self._promised: set[int] = set()  # loaded for a waiting request: they stay until it runs
-        self._next_poll = 0.0
+        self._last_poll = 0.0
 
     def add(self, request: Any) -> bool | Future:
         """What `add_lora` answers: at once of an adapter that is held, or later."""
@@ -84,17 +84,19 @@ class Loading:
     def is_busy(self) -> bool:
         return bool(self._loads)
 
-    def poll(self) -> None:
-        """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that."""
-        now = time.monotonic()
+    def poll(self, apart_s: float) -> None:
+        """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that.
+
+        Does nothing within `apart_s` of the last time.
+        """
         # Asleep, slots have no memory.
-        if now < self._next_poll or self._core.model_executor.is_sleeping:
+        if time.monotonic() - self._last_poll < apart_s or self._core.model_executor.is_sleeping:
             return
         done = self._core.collective_rpc(_done)
         for ticket in [ticket for ticket in self._loads if all(ticket in of_rank for of_rank in done)]:
             if self._finish(ticket, self._loads[ticket]):
                 break
-        self._next_poll = time.monotonic() + POLL_S
+        self._last_poll = time.monotonic()
 
     def _load_of(self, adapter: int) -> _Load | None:
         """The load of this adapter that began last and will end with it held."""
@@ -209,13 +211,14 @@ def install() -> None:
     @functools.wraps(listen)
     def process_input_queue(self: Any) -> None:
         loading = self.__dict__.get(_LOADING)
-        while loading is not None and loading.is_busy:
-            loading.poll()
-            if self.has_work() or not self.is_running():
+        while loading is not None and loading.is_busy and self.is_running():
+            is_stepping = self.has_work()
+            loading.poll(POLL_S if is_stepping else IDLE_POLL_S)
+            if is_stepping:
                 break
             self._notify_idle_state_callbacks()
-            with contextlib.suppress(queue.Empty):  # nothing to step: wait for what comes first
-                self._handle_client_request(*self.input_queue.get(timeout=POLL_S))
+            with contextlib.suppress(queue.Empty):  # wait for what comes first
+                self._handle_client_request(*self.input_queue.get(timeout=IDLE_POLL_S))
         listen(self)
 
     core.add_lora, core.remove_lora = add_lora, remove_lora
