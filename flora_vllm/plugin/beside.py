@@ -16,6 +16,7 @@ import torch
 from flora_vllm.errors import AdapterError
 from flora_vllm.pacing import NotBesideStepsError, Turns, leave_bound_core, pace_while
 from flora_vllm.plugin import probe
+from flora_vllm.plugin.loads import Finished
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +28,6 @@ class Given:
     request: Any
     again: bool
     call: Future
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What came of a load. `is_held`: the adapter is in host memory now; `evicted`: ids that made room for it."""
-
-    is_held: bool
-    evicted: tuple[int, ...] = ()
-    error: Exception | None = None
 
 
 class LoadsBeside:

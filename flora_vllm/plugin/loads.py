@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.pacing import NotBesideStepsError
@@ -19,6 +20,15 @@ from flora_vllm.pacing import NotBesideStepsError
 LOAD_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # The engine's utility call.
 REPORT = "flora_adapters"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of a load. `is_held`: the adapter is in host memory now; `evicted`: ids that made room for it."""
+
+    is_held: bool
+    evicted: tuple[int, ...] = ()
+    error: Exception | None = None
 
 
 class Loads:
