@@ -40,6 +40,7 @@ WITHOUT_DIFF = {
     "vllm.v1.engine.core:EngineCoreProc._process_input_queue",
     "vllm.v1.engine.core:EngineCoreProc.add_lora",
     "vllm.v1.engine.core:EngineCoreProc.add_request",
+    "vllm.v1.engine.core:EngineCoreProc.has_work",
     "vllm.v1.engine.core:EngineCoreProc.remove_lora",
     "vllm.v1.executor.abstract:Executor.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",

@@ -435,7 +435,6 @@ _CORE = (
     Hook(f"{_ENGINE}Proc._invoke_utility_method", ("name", "get_result", "output", "enqueue_output")),
     Hook(f"{_ENGINE}Proc.has_work", ("self",)),
     Hook(f"{_ENGINE}Proc.is_running", ("self",)),
-    Hook(f"{_ENGINE}Proc._notify_idle_state_callbacks", ("self",)),
     Hook(f"{_ENGINE}.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(f"{_ENGINE}.preprocess_add_request", ("self", "request")),
     Hook("vllm.v1.request:Request.__init__", ("self",), sets=("lora_request", "prompt_token_ids", "_block_hasher")),

@@ -190,7 +190,8 @@ def _forget(worker: Any, ticket: int) -> None:
 def install() -> None:
     """Have cores that run in a process of their own load beside the steps; inert without FLoRA."""
     core: Any = importlib.import_module("vllm.v1.engine.core").EngineCoreProc
-    add, remove, arrive, listen = core.add_lora, core.remove_lora, core.add_request, core._process_input_queue
+    add, remove, arrive = core.add_lora, core.remove_lora, core.add_request
+    works, listen = core.has_work, core._process_input_queue
 
     @functools.wraps(add)
     def add_lora(self: Any, lora_request: Any) -> Any:
@@ -208,21 +209,27 @@ def install() -> None:
         if request.lora_request is not None and (loading := _loading_of(self)) is not None:
             loading.is_ready(request.lora_request)
 
+    def is_loading(core: Any) -> bool:
+        loading = core.__dict__.get(_LOADING)
+        return loading is not None and loading.is_busy and core.is_running()
+
+    @functools.wraps(works)
+    def has_work(self: Any) -> bool:
+        return works(self) or is_loading(self)  # with work, a core does not wait for a client
+
     @functools.wraps(listen)
     def process_input_queue(self: Any) -> None:
-        loading = self.__dict__.get(_LOADING)
-        while loading is not None and loading.is_busy and self.is_running():
-            is_stepping = self.has_work()
-            loading.poll(POLL_S if is_stepping else IDLE_POLL_S)
+        while is_loading(self):
+            is_stepping = works(self)
+            self.__dict__[_LOADING].poll(POLL_S if is_stepping else IDLE_POLL_S)
             if is_stepping:
                 break
-            self._notify_idle_state_callbacks()
             with contextlib.suppress(queue.Empty):  # wait for what comes first
                 self._handle_client_request(*self.input_queue.get(timeout=IDLE_POLL_S))
         listen(self)
 
-    core.add_lora, core.remove_lora = add_lora, remove_lora
-    core.add_request, core._process_input_queue = add_request, process_input_queue
+    core.add_lora, core.remove_lora, core.add_request = add_lora, remove_lora, add_request
+    core.has_work, core._process_input_queue = has_work, process_input_queue
     _pass_over()
 
 
