@@ -149,7 +149,7 @@ def _cause(error: Any) -> Any:
 
 
 def same(answer: Answer, wanted: Answer) -> bool:
-    return support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
+    return answer.tokens == wanted.tokens and support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
 
 
 def test_tokens_come_while_an_adapter_is_read(served, adapters, alone):
