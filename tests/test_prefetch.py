@@ -156,6 +156,17 @@ def test_adapters_in_use_do_not_make_room():
     assert not core.loading.is_ready(_request(1)), "it made room"
 
 
+def test_a_promise_to_a_request_that_cannot_run_blocks_nobody():
+    core = Core(places=1)
+    core.scheduler.waiting = [_waiting(1), _waiting(2)]
+    for adapter in (1, 2):
+        assert not core.loading.is_ready(_request(adapter))
+    core.poll(1, 2)
+    assert core.ranks[0].held == [1]
+    core.poll()
+    assert core.ranks[0].held == [2]
+
+
 def test_a_load_by_request_is_answered_where_there_is_no_room():
     core = Core()
     core.load(1, 2)

@@ -149,7 +149,9 @@ class Loading:
         """Adapters of running requests, and those that were loaded for requests which have not run yet."""
         scheduler = self._core.scheduler
         running = _adapters_of(scheduler.running)
-        if self._promised:
+        if not scheduler.running:
+            self._promised.clear()  # there was a step since, and it could not run those requests for other reasons
+        elif self._promised:
             self._promised &= _adapters_of(scheduler.waiting)
         return frozenset(running | self._promised)
 
