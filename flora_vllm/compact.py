@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
+from flora_vllm.pacing import pace
 from flora_vllm.slots import is_finite
 
 
@@ -58,6 +59,7 @@ class CompactLayers(Mapping[str, LayerTerms]):
             if part is None:
                 return None
             *hot, rare = (getattr(part, field.name) for field in fields(part))
+            pace()
             return (*map(placed, hot), tuple(
                 (_number_of(type(term)), *(placed(getattr(term, f.name)) for f in fields(term))) for term in rare
             ))  # fmt: skip

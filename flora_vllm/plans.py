@@ -15,6 +15,7 @@ import torch
 
 from flora_vllm.adapter import Adapter
 from flora_vllm.compact import CompactLayers
+from flora_vllm.pacing import pace
 from flora_vllm.slots import is_finite
 from flora_vllm.terms import Added, Arena, Product, Term
 
@@ -73,6 +74,7 @@ class Plan:
             return None
         memory = torch.empty(self.memory_numbers, dtype=self.memory_dtype)
         for move in self.moves:
+            pace()
             move.run(file, memory)
         kept = CompactLayers.placed(self.places, [memory, *self.constants])
         return kept if kept.is_finite() else None
@@ -152,6 +154,7 @@ def _sources(arena: Arena, data: bytearray, begin: int, dtype: torch.dtype) -> d
     base = torch.frombuffer(data, dtype=torch.uint8).data_ptr() + begin
     found: dict[int, _Source] = {}
     for write in arena.writes:
+        pace()
         offset, odd = divmod(write.source.data_ptr() - base, dtype.itemsize)
         if write.source.dtype != dtype or odd or not 0 <= offset < (len(data) - begin) // dtype.itemsize:
             return None

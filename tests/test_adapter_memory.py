@@ -111,7 +111,7 @@ def test_the_refusal_has_the_numbers() -> None:
 def test_without_the_option_nothing_is_counted() -> None:
     memory = MemoryBudget(None, 2)
     memory.check(1, "huge", 10**15)
-    assert memory.make_room(Caches(2), 1, 10**15) == 0
+    assert memory.make_room(Caches(2), 1, 10**15) == ()
 
 
 @pytest.mark.engine

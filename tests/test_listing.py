@@ -67,10 +67,10 @@ def test_adapters_without_a_name_here_are_in_the_rest():
 
 def test_loads_are_counted_by_what_came_of_them():
     loads = Loads()
-    for in_step in (False, True, True):
-        with loads.counted(in_step=in_step):
+    for again in (False, True, True):
+        with loads.counted(again=again):
             pass
-    with pytest.raises(ValueError, match="refused"), loads.counted(in_step=False):
+    with pytest.raises(ValueError, match="refused"), loads.counted(again=False):
         raise ValueError("refused")
     counts = loads.counts()
     assert counts["results"] == {"loaded": 1, "reloaded": 2, "refused": 1}

@@ -25,7 +25,8 @@ LORA_OPS = "vllm/lora/ops/torch_ops/lora_ops.py"
 FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
-# layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot, a request's span.
+# layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot, a request's span,
+# loads that hold up no step.
 WITHOUT_DIFF = {
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
@@ -38,6 +39,11 @@ WITHOUT_DIFF = {
     "vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request",
     "vllm.v1.core.sched.scheduler:Scheduler.schedule",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+    "vllm.v1.engine.core:EngineCoreProc._process_input_queue",
+    "vllm.v1.engine.core:EngineCoreProc.add_lora",
+    "vllm.v1.engine.core:EngineCoreProc.add_request",
+    "vllm.v1.engine.core:EngineCoreProc.has_work",
+    "vllm.v1.engine.core:EngineCoreProc.remove_lora",
     "vllm.v1.executor.abstract:Executor.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.llm_engine:LLMEngine.sleep",

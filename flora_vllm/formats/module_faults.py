@@ -12,6 +12,7 @@ from flora_vllm.formats.limits import shown
 from flora_vllm.formats.matching import OUTPUT_LAYERS, Targets
 from flora_vllm.formats.names import PREFIX, ROOT, part_of
 from flora_vllm.formats.tensor_file import TensorRecord, tensor_view
+from flora_vllm.pacing import pace
 
 # Last part of a module path -> why it cannot be adapted, whatever the base model.
 UNSUPPORTED_MODULES: Mapping[str, str] = {
@@ -70,6 +71,7 @@ def module_faults(
     selects = "target_modules" in family.keys and not config.bad & _UNSELECTING_KEYS
     targets = Targets.from_config(config.values) if selects and config.values.get("target_modules") else None
     for module, parts in sorted(modules.items()):
+        pace()
         yield from _one_module_faults(family, config, module, parts, layout)
         if targets is not None and not set(parts) <= family.alone and not targets.select(module):
             yield (
@@ -260,6 +262,7 @@ def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: Mode
         return
     has_experts = any(layout.is_of_expert(path) for path in present)
     for path in layout.shapes:
+        pace()
         # Where experts are no modules but parameters, nothing selects them here.
         if not has_experts and layout.is_of_expert(path):
             continue

@@ -34,6 +34,7 @@ from flora_vllm.formats.names import not_understood, saved_module, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
+from flora_vllm.pacing import pace
 from flora_vllm.terms import check_fit
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 # A message with more lines helps nobody and would be sent over HTTP.
 MAX_FAULTS = 100
 MAX_LOOKED_FOR = 1000
+# Bytes by which tensors of one shape are told apart.
+_TOLD_APART = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +240,7 @@ def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tenso
     misnamed: dict[str, str] = {}
     saved: dict[str, TensorRecord] = {}
     for record in records:
+        pace()
         if saved_module(record.name) is not None:
             saved[record.name] = record
             continue
@@ -269,10 +273,11 @@ def _built(
     shared = _views(data, tensors.shared)
     known: dict[tuple, torch.Tensor] = {}
     for module, records in sorted(tensors.modules.items()):
+        pace()
         shape = None if layout is None else layout.shape_of(module)
         scope = scope_of(config.values, module, shape, records, task)
         try:
-            views = {name: _once(known, tensor) for name, tensor in _views(data, records).items()}
+            views = {name: _once(known, data, records[name], tensor) for name, tensor in _views(data, records).items()}
             terms = family.terms(ModuleFile(scope, views, shared))
             if shape is not None:  # for what the axes of its tensors do not tell
                 check_fit(shape, terms)
@@ -291,13 +296,15 @@ def _views(data: bytearray, records: Records) -> dict[str, torch.Tensor]:
     return {name: tensor_view(data, record) for name, record in records.items() if record.dtype in TORCH_DTYPES}
 
 
-def _once(known: dict[tuple, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, or an equal one met before: a file repeats what its modules share (ShareLoRA's one A a projection).
+def _once(
+    known: dict[tuple, torch.Tensor], data: bytearray, record: TensorRecord, tensor: torch.Tensor
+) -> torch.Tensor:
+    """The record's `tensor`, or an equal one met before: a file repeats what its modules share (ShareLoRA's one A).
 
-    `known`: the tensors by shape, dtype and first numbers, so that tensors that differ are not compared whole.
+    `known`: the tensors by shape, dtype and first bytes, so that tensors that differ are not compared whole.
     """
-    if tensor.ndim < 2 or not tensor.numel():
+    if len(record.shape) < 2 or record.start == record.end:
         return tensor
-    start = tensor.flatten()[:8].tolist()
-    other = known.setdefault((tensor.shape, tensor.dtype, *start), tensor)
+    start = bytes(data[record.start : min(record.start + _TOLD_APART, record.end)])
+    other = known.setdefault((record.shape, record.dtype, start), tensor)
     return other if other is tensor or torch.equal(other, tensor) else tensor

@@ -15,9 +15,11 @@ import torch
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import MAX_HEADER_BYTES, MAX_TENSORS, brief, name_fault, value_fault
+from flora_vllm.pacing import pace
 
 LENGTH_BYTES = 8
 _MAX_AXES = 8
+_MOST = 1 << 63
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
@@ -71,6 +73,7 @@ def parse_header(header: bytes | bytearray | memoryview, file_bytes: int) -> lis
 
 
 def _record(name: str, entry: Any, data_start: int) -> TensorRecord:
+    pace()
     if fault := name_fault(name):
         raise AdapterError(f"its header is refused: {fault}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -89,7 +92,7 @@ def _are_sizes(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) <= _MAX_AXES
-        and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value)
+        and all(type(v) is int and 0 <= v < _MOST for v in value)  # no bool is; json makes no other kind
     )
 
 

@@ -182,7 +182,7 @@ def key_blocks_by_first_token() -> None:
     """Have the engine's core key the blocks of activated adapters' requests by what computed them."""
     core: Any = importlib.import_module("vllm.v1.engine.core").EngineCore
     if offers(_CORE_TELLS):
-        core.lora_added, core.request_arrives = staticmethod(_learn), staticmethod(_admit)
+        core.lora_added, core.request_arrives = staticmethod(learn_start), staticmethod(_admit)
         return
     _key_by_start()
     add_lora, preprocess = core.add_lora, core.preprocess_add_request
@@ -190,7 +190,7 @@ def key_blocks_by_first_token() -> None:
     @functools.wraps(add_lora)
     def add_and_learn(self: Any, lora_request: Any) -> bool:
         added = add_lora(self, lora_request)
-        _learn(self, lora_request)
+        learn_start(self, lora_request)
         return added
 
     @functools.wraps(preprocess)
@@ -220,7 +220,7 @@ def _key_by_start() -> None:
     keys._gen_prompt_embeds_extra_hash_keys = embeds_and_lora_keys
 
 
-def _learn(core: Any, lora_request: Any) -> None:
+def learn_start(core: Any, lora_request: Any) -> None:
     """The workers have loaded an adapter: from which sequence on does it apply?"""
     if options_of(core.vllm_config.additional_config) is None:
         return

@@ -233,6 +233,7 @@ _LAYERS = (
     Hook("vllm.config:VllmConfig.compilation_config"),
     Hook("vllm.config:VllmConfig.speculative_config"),
     Hook("vllm.config:ParallelConfig.data_parallel_size", None, "cuda"),
+    Hook("vllm.config:ParallelConfig.pipeline_parallel_size"),
     Hook("vllm.config:ParallelConfig.use_ubatching", None, "cuda"),
 )
 _ENGINES = (
@@ -264,6 +265,8 @@ _ENGINES = (
     Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self",)),
     Hook("vllm.v1.worker.gpu_worker:Worker.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.add_lora", ("self", "lora_request")),
+    Hook("vllm.v1.executor.abstract:Executor.remove_lora", ("self", "lora_id")),
+    Hook("vllm.v1.executor.abstract:Executor.is_sleeping"),
     Hook("vllm.v1.executor.abstract:Executor.collective_rpc", ("self", "method", "timeout", "args")),
     Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
 )
@@ -393,6 +396,16 @@ _CORE = (
     Hook(f"{_KEYS}:generate_block_hash_extra_keys", ("request", "start_token_idx", "end_token_idx")),
     Hook(f"{_ENGINE}.__init__", ("self", "vllm_config"), sets=("request_block_hasher", "scheduler")),
     Hook(f"{_ENGINE}.add_lora", ("self", "lora_request")),
+    Hook(f"{_ENGINE}Proc.add_lora", ("self", "lora_request")),
+    Hook(f"{_ENGINE}Proc.remove_lora", ("self", "lora_id")),
+    Hook(f"{_ENGINE}Proc.add_request", ("self", "request")),
+    Hook(f"{_ENGINE}Proc.__init__", ("self", "vllm_config"), sets=("input_queue",)),
+    Hook(f"{_ENGINE}Proc._process_input_queue", ("self",)),
+    Hook(f"{_ENGINE}Proc._handle_client_request", ("self", "request_type", "request")),
+    # Answers a call whose method returned a Future once that is done.
+    Hook(f"{_ENGINE}Proc._invoke_utility_method", ("name", "get_result", "output", "enqueue_output")),
+    Hook(f"{_ENGINE}Proc.has_work", ("self",)),
+    Hook(f"{_ENGINE}Proc.is_running", ("self",)),
     Hook(f"{_ENGINE}.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(f"{_ENGINE}.preprocess_add_request", ("self", "request")),
     Hook("vllm.v1.engine:EngineCoreRequest.prompt_token_ids"),

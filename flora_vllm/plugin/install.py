@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from flora_vllm.plugin import activation, hooks, loads, mistakes, published, refusals, step_faults, traces, turns
+from flora_vllm import pacing
+from flora_vllm.plugin import (
+    activation,
+    hooks,
+    loads,
+    mistakes,
+    prefetch,
+    published,
+    refusals,
+    step_faults,
+    traces,
+    turns,
+)
 from flora_vllm.plugin.options import options_of
 
 _installed: set[str] = set()
@@ -40,6 +52,7 @@ def install_all() -> None:
 def install_worker_side() -> None:
     """What a process needs that runs the model; also called where the engine's config arrives."""
     mistakes.log_in_one_line()
+    _once("cores", pacing.note_cores)
     _once("op", lambda: importlib.import_module("flora_vllm.layers"))
     _once("embedding op", lambda: importlib.import_module("flora_vllm.embedding"))
     _once("worker manager", _replace_worker_manager)
@@ -50,6 +63,7 @@ def install_worker_side() -> None:
     _once("reports", loads.offer_report)
     _once("turns", turns.install)
     _once("block keys", activation.key_blocks_by_first_token)
+    _once("loads beside steps", prefetch.install)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
     else:

@@ -33,6 +33,7 @@ from flora_vllm.formats.reader import Examination, examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.pacing import pace
 from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.feed_forward import routed_faults
@@ -98,12 +99,12 @@ class AdapterLoader:
         path: str,
         *,
         fresh: bool,
-        in_step: bool,
+        again: bool,
         check: Callable[[CutAdapter], None],
     ) -> CutAdapter:
         """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
 
-        `in_step`: within a step, where pipeline stages cannot wait for each other.
+        `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
         """
@@ -128,7 +129,7 @@ class AdapterLoader:
             check(adapter)
         except AdapterError as failure:
             files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
-        is_kept = error is None if in_step else stages_agree(error is None)
+        is_kept = error is None if again else stages_agree(error is None)
         if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
@@ -268,6 +269,7 @@ class AdapterLoader:
         inputs: dict[tuple, torch.Tensor] = {}
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
         for name, layout in self._attached.layouts.items():
+            pace()
             parts = [part.module for part in layout.slices if part.module != layout.module]
             if layout.module in modules and (twice := modules.keys() & {*parts}):
                 faults.append(f"layer {name!r} has tensors as a whole and as {sorted(twice)}; keep those of one")
@@ -300,6 +302,7 @@ class AdapterLoader:
         modules: dict[str, ModuleTerms] = {}
         faults = []
         for module, terms in adapter.modules.items():
+            pace()
             place = self._layout.rename(module)
             if not terms.of(FromBase):
                 modules[place] = terms

@@ -6,18 +6,30 @@ answers between steps.
 
 import contextlib
 import importlib
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from flora_vllm.pacing import NotBesideStepsError
 from flora_vllm.plugin import turns
 
 # Upper bounds of the load histogram, seconds; one more counts what took longer.
 LOAD_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # The engine's utility call.
 REPORT = "flora_adapters"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of a load. `is_held`: the adapter is in host memory now; `evicted`: ids that made room for it."""
+
+    is_held: bool
+    evicted: tuple[int, ...] = ()
+    error: Exception | None = None
 
 
 class Loads:
@@ -28,20 +40,25 @@ class Loads:
         self.evictions: Counter[str] = Counter(gpu=0, cpu=0)
         self._by_bound = [0] * (len(LOAD_BOUNDS_S) + 1)
         self._sum_s = 0.0
+        self._lock = threading.Lock()  # a step may load while the thread beside it does
 
     @contextlib.contextmanager
-    def counted(self, *, in_step: bool) -> Iterator[None]:
-        """Around one load. `in_step`: of an adapter that had been evicted."""
+    def counted(self, *, again: bool) -> Iterator[None]:
+        """Around one load. `again`: of an adapter that had been evicted."""
         begin = time.perf_counter()
         try:
             yield
+        except NotBesideStepsError:
+            raise  # it is loaded between steps, and counted there
         except BaseException:
-            self.results["refused"] += 1
+            with self._lock:
+                self.results["refused"] += 1
             raise
         took_s = time.perf_counter() - begin
-        self.results["reloaded" if in_step else "loaded"] += 1
-        self._by_bound[bisect_left(LOAD_BOUNDS_S, took_s)] += 1
-        self._sum_s += took_s
+        with self._lock:
+            self.results["reloaded" if again else "loaded"] += 1
+            self._by_bound[bisect_left(LOAD_BOUNDS_S, took_s)] += 1
+            self._sum_s += took_s
 
     def counts(self) -> dict[str, Any]:
         return {

@@ -23,9 +23,11 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
+from flora_vllm.pacing import Turns
 from flora_vllm.plugin import install
 from flora_vllm.plugin.activation import BaseRows, follow_positions
 from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.beside import LoadsBeside
 from flora_vllm.plugin.embeddings import attach_embeddings
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
@@ -101,6 +103,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self._in_slots: dict[int, LoadedAdapter] = {}
         self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
         self.loads = Loads()
+        self.turns = Turns()
         self._vllm_config = vllm_config
         self._max_graph_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -211,6 +214,16 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self._in_slots[index + 1] = adapter
         return True
 
+    def oldest_adapter(self, keep: Collection[int]) -> int | None:
+        """The adapter to evict from host memory for another; None if all are pinned or among `keep`."""
+        return _oldest(self._registered_adapters, keep)
+
+    def has_slot(self, keep: Collection[int]) -> bool:
+        """Whether one more adapter may have a slot without taking it from one of `keep`."""
+        slots = self._active_adapters
+        oldest = _oldest(slots, ())
+        return len(slots) < self.lora_slots or (oldest is not None and oldest not in keep)
+
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
             index = self.lora_index_to_id.index(lora_id)
@@ -282,6 +295,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         return LoadedAdapter(lora_id, rank, {}, is_stand_in=True)
 
 
+def _oldest(cache: Any, keep: Collection[int]) -> int | None:
+    """The least recently used of what a cache of vLLM's may evict and is not among `keep`."""
+    return next((key for key in cache.order if key not in cache.pinned_items and key not in keep), None)
+
+
 def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str, tuple[int, int]]]:
     """What lists the modules of the Hugging Face model. vLLM's Transformers backend has changed its classes."""
     if type(model).__module__.startswith("vllm.model_executor.models.transformers"):
@@ -291,7 +309,8 @@ def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str,
 
 class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     """Loads adapters for one worker. A request's adapter is loaded before the request is queued (frontend), so a
-    faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original."""
+    faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original. Where the
+    engine has a process of its own both happen beside the steps (prefetch.py)."""
 
     _manager_cls = FloraModelManager
     _adapter_manager: Any
@@ -311,23 +330,58 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             adapter_root=manager.options.adapter_root,
         )
         self._memory = MemoryBudget(manager.options.adapter_memory, manager.lora_slots)
+        self.beside = LoadsBeside(self, manager.turns, manager.device)
         return model
 
-    def _load_adapter(self, lora_request: Any, fresh: bool = True, in_step: bool = False) -> LoadedAdapter:
-        counted = self._adapter_manager.loads.counted(in_step=in_step)
+    def load(self, lora_request: Any, again: bool) -> LoadedAdapter:
+        """The adapter as its host memory will have it; for `beside`, and changes nothing that a step sees.
+
+        `again`: it had been evicted.
+        """
+        return self._load_adapter(lora_request, fresh=lora_request.load_inplace and not again, again=again)
+
+    def let_in(self, adapter: LoadedAdapter, keep: Collection[int], *, again: bool) -> tuple[int, ...] | None:
+        """Have steps find an adapter, in a slot if there is one: the ids of those that made room for it, none of
+        `keep`. None: there is no room."""
+        manager, evicted = self._adapter_manager, ()
+        is_there = manager.get_adapter(adapter.id) is not None
+        if is_there and again:
+            return ()  # a step needed it first
+        if not is_there and len(manager) >= manager.capacity:
+            oldest = manager.oldest_adapter(keep)
+            if oldest is None:
+                return None
+            manager.remove_adapter(oldest)
+            manager.loads.evictions["cpu"] += 1
+            evicted = (oldest,)
+        manager.remove_adapter(adapter.id)
+        if not again:  # other content may have had its id
+            self._memory.forget(adapter.id)
+        try:
+            evicted += self._make_room(adapter, keep)
+        except AdapterError:
+            return None
+        manager.add_adapter(adapter)
+        if manager.has_slot(keep):
+            manager.activate_adapter(adapter.id)
+        return evicted
+
+    def _load_adapter(self, lora_request: Any, fresh: bool = True, again: bool = False) -> LoadedAdapter:
+        """`again`: it had been evicted."""
+        counted = self._adapter_manager.loads.counted(again=again)
         with counted, on_disk(lora_request) as request:  # trainers in this process hand tensors over
             number, name = request.lora_int_id, request.lora_name
 
             def check(found: CutAdapter) -> None:
                 self._memory.check(number, plain_name(name), found.layers.nbytes)
-                self.base_rows.learn(number, found.invocation_tokens, name, announced=not in_step)
+                self.base_rows.learn(number, found.invocation_tokens, name, announced=not again)
 
             adapter = self._loader.load(
                 number,
                 name,
                 request.lora_path,
                 fresh=fresh,
-                in_step=in_step,
+                again=again,
                 check=check,
             )
         manager, rows = self._adapter_manager, 1
@@ -374,7 +428,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             adapter = self._adapter_manager.get_adapter(request.lora_int_id)
             try:
                 if adapter is None:
-                    adapter = self._load_adapter(request, fresh=False, in_step=True)
+                    adapter = self._load_adapter(request, fresh=False, again=True)
                     self._admit(adapter, needed)
                 else:
                     self._make_room(adapter, needed)
@@ -391,10 +445,11 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         self._make_room(adapter, needed)
         self._adapter_manager.add_adapter(adapter)
 
-    def _make_room(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> None:
-        """For an adapter that gets a slot next; `needed`: the present step's adapters. Raises AdapterError."""
+    def _make_room(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> tuple[int, ...]:
+        """For an adapter that gets a slot next: the ids of those that went, none of `needed`. Raises AdapterError."""
         evicted = self._memory.make_room(self._adapter_manager, adapter.id, adapter.nbytes, needed)
-        self._adapter_manager.loads.evictions["cpu"] += evicted
+        self._adapter_manager.loads.evictions["cpu"] += len(evicted)
+        return evicted
 
     def add_adapter(self, lora_request: Any) -> bool:
         adapter_id = lora_request.lora_int_id

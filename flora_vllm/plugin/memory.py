@@ -15,6 +15,7 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.plugin import probe
 
 # In host memory, and in a slot.
 _TWICE = 2
@@ -37,7 +38,7 @@ class MemoryBudget:
         if self._most_bytes is None:
             return
         nbytes = most_of_ranks(nbytes)
-        others = [size for known, size in self.sizes.items() if known != adapter_id]
+        others = [size for known, size in list(self.sizes.items()) if known != adapter_id]
         largest = heapq.nlargest(self._slots - 1, others)
         needed = _TWICE * (nbytes + sum(largest))
         if needed <= self._most_bytes:
@@ -50,13 +51,13 @@ class MemoryBudget:
         )
         raise adapter_error(repr(name), [fault])
 
-    def make_room(self, manager: Any, adapter_id: int, nbytes: int, needed: Collection[int] = ()) -> int:
+    def make_room(self, manager: Any, adapter_id: int, nbytes: int, needed: Collection[int] = ()) -> tuple[int, ...]:
         """Have `manager` (FloraModelManager) remove what must go before this adapter is in memory and in a slot.
 
-        How many that were; those in `needed` do not go. Raises AdapterError if that is not enough.
+        The ids of those; what is in `needed` does not go. Raises AdapterError if that is not enough.
         """
         if self._most_bytes is None or adapter_id in manager._active_adapters:
-            return 0
+            return ()
         if adapter_id not in self.sizes:
             self.sizes[adapter_id] = most_of_ranks(nbytes)
         # Views in the order of use: `cache` would copy the table.
@@ -78,7 +79,7 @@ class MemoryBudget:
             )
         for other in leaving:
             manager.remove_adapter(other)
-        return len(leaving)
+        return tuple(leaving)
 
     def forget(self, adapter_id: int) -> None:
         """The adapter was unloaded, or other content has its id."""
@@ -90,9 +91,10 @@ class MemoryBudget:
 
 def most_of_ranks(number: int) -> int:
     """The largest `number` of the ranks that share layers; they must all ask. The rank that adds biases has more."""
-    group = get_tp_group()
-    if group.world_size == 1:
+    tensor_parallel, beside = get_tp_group(), probe.BESIDE.get()
+    if tensor_parallel.world_size == 1:
         return number
     numbers = torch.tensor([number])
-    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    group = tensor_parallel.cpu_group if beside is None else beside.group
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=group)
     return int(numbers.item())

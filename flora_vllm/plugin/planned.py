@@ -4,6 +4,7 @@ Plans are of one model, one rank and one set of limits, as their loader is. No f
 its structure is compared whole, by a digest, and its numbers are judged each time.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from flora_vllm.compact import CompactLayers
 from flora_vllm.formats import FAMILIES
 from flora_vllm.formats.files import WEIGHTS_NAME
 from flora_vllm.formats.structure import structure_of
-from flora_vllm.formats.tensor_file import TORCH_DTYPES, parse_records
+from flora_vllm.formats.tensor_file import LENGTH_BYTES, header_length
 from flora_vllm.plans import Plan, plan_of
 from flora_vllm.terms import Arena
 
@@ -36,14 +37,16 @@ class Plans:
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, Known] = OrderedDict()
+        self._lock = threading.Lock()  # a step may load while the thread beside it does
 
     def load(self, files: Mapping[str, bytearray], task: str | None) -> tuple[Known, CompactLayers] | None:
         """What the files of a known structure hold; None if they have to be examined."""
         key = structure_of(files, task)
-        if key is None or key not in self._known:
-            return None
-        self._known.move_to_end(key)
-        known = self._known[key]
+        with self._lock:
+            if key is None or key not in self._known:
+                return None
+            self._known.move_to_end(key)
+            known = self._known[key]
         layers = known.plan.load(files[WEIGHTS_NAME])
         return None if layers is None else (known, layers)
 
@@ -62,12 +65,15 @@ class Plans:
         if key is None or key in self._known:
             return
         data = files[WEIGHTS_NAME]
-        records = parse_records(data)
-        dtypes = {record.dtype for record in records}
-        if len(dtypes) != 1:
+        begin = LENGTH_BYTES + header_length(data, len(data))
+        tensors = {id(tensor): tensor for terms in adapter.modules.values() for tensor in terms.tensors()}.values()
+        dtypes = {tensor.dtype for tensor in tensors}
+        # Its modules' tensors are all that the file has.
+        if len(dtypes) != 1 or sum(tensor.nbytes for tensor in tensors) != len(data) - begin:
             return
-        plan = plan_of(adapter, data, records[0].start, TORCH_DTYPES[dtypes.pop()], arenas, layers)
-        if plan is not None:
-            self._known[key] = Known(adapter.family, adapter.rank, adapter.invocation_tokens, plan)
-        while len(self._known) > MOST_PLANS:
-            self._known.popitem(last=False)
+        plan = plan_of(adapter, data, begin, dtypes.pop(), arenas, layers)
+        with self._lock:
+            if plan is not None:
+                self._known[key] = Known(adapter.family, adapter.rank, adapter.invocation_tokens, plan)
+            while len(self._known) > MOST_PLANS:
+                self._known.popitem(last=False)

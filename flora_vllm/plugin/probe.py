@@ -5,13 +5,17 @@ tensor parallelism every rank asks at the same time and gets the whole module's 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
-from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size, get_tp_group
 
+from flora_vllm.pacing import NotBesideStepsError, Turns
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.slots import SliceLayout
 
@@ -19,10 +23,35 @@ from flora_vllm.slots import SliceLayout
 CHUNK = 256
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Of a thread that runs beside the steps. `group`: of these threads of all ranks; None if there is one rank."""
+
+    group: torch.distributed.ProcessGroup | None
+    turns: Turns
+
+
+BESIDE: ContextVar[Beside | None] = ContextVar("flora_beside", default=None)
+
+
+def group_beside_steps() -> Any:
+    """The group for `Beside`; every rank of this tensor-parallel group calls it at the same time."""
+    group = get_tp_group()
+    return (
+        None
+        if group.world_size == 1
+        else torch.distributed.new_group(group.ranks, backend="gloo", use_local_synchronization=True)
+    )
+
+
 def all_agree(is_fine: bool, device: torch.device) -> bool:
     """Whether every rank says so; they must all ask."""
     if get_tensor_model_parallel_world_size() == 1:
         return is_fine
+    if (beside := BESIDE.get()) is not None:
+        bad = torch.tensor([0 if is_fine else 1])
+        torch.distributed.all_reduce(bad, group=beside.group)
+        return not bool(bad.item())
     bad = torch.tensor([0.0 if is_fine else 1.0], device=device)
     return not bool(tensor_model_parallel_all_reduce(bad).item())
 
@@ -100,8 +129,13 @@ class LayerProbe:
     def product(self, x_NI: torch.Tensor) -> torch.Tensor:
         columns = slice(self._layout.in_start, self._layout.in_start + self._layout.in_features)
         x_NI = x_NI[:, columns].to(self._base.device, self.dtype)
-        y_NO = torch.cat([self._kernel.forward(rows, None, None) for rows in x_NI.split(CHUNK)]).float()
-        return self._whole(y_NO)
+        return self._whole(torch.cat([self._base_call(rows) for rows in x_NI.split(CHUNK)]).float())
+
+    def _base_call(self, x_NI: torch.Tensor) -> torch.Tensor:
+        beside = BESIDE.get()
+        # A quantised layer's call may use memory of the layer's own.
+        with nullcontext() if beside is None else beside.turns.between_steps():
+            return self._kernel.forward(x_NI, None, None)
 
     def squared_row_norms(self) -> torch.Tensor:
         def measure() -> torch.Tensor:
@@ -135,6 +169,8 @@ class LayerProbe:
             whole_NO[:, start : start + part.size] = local_NO[:, begin : begin + part.size]
             held_O[:, start : start + part.size] = 1
         if get_tensor_model_parallel_world_size() > 1 and (sums or not self._layout.sums):
+            if BESIDE.get() is not None:
+                raise NotBesideStepsError
             whole_NO = tensor_model_parallel_all_reduce(whole_NO)
             if not sums:
                 # Key-value heads may be held by several ranks.

@@ -29,6 +29,13 @@ def refusal(error: Exception) -> str | None:
     return our_message(str(error))
 
 
+def as_vllm_says(error: Exception) -> Exception:
+    """A refusal as the engine's core has to raise it to be known as one by whoever asked."""
+    if isinstance(error, AdapterError) and offers(INVALID):
+        return importlib.import_module("vllm.exceptions").LoRAAdapterInvalidError(str(error))
+    return error
+
+
 @dataclass(frozen=True)
 class Refused:
     """A worker's answer to a load in place of the exception."""

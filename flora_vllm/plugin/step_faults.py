@@ -41,11 +41,14 @@ def note_on_outputs() -> None:
     def noting(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = original(self, *args, **kwargs)
             manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
+            if not hasattr(manager, "take_fault"):
+                return original(self, *args, **kwargs)
+            with manager.turns.step():
+                output = original(self, *args, **kwargs)
             is_last = pipeline().is_last_rank
             # A step in two parts (run the model, then sample) is judged with its second.
-            if (output is None and is_last) or not hasattr(manager, "take_fault"):
+            if output is None and is_last:
                 return output
             fault = manager.take_fault()
             if fault is not None and not is_last:

@@ -1,0 +1,259 @@
+"""The engine core's side of loads that hold up no step: when workers load what, and which requests wait for it.
+
+`add_lora` answers when the adapter is loaded or refused, and the core goes on stepping meanwhile. A request whose
+adapter was evicted from host memory is passed over by the scheduler, as is one whose grammar is being compiled, until
+the workers have it again; the load begins when the request arrives. Which adapters the workers hold is known here from
+what they answer. Should that ever be wrong, a step loads what it lacks.
+
+Engines in the caller's own process have nobody to serve meanwhile, and stages of a pipeline agree on loads in ways
+that steps would meet: both load between steps.
+"""
+
+import contextlib
+import functools
+import importlib
+import itertools
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from flora_vllm.plugin import activation
+from flora_vllm.plugin.options import options_of
+from flora_vllm.plugin.refusals import as_vllm_says
+
+# How far apart workers are asked what is done: with steps, each time may wait for one that ran ahead.
+POLL_S, IDLE_POLL_S = 0.003, 0.0005
+# Adapters that are loaded for waiting requests at a time: they need memory before there is room for them.
+MOST_AHEAD = 4
+_LOADING = "_flora_loading"  # on the core, and on its scheduler
+
+
+@dataclass(eq=False)
+class _Load:
+    """`answer`: of whoever called add_lora; None of an adapter that only a waiting request needs."""
+
+    request: Any
+    answer: Future | None
+    is_cancelled: bool = False
+
+
+class Loading:
+    """What the workers of one core load and hold."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._tickets = itertools.count()
+        self._loads: dict[int, _Load] = {}  # by ticket, in the order in which they began
+        self._held: set[int] = set()
+        self._promised: set[int] = set()  # loaded for a waiting request: they stay until it runs
+        self._last_poll = 0.0
+
+    def add(self, request: Any) -> bool | Future:
+        """What `add_lora` answers: at once of an adapter that is held, or later."""
+        adapter = request.lora_int_id
+        if adapter in self._held and not request.load_inplace and self._load_of(adapter) is None:
+            return self._core.model_executor.add_lora(request)
+        load = self._load_of(adapter)
+        if load is None or load.request.lora_name != request.lora_name:
+            load = self._begin(request, again=False)
+        if load.answer is None:
+            load.answer = Future()
+        return load.answer
+
+    def remove(self, adapter: int) -> bool:
+        """What `remove_lora` answers. Of an adapter that is being loaded: it will not be held."""
+        loads = [load for load in self._loads.values() if load.request.lora_int_id == adapter]
+        for load in loads:
+            load.is_cancelled = True
+        self._held.discard(adapter)
+        return self._core.model_executor.remove_lora(adapter) or bool(loads)
+
+    def is_ready(self, request: Any) -> bool:
+        """Whether the workers hold a request's adapter; if not, they will be asked to load it."""
+        adapter = request.lora_int_id
+        if adapter in self._held:
+            return True
+        if self._load_of(adapter) is None and sum(load.answer is None for load in self._loads.values()) < MOST_AHEAD:
+            self._begin(request, again=True)
+        return False
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._loads)
+
+    def poll(self, apart_s: float) -> None:
+        """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that.
+
+        Does nothing within `apart_s` of the last time.
+        """
+        # Asleep, slots have no memory.
+        if time.monotonic() - self._last_poll < apart_s or self._core.model_executor.is_sleeping:
+            return
+        done = self._core.collective_rpc(_done)
+        for ticket in [ticket for ticket in self._loads if all(ticket in of_rank for of_rank in done)]:
+            if self._finish(ticket, self._loads[ticket]):
+                break
+        self._last_poll = time.monotonic()
+
+    def _load_of(self, adapter: int) -> _Load | None:
+        """The load of this adapter that began last and will end with it held."""
+        loads = (load for load in reversed(self._loads.values()) if load.request.lora_int_id == adapter)
+        return next((load for load in loads if not load.is_cancelled), None)
+
+    def _begin(self, request: Any, *, again: bool) -> _Load:
+        ticket = next(self._tickets)
+        self._core.collective_rpc(_begin, args=(ticket, request, again))
+        load = self._loads[ticket] = _Load(request, None)
+        return load
+
+    def _finish(self, ticket: int, load: _Load) -> bool:
+        """Whether the load of a ticket that is done on all ranks ended with an adapter let in."""
+        adapter = load.request.lora_int_id
+        if load.is_cancelled:
+            self._forget(ticket)
+            if self._load_of(adapter) is None:
+                self._core.model_executor.remove_lora(adapter)  # the copy that it has made meanwhile, too
+            self._answer(load, None)
+            return False
+        keep = self._in_use()
+        found = self._core.collective_rpc(_finish, args=(ticket, keep, load.answer is None))
+        error = next((one.error for one in found if one.error is not None), None)
+        self._held.difference_update(found[0].evicted)
+        if error is not None:
+            del self._loads[ticket]
+            if any(one.error is None for one in found):  # never on some ranks only
+                self._core.model_executor.remove_lora(adapter)
+            if load.answer is None:
+                self._held.add(adapter)  # the step will find the fault, too, and end its requests
+            self._answer(load, error)
+            return False
+        if found[0].is_held:
+            self._held.add(adapter)
+            if load.answer is None:
+                self._promised.add(adapter)
+            activation.learn_start(self._core, load.request)
+        elif load.answer is None:
+            if keep:
+                return False  # these end some time
+            self._forget(ticket)
+            self._held.add(adapter)  # all that is held is pinned: let the step say so
+            return False
+        del self._loads[ticket]
+        self._answer(load, None)
+        return True
+
+    def _in_use(self) -> frozenset[int]:
+        """Adapters of running requests, and those that were loaded for requests which have not run yet."""
+        scheduler = self._core.scheduler
+        running = _adapters_of(scheduler.running)
+        if not scheduler.running:
+            self._promised.clear()  # there was a step since, and it could not run those requests for other reasons
+        elif self._promised:
+            self._promised &= _adapters_of(scheduler.waiting)
+        return frozenset(running | self._promised)
+
+    def _forget(self, ticket: int) -> None:
+        self._core.collective_rpc(_forget, args=(ticket,))
+        del self._loads[ticket]
+
+    def _answer(self, load: _Load, error: Exception | None) -> None:
+        if load.answer is None:
+            return
+        if error is None:
+            load.answer.set_result(True)
+        else:
+            load.answer.set_exception(as_vllm_says(error))
+
+
+def _adapters_of(requests: Any) -> set[int]:
+    return {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}
+
+
+def _begin(worker: Any, ticket: int, request: Any, again: bool) -> None:
+    """Runs in a worker, as the three below."""
+    worker.model_runner.lora_manager.beside.begin(ticket, request, again)
+
+
+def _done(worker: Any) -> list[int]:
+    return worker.model_runner.lora_manager.beside.done()
+
+
+def _finish(worker: Any, ticket: int, keep: frozenset[int], waits: bool) -> Any:
+    return worker.model_runner.lora_manager.beside.finish(ticket, keep, waits)
+
+
+def _forget(worker: Any, ticket: int) -> None:
+    worker.model_runner.lora_manager.beside.forget(ticket)
+
+
+def install() -> None:
+    """Have cores that run in a process of their own load beside the steps; inert without FLoRA."""
+    core: Any = importlib.import_module("vllm.v1.engine.core").EngineCoreProc
+    add, remove, arrive = core.add_lora, core.remove_lora, core.add_request
+    works, listen = core.has_work, core._process_input_queue
+
+    @functools.wraps(add)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        loading = _loading_of(self)
+        return add(self, lora_request) if loading is None else loading.add(lora_request)
+
+    @functools.wraps(remove)
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        loading = _loading_of(self)
+        return remove(self, lora_id) if loading is None else loading.remove(lora_id)
+
+    @functools.wraps(arrive)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        arrive(self, request, *args, **kwargs)
+        if request.lora_request is not None and (loading := _loading_of(self)) is not None:
+            loading.is_ready(request.lora_request)
+
+    def is_loading(core: Any) -> bool:
+        loading = core.__dict__.get(_LOADING)
+        return loading is not None and loading.is_busy and core.is_running()
+
+    @functools.wraps(works)
+    def has_work(self: Any) -> bool:
+        return works(self) or is_loading(self)  # with work, a core does not wait for a client
+
+    @functools.wraps(listen)
+    def process_input_queue(self: Any) -> None:
+        while is_loading(self):
+            is_stepping = works(self)
+            self.__dict__[_LOADING].poll(POLL_S if is_stepping else IDLE_POLL_S)
+            if is_stepping:
+                break
+            with contextlib.suppress(queue.Empty):  # wait for what comes first
+                self._handle_client_request(*self.input_queue.get(timeout=IDLE_POLL_S))
+        listen(self)
+
+    core.add_lora, core.remove_lora, core.add_request = add_lora, remove_lora, add_request
+    core.has_work, core._process_input_queue = has_work, process_input_queue
+    _pass_over()
+
+
+def _pass_over() -> None:
+    scheduler: Any = importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler
+    original: Callable[[Any, Any], bool] = scheduler._handle_blocked_waiting_request
+
+    @functools.wraps(original)
+    def handle_blocked_waiting_request(self: Any, request: Any) -> bool:
+        loading = self.__dict__.get(_LOADING)
+        if loading is not None and request.lora_request is not None and not loading.is_ready(request.lora_request):
+            return False
+        return original(self, request)
+
+    scheduler._handle_blocked_waiting_request = handle_blocked_waiting_request
+
+
+def _loading_of(core: Any) -> Loading | None:
+    """Of an engine with FLoRA and one stage."""
+    if _LOADING not in core.__dict__:
+        config = core.vllm_config
+        serves = options_of(config.additional_config) is not None
+        loads = serves and config.parallel_config.pipeline_parallel_size == 1
+        core.__dict__[_LOADING] = core.scheduler.__dict__[_LOADING] = Loading(core) if loads else None
+    return core.__dict__[_LOADING]

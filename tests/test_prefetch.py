@@ -1,0 +1,216 @@
+"""When a core has its workers load what: all ranks or none, nobody's adapter for another's, a bounded number ahead."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.plugin.loads import Finished
+from flora_vllm.plugin.prefetch import MOST_AHEAD, Loading
+
+
+class Rank:
+    """A worker's side without the thread: what it is given is done when the test says so."""
+
+    def __init__(self, places: int) -> None:
+        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(beside=self))
+        self.places = places
+        self.given: dict[int, Any] = {}
+        self.ready: set[int] = set()
+        self.held: list[int] = []
+        self.faults: dict[int, Exception] = {}
+
+    def begin(self, ticket: int, request: Any, again: bool) -> None:
+        self.given[ticket] = request.lora_int_id
+
+    def done(self) -> list[int]:
+        return [ticket for ticket, adapter in self.given.items() if adapter in self.ready]
+
+    def finish(self, ticket: int, keep: frozenset[int], waits: bool) -> Finished:
+        adapter = self.given[ticket]
+        if adapter in self.faults:
+            del self.given[ticket]
+            return Finished(False, error=self.faults[adapter])
+        evicted = next((other for other in self.held if other not in keep), None) if self.is_full else None
+        if self.is_full and evicted is None:
+            if not waits:
+                del self.given[ticket]
+            return Finished(False)
+        del self.given[ticket]
+        if evicted is not None:
+            self.held.remove(evicted)
+        self.held.append(adapter)
+        return Finished(True, () if evicted is None else (evicted,))
+
+    def forget(self, ticket: int) -> None:
+        del self.given[ticket]
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.held) == self.places
+
+
+class Core:
+    """An engine core's worth of what Loading asks for."""
+
+    def __init__(self, ranks: int = 1, places: int = 2) -> None:
+        self.ranks = [Rank(places) for _ in range(ranks)]
+        self.vllm_config = SimpleNamespace(additional_config={})
+        self.scheduler = SimpleNamespace(running=[], waiting=[])
+        self.model_executor = SimpleNamespace(is_sleeping=False, remove_lora=self._remove, add_lora=lambda _: True)
+        self.loading = Loading(self)
+
+    def collective_rpc(self, act: Any, timeout: float | None = None, args: tuple = ()) -> list[Any]:
+        return [act(rank, *args) for rank in self.ranks]
+
+    def _remove(self, adapter: int) -> bool:
+        found = [adapter in rank.held for rank in self.ranks]
+        for rank in self.ranks:
+            rank.held = [other for other in rank.held if other != adapter]
+        return all(found)
+
+    def poll(self, *ready: int) -> None:
+        for rank in self.ranks:
+            rank.ready |= {*ready}
+        self.loading.poll(0)
+
+    def load(self, *adapters: int) -> None:
+        for adapter in adapters:
+            answer = self.loading.add(_request(adapter))
+            self.poll(adapter)
+            assert isinstance(answer, Future)
+            assert answer.result(0)
+
+
+def _request(adapter: int, name: str | None = None) -> Any:
+    return SimpleNamespace(lora_int_id=adapter, lora_name=name or f"a{adapter}", load_inplace=False)
+
+
+def _waiting(adapter: int) -> Any:
+    return SimpleNamespace(lora_request=_request(adapter))
+
+
+def test_a_load_is_answered_when_every_rank_has_it():
+    core = Core(ranks=2)
+    answer: Any = core.loading.add(_request(1))
+    core.ranks[0].ready.add(1)
+    core.poll()
+    assert not answer.done()
+    assert core.ranks[0].held == []
+    core.poll(1)
+    assert answer.result(0)
+    assert [rank.held for rank in core.ranks] == [[1], [1]]
+    assert core.loading.add(_request(1)) is True, "it is there"
+    assert not core.loading.is_busy
+
+
+def test_what_one_rank_refuses_none_holds():
+    core = Core(ranks=2)
+    answer: Any = core.loading.add(_request(1))
+    core.ranks[1].faults[1] = AdapterError("no")
+    core.poll(1)
+    with pytest.raises(AdapterError, match="no"):
+        answer.result(0)
+    assert [rank.held for rank in core.ranks] == [[], []]
+    assert not core.loading.is_busy
+
+
+def test_two_who_ask_share_a_load_and_other_content_is_another():
+    core = Core()
+    answers: list[Any] = [core.loading.add(_request(1)), core.loading.add(_request(1)), core.loading.add(_request(2))]
+    assert answers[0] is answers[1] is not answers[2]
+    assert core.loading.add(_request(1, "other")) is not answers[0]
+    assert len(core.ranks[0].given) == 3
+
+
+def test_one_is_let_in_at_a_time():
+    core = Core()
+    answers: list[Any] = [core.loading.add(_request(adapter)) for adapter in (1, 2)]
+    core.poll(1, 2)
+    assert [answer.done() for answer in answers] == [True, False]
+    core.poll()
+    assert answers[1].done()
+
+
+def test_adapters_in_use_do_not_make_room():
+    core = Core()
+    core.load(1, 2)
+    core.scheduler.running = [_waiting(1), _waiting(2)]
+    core.scheduler.waiting = [_waiting(3), _waiting(4)]
+    assert not core.loading.is_ready(_request(3))
+    core.poll(3, 4)
+    assert core.ranks[0].held == [1, 2]
+    core.scheduler.running = [_waiting(2)]
+    core.poll()
+    assert core.ranks[0].held == [2, 3]
+    assert core.loading.is_ready(_request(3))
+    # Loaded for a request that has not run yet: another's turn is after it.
+    assert not core.loading.is_ready(_request(4))
+    core.poll()
+    assert core.ranks[0].held == [2, 3]
+    core.scheduler.waiting = [_waiting(4)]
+    core.poll()
+    assert core.ranks[0].held == [2, 4]
+    assert not core.loading.is_ready(_request(1)), "it made room"
+
+
+def test_a_promise_to_a_request_that_cannot_run_blocks_nobody():
+    core = Core(places=1)
+    core.scheduler.waiting = [_waiting(1), _waiting(2)]
+    for adapter in (1, 2):
+        assert not core.loading.is_ready(_request(adapter))
+    core.poll(1, 2)
+    assert core.ranks[0].held == [1]
+    core.poll()
+    assert core.ranks[0].held == [2]
+
+
+def test_a_load_by_request_is_answered_where_there_is_no_room():
+    core = Core()
+    core.load(1, 2)
+    core.scheduler.running = [_waiting(1), _waiting(2)]
+    core.load(3)
+    assert core.ranks[0].held == [1, 2]
+    assert not core.loading.is_ready(_request(3)), "its copy is read when it is needed"
+
+
+def test_the_step_finds_what_cannot_be_loaded_for_it():
+    core = Core()
+    assert not core.loading.is_ready(_request(1))
+    core.ranks[0].faults[1] = AdapterError("its copy is gone")
+    core.poll(1)
+    assert core.loading.is_ready(_request(1))
+    assert not core.loading.is_busy
+
+
+def test_no_more_than_a_few_are_loaded_ahead():
+    core = Core()
+    assert not any(core.loading.is_ready(_request(adapter)) for adapter in range(1, 20))
+    assert len(core.ranks[0].given) == MOST_AHEAD
+    core.loading.add(_request(30))
+    assert len(core.ranks[0].given) == MOST_AHEAD + 1, "whoever asks for a load gets it"
+
+
+def test_what_is_removed_while_it_loads_is_not_held():
+    core = Core()
+    answer: Any = core.loading.add(_request(1))
+    assert core.loading.remove(1)
+    core.poll(1)
+    assert answer.result(0)
+    assert core.ranks[0].held == []
+    assert not core.loading.is_busy
+    core.load(1)
+    assert core.ranks[0].held == [1]
+
+
+def test_nothing_is_let_in_while_the_engine_sleeps():
+    core = Core()
+    answer: Any = core.loading.add(_request(1))
+    core.model_executor.is_sleeping = True
+    core.poll(1)
+    assert not answer.done()
+    core.model_executor.is_sleeping = False
+    core.poll()
+    assert answer.done()
