@@ -46,7 +46,7 @@ PARTS = (
     Part("direct_calls", ("errors", "ops"), ("torch",)),
     Part("layers", ("handles", "step", "direct_calls", "ops", "ops.terms"), ("torch",)),
     Part("handles", (), ("torch",)),
-    Part("embedding", ("handles", "step", "ops.terms"), ("torch",)),
+    Part("embedding", ("handles", "step", "ops.rare", "ops.terms"), ("torch",)),
     Part("experts", ("handles", "step", "ops", "ops.terms"), ("torch",)),
     Part("plugin.names", ("formats",)),
     Part("plugin.options", ("errors", "options", "ops.paths", "plugin.names")),

@@ -34,6 +34,7 @@ GROUPS = {
     "add a product of low rank": ("Added",),
     "choose by token among products of low rank": ("Gated",),
     "move its outputs": ("Offset",),
+    "put rows of their own in the base's place": ("Replaced",),
 }
 
 

@@ -71,7 +71,8 @@ def module_faults(
     targets = Targets.from_config(config.values) if selects and config.values.get("target_modules") else None
     for module, parts in sorted(modules.items()):
         yield from _one_module_faults(family, config, module, parts, layout)
-        if targets is not None and not set(parts) <= family.alone and not targets.select(module):
+        is_tied = set(parts) <= family.of_heads and not is_embedding(module, layout)
+        if targets is not None and not (is_tied or set(parts) <= family.alone or targets.select(module)):
             yield (
                 f"module {module!r} has tensors but the config does not select it "
                 f"(target_modules {shown(config.values['target_modules'])}); PEFT would not apply them: "
@@ -142,12 +143,16 @@ def _embedding_fault(family: Family, module: str, records: Records, layout: Mode
     if is_embedding(module, layout):
         if not set(records) & set(family.of_embeddings):
             return (
-                f"module {module!r} is an embedding, which only plain LoRA can adapt (lora_embedding_A and "
-                f"lora_embedding_B); it has tensors of {family.name}: {', '.join(sorted(records))}; train without it"
+                f"module {module!r} is an embedding, which only plain LoRA (lora_embedding_A, lora_embedding_B) and "
+                f"trainable tokens adapt; it has those of {family.name}: {', '.join(sorted(records))}; train without it"
             )
-    elif given := sorted(set(records) & set(family.of_embeddings)):
+    elif given := sorted(set(records) & set(family.of_embeddings) - _of_head(family, module)):
         return f"module {module!r} has the tensors of an embedding, {', '.join(given)}, and is none"
     return None
+
+
+def _of_head(family: Family, module: str) -> frozenset[str]:
+    return family.of_heads if module.rpartition(".")[2] in OUTPUT_LAYERS else frozenset()
 
 
 def _disagreements(placed: Sequence[tuple[TensorRecord, Part]], sizes: Mapping[str, int]) -> Iterator[str]:

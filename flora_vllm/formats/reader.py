@@ -30,9 +30,10 @@ from flora_vllm.formats.module_faults import (
     shared_faults,
     value_faults,
 )
-from flora_vllm.formats.names import not_understood, saved_module, split_name
+from flora_vllm.formats.names import not_understood, saved_part, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
+from flora_vllm.formats.token_rows import KEY, TokenRows, module_of_rows, terms_of, token_rows
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
 from flora_vllm.terms import check_fit
 
@@ -64,7 +65,8 @@ class _Tensors:
     shared: Records
     strange: tuple[str, ...]
     misnamed: Mapping[str, str]
-    saved: Records  # embeddings and output layers that the file holds whole
+    rows: Records  # of embeddings, by module
+    saved: Records  # of modules that the file holds whole, as <module>.<weight or bias>
     parameters: tuple[Parameter, ...] = ()  # of experts, which PEFT adapts as parameters instead of modules
 
 
@@ -129,7 +131,7 @@ def examine_files(
     if family is None:
         return _refused(name, faults)
     faults += _task_faults(family, config, task)
-    tensors = _sorted(family, records, nested=bool(config.values.get("target_parameters")))
+    tensors = _sorted(family, config, records)
     faults += tensors.strange
     if tensors.misnamed:
         # Whatever else could be said of its modules would only say this again.
@@ -146,16 +148,19 @@ def examine_files(
     tensors = replace(tensors, modules=modules, parameters=parameters)
     if not (tensors.modules or tensors.parameters or misplaced):
         faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}; nothing would be adapted")
+    rows = TokenRows()
     try:
         # No more than it takes to know that there are too many to list.
         faults += itertools.islice(module_faults(family, config, tensors.modules, layout), MAX_LOOKED_FOR)
         faults += parameter_faults(config, tensors.parameters, layout)
         faults += shared_faults(family, config, tensors.shared)
+        rows = token_rows(config, tensors.rows, layout)
+        faults += rows.faults
     except AdapterError as error:  # a pattern of the config that takes too long
         faults.append(str(error))
     if faults:
         return _refused(name, faults)
-    modules, faults = _built(family, config, data, tensors, layout, task)
+    modules, faults = _built(family, config, data, tensors, layout, task, rows)
     faults += built_faults(modules, limits)
     if faults:
         return _refused(name, faults)
@@ -230,17 +235,27 @@ def _misnamed_fault(misnamed: Mapping[str, str]) -> str:
     )
 
 
-def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tensors:
+def _sorted(family: Family, config: CheckedConfig, records: list[TensorRecord]) -> _Tensors:
+    nested, kept = bool(config.values.get("target_parameters")), tuple(config.values.get("modules_to_save") or ())
     modules: dict[str, dict[str, TensorRecord]] = {}
     shared: dict[str, TensorRecord] = {}
     strange = []
     misnamed: dict[str, str] = {}
     saved: dict[str, TensorRecord] = {}
+    rows: dict[str, TensorRecord] = {}
     for record in records:
-        if saved_module(record.name) is not None:
-            saved[record.name] = record
+        if KEY in family.keys and (module := module_of_rows(record.name)) is not None:
+            rows[module] = record
             continue
         split = split_name(family, record.name)
+        whole = saved_part(record.name, kept, within=split is None)
+        if whole is not None:
+            if other := saved.get(".".join(whole)):
+                strange.append(
+                    f"tensors {other.name!r} and {record.name!r} are both {whole[1]} of {whole[0]!r}; keep one"
+                )
+            saved[".".join(whole)] = record
+            continue
         better = (
             as_peft_names(family, record.name, nested) if split is None or looks_wrapped(record.name) else record.name
         )
@@ -252,7 +267,7 @@ def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tenso
             shared[split[1]] = record
         else:
             modules.setdefault(split[0], {})[split[1]] = record
-    return _Tensors(modules, shared, tuple(strange), misnamed, saved)
+    return _Tensors(modules, shared, tuple(strange), misnamed, rows, saved)
 
 
 def _built(
@@ -262,6 +277,7 @@ def _built(
     tensors: _Tensors,
     layout: ModelLayout | None,
     task: str | None,
+    rows: TokenRows,
 ) -> tuple[dict[str, ModuleTerms], list[str]]:
     """The canonical form, and what only a row's own reading of a module finds wrong."""
     modules: dict[str, ModuleTerms] = {}
@@ -284,6 +300,13 @@ def _built(
             if module in modules:
                 faults.append(f"module {module!r} has tensors of its own and in {parameter.full!r}; keep those of one")
             modules[module] = ModuleTerms(terms)
+    of_rows = _views(data, tensors.rows)
+    for module in rows.tokens:
+        if module in modules:
+            faults.append(
+                f"module {module!r} has rows of tokens and tensors of family {family.name}; train one of both"
+            )
+        modules[module] = ModuleTerms((terms_of(rows, module, of_rows),))
     return modules, faults
 
 

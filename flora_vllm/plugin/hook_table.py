@@ -408,6 +408,19 @@ PROMPT_HOOKS = {
         Hook(f"{_PROMPTS}.compute_prompt_token_id_logprobs", ("self", "logits_fn", "hidden_states")),
     ),
 }
+# Whose the rows are that a classifier's head runs on.
+_POOLER = "vllm.model_executor.layers.pooler"
+POOLER_HOOKS = (
+    Hook(f"{_POOLER}.special:DispatchPooler.__init__", ("self", "poolers_by_task"), sets=("poolers_by_task",)),
+    Hook(f"{_POOLER}.seqwise:SequencePooler.__init__", ("self", "pooling", "head"), sets=("head",)),
+    Hook(f"{_POOLER}.seqwise:SequencePooler.forward", ("self", "hidden_states", "pooling_metadata")),
+    Hook(f"{_POOLER}.seqwise:ClassifierPoolerHead.__init__", ("self", "classifier"), sets=("classifier",)),
+    Hook(f"{_POOLER}.seqwise:ClassifierPoolerHead.forward", ("self", "pooled_data", "pooling_metadata")),
+    Hook(f"{_POOLER}.tokwise:TokenPooler.forward", ("self", "hidden_states", "pooling_metadata")),
+    Hook(f"{_POOLER}.tokwise:TokenClassifierPoolerHead.__init__", ("self", "classifier"), sets=("classifier",)),
+    Hook(f"{_POOLER}.tokwise:TokenClassifierPoolerHead.forward_chunk", ("self", "pooled_data", "pooling_param")),
+    Hook("vllm.v1.pool.metadata:PoolingMetadata.pooling_params"),
+)
 _CORE = (
     Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch", "requests")),
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
@@ -423,4 +436,6 @@ _CORE = (
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
 COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
-HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]
+HOOKS = (
+    COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2] + POOLER_HOOKS
+)

@@ -34,6 +34,7 @@ from flora_vllm.plugin.head import AdaptedHead, attach_heads
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
 from flora_vllm.plugin.trial import layers_elsewhere
@@ -143,7 +144,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._match_target_modules,
             self._vllm_config,
             self.device,
-        )
+        ) or attach_classifier(self.model, self.attached, self._match_target_modules, self.device)
         if self.head_rows is not None:
             self._verified_steps.append(self.head_rows.step)
         layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes
