@@ -99,6 +99,7 @@ class ModelLayout:
     `fused`: as `shapes`, of layers that some checkpoints hold as one tensor and others as the parts that `shapes` has.
     `experts`: path of a mixture's experts -> what they are; their linear layers are among `shapes`.
     `tied`: embedding -> the output layer whose weight is the embedding's, both as paths used here.
+    `norms`: those in `shapes`, there as (width, width), that norm their input and scale it instead of multiplying it.
     `embeddings`: those in `shapes`, there as (tokens, width), that look their input up instead of multiplying it.
     """
 
@@ -109,6 +110,7 @@ class ModelLayout:
     experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
+    norms: frozenset[str] = frozenset()
 
     def is_of_expert(self, path: str) -> bool:
         """Whether `path`, as this layout calls it, is a linear layer of an expert."""

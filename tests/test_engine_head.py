@@ -49,6 +49,8 @@ CONFIGS = {
     "tokens of each": peft.LoraConfig(
         r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TOKENS, "lm_head": TOKENS[:7]}
     ),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "norms saved": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"]),
     "tokens alone": peft.TrainableTokensConfig(token_indices=TOKENS, target_modules=["embed_tokens"]),
 }
 

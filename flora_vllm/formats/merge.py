@@ -66,6 +66,9 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
             faults.append(fault)
             continue
         weight, bias = (f"{base.rename(module)}.{kind}" for kind in ("weight", "bias"))
+        if len(base.records[weight].shape) == 1:
+            faults.append(f"module {module!r} is a norm, which cannot be merged yet; serve the adapter as it is")
+            continue
         dtype = base.records[weight].dtype
         if dtype not in TORCH_DTYPES:
             faults.append(f"tensor {weight!r} of the base model has dtype {dtype}; it cannot be merged into")

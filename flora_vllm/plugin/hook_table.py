@@ -421,6 +421,15 @@ POOLER_HOOKS = (
     Hook(f"{_POOLER}.tokwise:TokenClassifierPoolerHead.forward_chunk", ("self", "pooled_data", "pooling_param")),
     Hook("vllm.v1.pool.metadata:PoolingMetadata.pooling_params"),
 )
+_NORMS = "vllm.model_executor.layers.layernorm"
+NORM_HOOKS = (
+    Hook(f"{_NORMS}:RMSNorm.__init__", ("self", "hidden_size"), sets=("weight",)),
+    Hook(f"{_NORMS}:RMSNorm.forward_native", ("self", "x", "residual")),
+    Hook(f"{_NORMS}:GemmaRMSNorm.__init__", ("self", "hidden_size"), sets=("weight",)),
+    Hook(f"{_NORMS}:GemmaRMSNorm.forward_native", ("self", "x", "residual")),
+    Hook("vllm.config:CompilationMode.NONE"),
+    Hook("vllm.config:CompilationConfig.mode"),
+)
 _CORE = (
     Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch", "requests")),
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
@@ -437,5 +446,9 @@ _CORE = (
 )
 COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
 HOOKS = (
-    COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2] + POOLER_HOOKS
+    *COMMON_HOOKS,
+    *ENCODER_HOOKS,
+    *(hook for by_runner in (RUNNER_HOOKS, PROMPT_HOOKS) for number in (1, 2) for hook in by_runner[number]),
+    *POOLER_HOOKS,
+    *NORM_HOOKS,
 )

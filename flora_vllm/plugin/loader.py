@@ -238,6 +238,8 @@ class AdapterLoader:
             layers = mixed([(part.weight, adapter.layers) for part, adapter in zip(parts, cut, strict=True)], sizes)
         except AdapterError as error:
             faults.append(str(error))
+        if [part.weight for part in parts] != [1] and any(name in self._attached.norms for name in layers):
+            faults.append("a part has norms of its own, which have no weighted sum with the base's here; use it alone")
         if len({adapter.invocation_tokens for adapter in cut}) > 1:
             faults.append("its parts begin at different tokens (alora_invocation_tokens); mix adapters with the same")
         faults += mix_faults(layers, self._limits.flora, self._limits.lora)
@@ -279,6 +281,9 @@ class AdapterLoader:
                 continue
             if terms is not None:
                 layers[name] = terms
+                norm, part = self._attached.norms.get(name), terms[0]
+                if norm is not None and not norm.has_bias and part is not None and part.offset_O is not None:
+                    faults.append(f"norm {name!r} has a bias, which the base model's has none of; remove it")
         chunks = [chunk for arena in arenas.values() for chunk in arena.finished()]
         kept = CompactLayers(layers, chunks)
         if not kept.is_finite():
@@ -340,19 +345,21 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         for layout in attached.layouts.values()
         if layout.module not in shapes and not layout.holds_qkv and not own.is_of_expert(layout.module)
     }
+    norms = frozenset(attached.norms)
     embeddings, tied = frozenset(attached.embeddings), _tied(attached, model)
-    for other in _of_other_stages((shapes, refused, fused, experts, embeddings, tied)):
+    for other in _of_other_stages((shapes, refused, fused, experts, embeddings, tied, norms)):
         shapes |= other[0]
         refused |= other[1]
         fused |= other[2]
         experts |= other[3]
         embeddings |= other[4]
         tied |= other[5]
+        norms |= other[6]
     of_experts = {name for name in shapes if own.is_of_expert(name)}
     known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
     rename = functools.lru_cache(maxsize=1 << 16)(_renamer(model, known, of_experts))
-    return ModelLayout(shapes, refused, rename, fused, experts, embeddings, tied)
+    return ModelLayout(shapes, refused, rename, fused, experts, embeddings, tied, norms)
 
 
 def _tied(attached: Attached, model: Any) -> dict[str, str]:

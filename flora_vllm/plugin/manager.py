@@ -33,6 +33,7 @@ from flora_vllm.plugin.handed import on_disk
 from flora_vllm.plugin.head import AdaptedHead, attach_heads
 from flora_vllm.plugin.loader import AdapterLoader
 from flora_vllm.plugin.loads import Loads
+from flora_vllm.plugin.norms import attach_norms
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.probe import EngineBase
@@ -134,6 +135,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._vllm_config,
             self.device,
         )
+        attach_norms(
+            self.model,
+            self.attached,
+            self.rows.step_of,
+            self._match_target_modules,
+            self._vllm_config,
+            self.device,
+        )
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
@@ -197,8 +206,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
         index = self.lora_index_to_id.index(None)
-        for name, layer in (*self.attached.layers.items(), *self.attached.embeddings.items()):
-            layer.write_slot(index + 1, adapter.layers.get(name))
+        self.attached.write_slot(index + 1, adapter.layers)
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
         self._in_slots[index + 1] = adapter
@@ -209,8 +217,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
             del self._in_slots[index + 1]
-            for layer in (*self.attached.layers.values(), *self.attached.embeddings.values()):
-                layer.write_slot(index + 1, None)
+            self.attached.write_slot(index + 1, {})
 
     def _add_adapter(self, lora: LoadedAdapter) -> None:
         self._registered_adapters[lora.id] = lora

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.families.ln_tuning import norm_terms
 from flora_vllm.formats.module_faults import refusal
 from flora_vllm.formats.names import OF_BASE
 from flora_vllm.formats.ranks import Limits, built_faults
@@ -63,6 +64,10 @@ def _terms(
         raise AdapterError("it is not in the base model; was the adapter trained on another model?")
     if shape is None:
         raise AdapterError(f"modules such as this {type(layer).__name__} cannot be an adapter's own; train without it")
+    if layout.rename(module) in layout.norms:
+        if shape[:1] != found.get("weight", torch.empty(0)).shape:
+            raise AdapterError(f"it has no weight of the base's size {shape[:1]}; save the whole norm")
+        return norm_terms(found["weight"], found.get("bias"))
     if "bias" in found and layout.rename(module) in layout.embeddings:
         raise AdapterError("an embedding has no bias; remove it")
     terms: list[Term] = []
