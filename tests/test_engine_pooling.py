@@ -98,7 +98,7 @@ def _with_heads(tiny_model: Callable[[str], Path], folder: Path) -> dict[Path | 
         model = peft.get_peft_model(base, config).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(str(folder / name))
         models[folder / name] = model
     return models

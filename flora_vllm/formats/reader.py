@@ -131,7 +131,7 @@ def examine_files(
     if family is None:
         return _refused(name, faults)
     faults += _task_faults(family, config, task)
-    tensors = _sorted(family, config, records)
+    tensors = _sorted(family, config, data, records)
     faults += tensors.strange
     if tensors.misnamed:
         # Whatever else could be said of its modules would only say this again.
@@ -235,7 +235,7 @@ def _misnamed_fault(misnamed: Mapping[str, str]) -> str:
     )
 
 
-def _sorted(family: Family, config: CheckedConfig, records: list[TensorRecord]) -> _Tensors:
+def _sorted(family: Family, config: CheckedConfig, data: bytearray, records: list[TensorRecord]) -> _Tensors:
     nested, kept = bool(config.values.get("target_parameters")), tuple(config.values.get("modules_to_save") or ())
     modules: dict[str, dict[str, TensorRecord]] = {}
     shared: dict[str, TensorRecord] = {}
@@ -250,7 +250,9 @@ def _sorted(family: Family, config: CheckedConfig, records: list[TensorRecord]) 
         split = split_name(family, record.name)
         whole = saved_part(record.name, kept, within=split is None)
         if whole is not None:
-            if other := saved.get(".".join(whole)):
+            # PEFT writes an embedding or a head that it trains twice, by both names of it.
+            other = saved.get(".".join(whole))
+            if other is not None and data[other.start : other.end] != data[record.start : record.end]:
                 strange.append(
                     f"tensors {other.name!r} and {record.name!r} are both {whole[1]} of {whole[0]!r}; keep one"
                 )
