@@ -12,6 +12,7 @@ import transformers
 from engine_support import Engine
 
 import flora_vllm
+from flora_vllm.training import FloraConfig
 
 pytestmark = support.ENGINE_MARKS
 
@@ -57,7 +58,7 @@ def _embeddings(model: Any) -> list[torch.Tensor]:
 def engine(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Engine]:
     """Of the model that the test names; one at a time."""
     # Embedders compare texts too, for which vLLM wants the tokenizer.
-    with support.running(tiny_model(request.param), runner="pooling", max_loras=6, skip_tokenizer_init=False) as engine:
+    with support.running(tiny_model(request.param), runner="pooling", max_loras=7, skip_tokenizer_init=False) as engine:
         yield engine
 
 
@@ -83,6 +84,7 @@ HEADS = {
     "saved with a bias": peft.LoraConfig(**LORA, modules_to_save=["score"]),
     "adapted": peft.LoraConfig(r=2, target_modules=["q_proj", "score"]),
     "dora": peft.LoraConfig(r=2, use_dora=True, target_modules=["score"]),
+    "flora": FloraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS"),
     "backbone": peft.LoraConfig(**LORA),
 }
 
