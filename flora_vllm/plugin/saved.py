@@ -12,7 +12,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.base_model import CONV1D_MODEL_TYPES, EMBEDDINGS
 from flora_vllm.formats.families.ln_tuning import norm_terms
+from flora_vllm.formats.matching import OUTPUT_LAYERS
 from flora_vllm.formats.module_faults import refusal
 from flora_vllm.formats.names import OF_BASE
 from flora_vllm.formats.ranks import Limits, built_faults
@@ -32,6 +34,7 @@ def with_saved(
         module, _, kind = name.rpartition(".")
         tensors.setdefault(module, {})[kind] = tensor
     modules, faults = dict(adapter.modules), []
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     for path, found in tensors.items():
         module = path
         for ending in OF_BASE:
@@ -40,6 +43,9 @@ def with_saved(
         if layer is not None and all(_is_equal(layer, kind, tensor) for kind, tensor in found.items()):
             continue
         try:
+            is_linear = module.rpartition(".")[2] not in {*OUTPUT_LAYERS, *EMBEDDINGS}
+            if model_type in CONV1D_MODEL_TYPES and is_linear and layout.rename(module) not in layout.norms:
+                raise AdapterError(f"{model_type} stores linear layers the other way round; train without it")
             terms = _terms(path, module, found, layout, layer)
             if module in modules:
                 raise AdapterError(
