@@ -179,11 +179,16 @@ def test_what_is_saved_whole_and_cannot_be_served_is_refused_by_name(world: Worl
     for name, change, said in (
         ("resized", lambda t: t | {weight: t[weight][:-3]}, r"'lm_head'.*another size \(weight \(497, .*\(500, "),
         (
+            "twice",
+            lambda t: t | {weight.replace("weight", "modules_to_save.weight"): t[weight] + 1},
+            "both weight of 'lm_head'",
+        ),
+        (
             "elsewhere",
-            lambda t: t | {weight.replace("lm_", "other_"): t[weight]},
+            lambda t: t | {weight.replace("lm_", "other_"): t[weight] + 1},
             "'base_model.model.other_head.weight'",
         ),
-        ("base", lambda t: t | {weight.replace("weight", "base_layer.weight"): t[weight]}, "serve that base model"),
+        ("base", lambda t: t | {weight.replace("weight", "base_layer.weight"): t[weight] + 1}, "serve that base model"),
     ):
         source = world.paths["head saved"]
         assert source is not None
