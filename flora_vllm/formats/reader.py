@@ -18,6 +18,7 @@ from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.activation import invocation_tokens
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faults, take_parameters
+from flora_vllm.formats.families.biases import BIAS_NAMES
 from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of
@@ -248,7 +249,9 @@ def _sorted(family: Family, config: CheckedConfig, data: bytearray, records: lis
             rows[module] = record
             continue
         split = split_name(family, record.name)
-        whole = saved_part(record.name, kept, within=split is None)
+        # A name in modules_to_save may end an adapter's own tensors' names, too.
+        may_be_whole = split is None or split[1] in BIAS_NAMES
+        whole = saved_part(record.name, kept, within=split is None) if may_be_whole else None
         if whole is not None:
             # PEFT writes an embedding or a head that it trains twice, by both names of it.
             other = saved.get(".".join(whole))

@@ -41,7 +41,7 @@ from flora_vllm.plugin.planned import Plans
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
 from flora_vllm.plugin.saved import with_saved
 from flora_vllm.slots import layer_terms, overflowed
-from flora_vllm.terms import Arena, FromBase, resolve
+from flora_vllm.terms import Arena, FromBase, kind_of, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,9 @@ class AdapterLoader:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
-        own = {id(tensor): tensor for terms in modules.values() for tensor in terms.tensors()}
+        # Whole matrices are copied once, not made in an arena.
+        factors = (t for terms in modules.values() for t in terms.terms if not kind_of(t).dense_bytes(t))
+        own = {id(tensor): tensor for term in factors for tensor in kind_of(term).tensors(term)}
         numbers = sum(tensor.numel() for tensor in own.values())
         inputs: dict[tuple, torch.Tensor] = {}
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
