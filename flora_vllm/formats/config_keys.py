@@ -120,9 +120,9 @@ BOOKKEEPING: Mapping[str, Key] = {
     "task_type": ANYTHING,
 }
 
-# Embeddings and output layers by the last part of their path: PEFT saves them whole beside an adapter, changed or not.
-# Those and others that the config names; each name is looked for in each tensor's.
+# Names of modules that a config may say are saved whole: each is looked for in the name of each tensor.
 MAX_SAVED = 64
+# Embeddings and output layers by the last part of their path: PEFT saves them whole unasked, changed or not.
 SAVED_WHOLE = ("embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "word_embeddings")
 
 # `fan_in_fan_out` says how the *base* stores its weight; PEFT's factors are (R, I) and (O, R) either way

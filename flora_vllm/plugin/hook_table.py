@@ -137,6 +137,7 @@ _WORKER_SIDE = (
     Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
 )
 _LAYERS = (
+    Hook("vllm.model_executor.models.utils:PPMissingLayer"),
     Hook(
         f"{_LINEAR}:LinearBase.__init__",
         ("self", "input_size", "output_size", "skip_bias_add", "params_dtype", "quant_config"),

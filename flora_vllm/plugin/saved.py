@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError
@@ -40,6 +41,8 @@ def with_saved(
         for ending in OF_BASE:
             module = module.removesuffix(ending)
         layer = known.get(layout.rename(module))
+        if isinstance(layer, PPMissingLayer):  # another pipeline stage has it, and judges it
+            continue
         if layer is not None and all(_is_equal(layer, kind, tensor) for kind, tensor in found.items()):
             continue
         try:
