@@ -422,12 +422,10 @@ POOLER_HOOKS = (
     Hook(f"{_POOLER}.tokwise:TokenClassifierPoolerHead.forward_chunk", ("self", "pooled_data", "pooling_param")),
     Hook("vllm.v1.pool.metadata:PoolingMetadata.pooling_params"),
 )
-_NORMS = "vllm.model_executor.layers.layernorm"
+_NORMS, _NORM_CLASSES = "vllm.model_executor.layers.layernorm", ("RMSNorm", "GemmaRMSNorm")
 NORM_HOOKS = (
-    Hook(f"{_NORMS}:RMSNorm.__init__", ("self", "hidden_size"), sets=("weight",)),
-    Hook(f"{_NORMS}:RMSNorm.forward_native", ("self", "x", "residual")),
-    Hook(f"{_NORMS}:GemmaRMSNorm.__init__", ("self", "hidden_size"), sets=("weight",)),
-    Hook(f"{_NORMS}:GemmaRMSNorm.forward_native", ("self", "x", "residual")),
+    *(Hook(f"{_NORMS}:{name}.__init__", ("self", "hidden_size"), sets=("weight",)) for name in _NORM_CLASSES),
+    *(Hook(f"{_NORMS}:{name}.forward_native", ("self", "x", "residual")) for name in _NORM_CLASSES),
     Hook("vllm.config:CompilationMode.NONE"),
     Hook("vllm.config:CompilationConfig.mode"),
 )
@@ -446,10 +444,5 @@ _CORE = (
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
 COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE
-HOOKS = (
-    *COMMON_HOOKS,
-    *ENCODER_HOOKS,
-    *(hook for by_runner in (RUNNER_HOOKS, PROMPT_HOOKS) for number in (1, 2) for hook in by_runner[number]),
-    *POOLER_HOOKS,
-    *NORM_HOOKS,
-)
+HOOKS = COMMON_HOOKS + ENCODER_HOOKS + POOLER_HOOKS + NORM_HOOKS
+HOOKS += RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]
