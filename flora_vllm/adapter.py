@@ -58,8 +58,8 @@ class Adapter:
     digest: str
     base_model: str | None = None
     invocation_tokens: tuple[int, ...] | None = None
-    # Tensor name -> an embedding or output layer that the file holds whole: no change where it equals the base's, else
-    # not served.
+    # "<module>.weight" or "<module>.bias" -> what the file holds whole of a module, in the base's place; it is no
+    # change where it equals the base's, which its reader cannot know.
     saved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -98,6 +98,8 @@ class ModelLayout:
     `rename`: a checkpoint's module path -> the path used here (engines rename modules; several names may mean one).
     `fused`: as `shapes`, of layers that some checkpoints hold as one tensor and others as the parts that `shapes` has.
     `experts`: path of a mixture's experts -> what they are; their linear layers are among `shapes`.
+    `tied`: embedding -> the output layer whose weight is the embedding's, both as paths used here.
+    `norms`: those in `shapes`, there as (width, width), that norm their input and scale it instead of multiplying it.
     `embeddings`: those in `shapes`, there as (tokens, width), that look their input up instead of multiplying it.
     """
 
@@ -107,6 +109,8 @@ class ModelLayout:
     fused: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    norms: frozenset[str] = frozenset()
 
     def is_of_expert(self, path: str) -> bool:
         """Whether `path`, as this layout calls it, is a linear layer of an expert."""

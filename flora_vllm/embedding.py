@@ -1,8 +1,8 @@
-"""The adapted embedding: an adapter's low-rank term comes to the rows of its tokens, by their ids.
+"""The adapted embedding: an adapter's terms come to the rows of its tokens, by their ids.
 
-A linear layer multiplies its input with a factor; an embedding picks the factor's columns. As for linear layers, one
+A linear layer multiplies its input with a matrix; an embedding picks the matrix's rows. As for linear layers, one
 opaque torch op makes it reachable from compiled code, and what a step needs is read inside it. No CUDA graph holds the
-term: steps with an adapter that has one run eagerly.
+terms: steps with an adapter that has one run eagerly.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from flora_vllm.handles import Handles
-from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.ops.rare import DenseAdded, RowsAdded
+from flora_vllm.ops.terms import LayerTerms, SliceTerms
 from flora_vllm.step import Step
 
 
@@ -24,20 +25,23 @@ class AdaptedEmbedding:
         self._base = base
         self._step = step
         self._device = device
-        self._slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._slots: dict[int, SliceTerms] = {}
         self.handle = _embeddings.register(self)
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
-        """Slot `slot` (>= 1) has `terms` from now on, one slice's low-rank term (H in, V out); None clears it."""
+        """Slot `slot` (>= 1) has `terms` from now on, those of one slice (H in, V out); None clears it.
+
+        Of rare terms only those that can be picked by row.
+        """
         self._slots.pop(slot, None)
         part = None if terms is None else terms[0]
         if part is not None:
-            assert part.down_RI is not None, "readers give an embedding nothing else"
-            assert part.up_RO is not None, "a low-rank term has both sides"
-            self._slots[slot] = (part.down_RI.to(self._device), part.up_RO.to(self._device))
+            assert part.a_RI is None, "readers give an embedding no products"
+            assert part.offset_O is None, "nor a bias"
+            self._slots[slot] = part.to(self._device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (...) -> e (..., H): E[id] + up[:, id] down, added in float32 and rounded once."""
+        """ids (...) -> e (..., H): plain[id] E[id] + up[:, id] down + rows of rare terms, in float32, rounded once."""
         e = self._base(ids)
         # Layers behind it say whether the step was served: one that a graph replays or bypasses is not served by this.
         segments = self._step.segments_for(ids.numel(), serves=False)
@@ -46,11 +50,26 @@ class AdaptedEmbedding:
         e_TH, ids_T = e.view(-1, e.shape[-1]), ids.reshape(-1)
         for slot, rows in segments:
             if slot in self._slots:
-                down_RH, up_RV = self._slots[slot]
                 rows_N = rows.to(e.device)
-                added_NH = up_RV[:, ids_T[rows_N]].T.float() @ down_RH.float()
-                e_TH[rows_N] = (e_TH[rows_N].float() + added_NH).to(e.dtype)
+                e_TH[rows_N] = _changed(e_TH[rows_N].float(), ids_T[rows_N], self._slots[slot]).to(e.dtype)
         return e
+
+
+def _changed(e_NH: torch.Tensor, ids_N: torch.Tensor, terms: SliceTerms) -> torch.Tensor:
+    """What the terms make of rows `ids_N` of the embedding."""
+    if terms.plain_O is None:
+        e_NH = torch.zeros_like(e_NH)
+    elif len(terms.plain_O) == 1:
+        e_NH = e_NH * terms.plain_O
+    else:
+        e_NH = e_NH * terms.plain_O[ids_N, None]
+    if terms.down_RI is not None:
+        assert terms.up_RO is not None, "a low-rank term has both sides"
+        e_NH = e_NH + terms.up_RO[:, ids_N].T.float() @ terms.down_RI.float()
+    for term in terms.rare:
+        assert isinstance(term, DenseAdded | RowsAdded), "readers give an embedding no other"
+        e_NH = e_NH + term.picked(ids_N).float()
+    return e_NH
 
 
 _embeddings: Handles[AdaptedEmbedding] = Handles()

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from flora_vllm.layers import AdaptedLinear
-from flora_vllm.ops.rare import RoutedAdded
-from flora_vllm.ops.shell import placed
+from flora_vllm.ops.rare import RoutedAdded, placed
 from flora_vllm.ops.terms import LayerTerms, Segments
 
 # What experts add to one layer, by slice.
@@ -60,7 +59,7 @@ class FeedForward:
         mine.pop(slot, None)
         routed = routed_terms(terms)
         if any(term is not None for term in routed):
-            there = (None if term is None else placed((term,), self._device)[0] for term in routed)
+            there = (None if term is None else placed(term, self._device) for term in routed)
             mine[slot] = tuple(there)  # pyright: ignore[reportArgumentType] - placing keeps the kind
         self._slots = frozenset(self._terms[0].keys() | self._terms[1].keys())
         for each in self._layers:

@@ -99,19 +99,24 @@ def test_weights_equal_to_the_base_are_dropped_and_others_are_not(tmp_path: Path
     path = tmp_path / "a"
     save_peft_adapter(model, peft.LoraConfig(target_modules=["q_proj"]), path)
     good = load_file(path / WEIGHTS)
-    whole = {f"{ROOT}lm_head.base_layer.weight": head, f"{ROOT}model.embed_tokens.weight": embed.bfloat16().float()}
-    save_file({**good, **whole}, path / WEIGHTS)
+    whole = {f"{ROOT}lm_head.base_layer.weight": head, f"{ROOT}model.embed_tokens.weight": embed}
+    save_file({**good, **whole, f"{ROOT}model.norm.weight": torch.full((16,), 3.0)}, path / WEIGHTS)
     edit_config(path, modules_to_save=["lm_head", "embed_tokens"])
 
     assert convert("--repair", path, tmp_path / "out") == 1
     assert "2 tensors are no part of LORA" in capsys.readouterr().err
     assert convert("--repair", tmp_path / "base", path, tmp_path / "out") == 1
     assert "1 tensors are no part of LORA and not equal" in capsys.readouterr().err
-    save_file({**good, **whole, f"{ROOT}model.embed_tokens.weight": embed}, path / WEIGHTS)
+    save_file({**good, **whole}, path / WEIGHTS)
     assert convert("--repair", tmp_path / "base", path, tmp_path / "out") == 0
     assert "dropped 2 weights equal to the base model's" in capsys.readouterr().out
     assert load_file(tmp_path / "out" / WEIGHTS).keys() == good.keys()
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["modules_to_save"] is None
+    # What the adapter has in the base's place stays.
+    changed = {f"{ROOT}model.embed_tokens.weight": embed + 1}
+    save_file({**good, **whole, **changed}, path / WEIGHTS)
+    assert convert("--repair", tmp_path / "base", path, tmp_path / "out") == 0
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == good.keys() | changed.keys()
 
 
 def test_pickled_folder(tmp_path: Path, capsys) -> None:

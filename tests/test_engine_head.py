@@ -1,6 +1,7 @@
 """Adapters of the output layer and of the embedding, tied and padded: rows sampled from, rows of prompts, token ids.
 
-The oracle is PEFT's own forward of each folder: an adapter changes the one module alone, whatever weight it shares.
+The oracle is PEFT's own forward of each folder: an adapter changes the one module alone, whatever weight it shares; but
+rows of tokens are those of both.
 """
 
 import itertools
@@ -27,6 +28,7 @@ pytestmark = support.ENGINE_MARKS
 
 VOCABULARY = 500  # vLLM pads it to 512
 NEW = 4
+TOKENS = [*range(1, VOCABULARY, 3)]  # such that prompts have some
 CONFIGS = {
     "head": peft.LoraConfig(r=4, target_modules=["lm_head"]),
     "head and queries": peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 6}),
@@ -36,6 +38,20 @@ CONFIGS = {
         r=3, use_rslora=True, target_modules=["embed_tokens", "lm_head", "q_proj"], alpha_pattern={"embed_tokens": 3}
     ),
     "queries": peft.LoraConfig(r=4, target_modules=["q_proj"]),
+    "head saved": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embedding saved": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "both saved": peft.LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "a layer saved": peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["o_proj", "layers.1.mlp.up_proj"]
+    ),
+    # Of a tied model they are the output layer's, too, unless it has its own.
+    "tokens": peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS),
+    "tokens of each": peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TOKENS, "lm_head": TOKENS[:7]}
+    ),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "norms saved": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"]),
+    "tokens alone": peft.TrainableTokensConfig(token_indices=TOKENS, target_modules=["embed_tokens"]),
 }
 
 
@@ -117,8 +133,8 @@ def test_logprobs_of_prompts_and_of_several_answers_are_the_adapters(world: Worl
     sampling = vllm.SamplingParams(
         n=3, temperature=1.0, max_tokens=NEW, logprobs=3, prompt_logprobs=2, detokenize=False, ignore_eos=True
     )
-    names = ["head", "base", "dora", "both ends", "head and queries"]
-    prompts = [prompt(length, seed=70 + length) for length in (7, 90, 81, 12, 30)]
+    names = ["head", "base", "dora", "both ends", "head and queries", "both saved", "tokens"]
+    prompts = [prompt(length, seed=70 + length) for length in (7, 90, 81, 12, 30, 20, 40)]
     outputs = world.engine.llm.generate(
         [{"prompt_token_ids": list(tokens)} for tokens in prompts],
         sampling,
@@ -156,6 +172,31 @@ def test_logits_of_rows_that_nobody_named_fail_their_requests_and_no_others(
         with pytest.raises(flora_vllm.StepError, match="adapters cannot follow"):
             world.engine.ask([Ask(prompt(9, seed=91), world.paths["head"]), *asks], NEW)
     assert world.engine.ask(asks, NEW)[1].tokens == wanted[1].tokens
+
+
+def test_what_is_saved_whole_and_cannot_be_served_is_refused_by_name(world: World, tmp_path: Path) -> None:
+    weight = "base_model.model.lm_head.weight"
+    for name, change, said in (
+        ("resized", lambda t: t | {weight: t[weight][:-3]}, r"'lm_head'.*another size \(weight \(497, .*\(500, "),
+        (
+            "twice",
+            lambda t: t | {weight.replace("weight", "modules_to_save.weight"): t[weight] + 1},
+            "both weight of 'lm_head'",
+        ),
+        (
+            "elsewhere",
+            lambda t: t | {weight.replace("lm_", "other_"): t[weight] + 1},
+            "'base_model.model.other_head.weight'",
+        ),
+        ("base", lambda t: t | {weight.replace("weight", "base_layer.weight"): t[weight] + 1}, "serve that base model"),
+    ):
+        source = world.paths["head saved"]
+        assert source is not None
+        shutil.copytree(source, tmp_path / name)
+        file = tmp_path / name / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+        with pytest.raises(flora_vllm.AdapterError, match=said):
+            world.engine.ask([Ask(prompt(5, seed=1), tmp_path / name)])
 
 
 def test_other_families_and_misplaced_tensors_are_refused_by_name(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models that pool: classifiers and embedders take adapters of their backbone; their heads run on pooled rows."""
+"""Models that pool: classifiers and embedders take adapters of their backbone, classifiers of their heads too."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ import transformers
 from engine_support import Engine
 
 import flora_vllm
+from flora_vllm.training import FloraConfig
 
 pytestmark = support.ENGINE_MARKS
 
@@ -57,7 +58,7 @@ def _embeddings(model: Any) -> list[torch.Tensor]:
 def engine(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Iterator[Engine]:
     """Of the model that the test names; one at a time."""
     # Embedders compare texts too, for which vLLM wants the tokenizer.
-    with support.running(tiny_model(request.param), runner="pooling", max_loras=2, skip_tokenizer_init=False) as engine:
+    with support.running(tiny_model(request.param), runner="pooling", max_loras=7, skip_tokenizer_init=False) as engine:
         yield engine
 
 
@@ -76,17 +77,60 @@ def test_a_classifiers_backbone_is_adapted_and_its_head_left_alone(engine, tiny_
     assert not _agree(plain, adapted)
     assert _agree(_score(engine, tmp_path / "lora", "classify"), adapted)
     assert _agree(_score(engine, None, "classify"), plain)
-    assert "score" in engine.manager().attached.refused
+
+
+HEADS = {
+    "saved": peft.LoraConfig(**LORA, task_type="SEQ_CLS"),  # PEFT names score and classifier in modules_to_save
+    "saved with a bias": peft.LoraConfig(**LORA, modules_to_save=["score"]),
+    "adapted": peft.LoraConfig(r=2, target_modules=["q_proj", "score"]),
+    "dora": peft.LoraConfig(r=2, use_dora=True, target_modules=["score"]),
+    "flora": FloraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS"),
+    "backbone": peft.LoraConfig(**LORA),
+}
+
+
+def _with_heads(tiny_model: Callable[[str], Path], folder: Path) -> dict[Path | None, Any]:
+    """Folder -> PEFT's model of it, and the base; what is saved whole has random numbers."""
+    models: dict[Path | None, Any] = {None: _load_classifier(tiny_model("classifier"))}
+    for seed, (name, config) in enumerate(HEADS.items()):
+        base = _load_classifier(tiny_model("classifier"))
+        if "bias" in name:
+            base.score.bias = torch.nn.Parameter(torch.zeros(base.config.num_labels))
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(base, config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(str(folder / name))
+        models[folder / name] = model
+    return models
 
 
 @CLASSIFIER
-def test_an_adapter_of_the_head_is_refused_by_name(engine, tiny_model, tmp_path):
-    base = _load_classifier(tiny_model("classifier"))
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "score"])
-    _saved(base, tmp_path / "head", config)
-    with pytest.raises(flora_vllm.AdapterError, match="'score' cannot be adapted: it runs on pooled rows"):
+def test_heads_of_one_batch_are_each_requests_own(engine, tiny_model, tmp_path):
+    """Saved whole, adapted and left alone; each as PEFT computes it."""
+    models = _with_heads(tiny_model, tmp_path)
+    adapters = [*models, *reversed(models)]
+    prompts = [support.prompt(4 + 3 * i, seed=i) for i in range(len(adapters))]
+    asked = [{"prompt_token_ids": list(p)} for p in prompts]
+    requests = [engine.request_for(adapter) for adapter in adapters]
+    found = engine.llm.classify(asked, lora_request=requests, use_tqdm=False)
+    for adapter, prompt, output in zip(adapters, prompts, found, strict=True):
+        with torch.no_grad():
+            wanted = models[adapter](torch.tensor([list(prompt)])).logits[0].softmax(-1)
+        assert torch.allclose(torch.tensor(output.outputs.probs), wanted, atol=TOLERANCE, rtol=0), adapter
+    alone = engine.llm.classify(asked[1], lora_request=requests[1], use_tqdm=False)[0]
+    assert torch.allclose(torch.tensor(alone.outputs.probs), torch.tensor(found[1].outputs.probs), atol=TOLERANCE)
+
+
+@CLASSIFIER
+def test_a_saved_head_that_does_not_fit_is_refused_by_name(engine, tiny_model, tmp_path):
+    base = transformers.Qwen2ForSequenceClassification.from_pretrained(
+        tiny_model("classifier"), num_labels=5, ignore_mismatched_sizes=True
+    )
+    _saved(base, tmp_path / "head", peft.LoraConfig(**LORA, modules_to_save=["score"]))
+    with pytest.raises(flora_vllm.AdapterError, match=r"'score' is saved whole .*another size \(weight \(5,"):
         _score(engine, tmp_path / "head", "classify")
-    assert _agree(_score(engine, None, "classify"), _probabilities(_load_classifier(tiny_model("classifier"))))
 
 
 @CLASSIFIER

@@ -82,9 +82,9 @@ def _peft(**options) -> Callable[[Path, Path], None]:
     return save
 
 
-def _with_another_head(path: Path, model: Path) -> None:
-    _peft(target_modules=["q_proj"], modules_to_save=["lm_head"])(path, model)
-    _change_tensors(path, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+def _with_other_norms(path: Path, model: Path) -> None:
+    _peft(target_modules=["q_proj"], modules_to_save=["norm"])(path, model)
+    _change_tensors(path, lambda tensors: tensors["base_model.model.model.norm.weight"].add_(1))
 
 
 def _another_family(path: Path, _model: Path) -> None:
@@ -99,9 +99,9 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
         lambda path, _: support.write_unchecked(
             path, {"model.embed_tokens": (torch.ones(2, WIDTH), torch.ones(512, 2))}
         ),
-        ("'model.embed_tokens' is an embedding, which only plain LoRA can adapt",),
+        ("'model.embed_tokens' is an embedding, which only plain LoRA",),
     ),
-    "saved whole": (_with_another_head, ("lm_head", "the base")),
+    "saved whole": (_with_other_norms, ("'model.norm' is saved whole", "RMSNorm")),
     "another family": (_another_family, ("LILY", "is not supported yet")),
     "another depth": (
         lambda path, _: _flora(path, module="model.layers.7.self_attn.q_proj"),

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from families_support import worst_errors
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, TrainableTokensConfig
 
 torch.set_num_threads(1)
 
 ATTENTION = ["q_proj", "v_proj"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+TOKENS = list(range(0, 80, 3))
 
 # name -> (architecture, config)
 CASES = {
@@ -26,6 +28,12 @@ CASES = {
     "lora-embedding": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"], use_rslora=True)),
     "lora-ends": ("qwen2", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], rank_pattern={"lm_head": 5})),
     "ia3-head": ("qwen2", IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[])),
+    "tokens": ("llama", TrainableTokensConfig(token_indices=TOKENS, target_modules=["embed_tokens"])),
+    "lora-tokens": ("llama", LoraConfig(r=3, target_modules=ATTENTION, trainable_token_indices=TOKENS)),
+    "lora-tokens-of-each": (
+        "qwen2",
+        LoraConfig(r=3, target_modules=ATTENTION, trainable_token_indices={"embed_tokens": TOKENS, "lm_head": [3, 7]}),
+    ),
     "dora-conv1d": ("gpt2", LoraConfig(r=3, use_dora=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
 }
 

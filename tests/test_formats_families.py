@@ -22,7 +22,8 @@ LORA_CASES: dict[str, tuple[dict, str]] = {
         init: ({"init_lora_weights": init}, "path_initial_model_for_weight_conversion")
         for init in ("pissa_niter_4", "corda", "lora_ga", "loftq")
     },
-    "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' is [1]"),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices names tokens whose rows are not in the file"),
+    "tokens twice": ({"trainable_token_indices": {"wte": [1, 1]}}, "'trainable_token_indices' is {'wte': [1, 1]}"),
     "parameters": ({"target_parameters": ["experts.up"]}, "'target_parameters'"),
     "replication": ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
     "alora": ({"alora_invocation_tokens": [5, -1]}, "'alora_invocation_tokens' is [5, -1]; allowed: null, or a list"),

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, PeftConfig]] = {
     "ia3": ("llama", IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "ia3-bias": ("qwen2", IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=[])),
     "ia3-conv1d": ("gpt2", IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)),
+    "lora-saved": ("llama", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "up_proj"])),
     "hira": ("qwen2", HiraConfig(r=4, target_modules=["q_proj", "up_proj"])),
 }
 

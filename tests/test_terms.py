@@ -23,6 +23,7 @@ from flora_vllm.terms import (
     Kron,
     Offset,
     Product,
+    Replaced,
     Shared,
     Sparse,
     Swap,
@@ -72,6 +73,8 @@ KINDS: dict[str, Term] = {
     "sparse": Sparse(normal(40), torch.arange(40) * 7 % O, torch.arange(40) * 5 % I, (O, I), 0.5),
     "sparse-twice": Sparse(normal(4), torch.tensor([3, 3, 3, 47]), torch.tensor([2, 2, 31, 0]), (O, I)),
     "dense": Dense(normal(O, I), 0.5),
+    "replaced": Replaced(normal(O, I)),
+    "replaced-rows": Replaced(normal(3, I), torch.tensor([47, 3, 19])),
     "turn": Turn(orthogonal(8, 4)),
     "turn-order": Turn(orthogonal(8, 4), torch.randperm(I, generator=torch.Generator().manual_seed(1))),
     "gain": Gain(normal(O, std=1.0), scales_bias=False),
@@ -138,6 +141,8 @@ def test_random_mixes_of_kinds(cut: str) -> None:
     names = [name for name in KINDS if cut != "columns" or name not in ("swap", "turn-order")]
     for _ in range(40):
         mix = choose.sample(names, choose.randint(2, 5))
+        if {"replaced", "replaced-rows"} <= {*mix}:  # a weight is replaced once
+            mix.remove("replaced")
         error = worst([KINDS[name] for name in mix], cut, choose.random() < 0.7)
         assert error < 1e-4, mix
 

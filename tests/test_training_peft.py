@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from training_support import tiny_gpt2, tiny_llama, two_linears
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
@@ -287,8 +288,6 @@ def test_adapters_of_a_half_precision_base_are_kept_in_float32():
         ({"reduction": "max"}, "reduction='max'"),
         ({"flora_dropout": 1.0}, "flora_dropout"),
         ({"init_weights": "gaussian"}, "init_weights"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern"),
     ],
@@ -310,6 +309,39 @@ def test_targets_that_cannot_be_adapted_leave_the_model_as_it_was(fields, words)
     with pytest.raises(ValueError, match=words):
         get_peft_model(model, FloraConfig(**fields))
     assert type(model.first) is nn.Linear
+
+
+def tiny_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForSequenceClassification(config).eval()
+
+
+def test_a_classifiers_head_is_trained_and_saved_beside_the_factors(tmp_path):
+    tokens = torch.randint(1, 50, (4, 6), generator=torch.Generator().manual_seed(1))
+    config = FloraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_classifier(), config)
+    plain = tiny_classifier()(tokens).logits
+    assert torch.allclose(model(tokens).logits, plain, atol=1e-6)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model.train()(tokens, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model.eval()(tokens).logits
+    assert (trained - plain).abs().max() > 0.1
+    model.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert set(adapter.saved) == {"score.weight"}
+    assert set(adapter.modules) == {f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")}
+    loaded = PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+    assert torch.allclose(loaded(tokens).logits, trained, atol=1e-6)
+    mixed = loaded(tokens, adapter_names=["default", "__base__", "default", "__base__"]).logits
+    assert torch.allclose(mixed, torch.stack([trained[0], plain[1], trained[2], plain[3]]), atol=1e-6)
+    assert torch.allclose(loaded.merge_and_unload()(tokens).logits, trained, atol=1e-5)
 
 
 def test_output_layer_and_embeddings_are_refused():

@@ -47,7 +47,8 @@ class BaseModel:
     def rename(self, module: str) -> str:
         """`module` as the files call it: a checkpoint saved without its head says `h.0.…` for `transformer.h.0.…`."""
         first, _, rest = module.partition(".")
-        name = module if any(name.startswith(f"{first}.") for name in self.records) else rest
+        is_there = not rest or any(name.startswith(f"{first}.") for name in self.records)
+        name = module if is_there else rest
         found = _OF_EXPERTS.match(name)
         return name if found is None else self._hosts.get(found[1], f"{found[1]}.{found[2]}") + name[found.end(2) :]
 
@@ -88,22 +89,30 @@ def open_base(base: str) -> BaseModel:
 
 
 def base_layout(base: BaseModel) -> ModelLayout:
-    """Shapes (O, I) of every two-dimensional weight, keyed by module path; of embeddings (tokens, width).
+    """Shapes (O, I) of every two-dimensional weight, keyed by module path; of embeddings (tokens, width); and norms.
 
     An output layer whose weight the files leave to the embedding is there, too. Modules that cannot be adapted are
     refused by the reader, by name.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    norms: frozenset[str] = frozenset()
     for name, record in base.records.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and len(record.shape) == 2:
             rows, columns = record.shape
             is_conv1d = base.stores_in_out and module.split(".")[-1] not in {"lm_head", *EMBEDDINGS}
             shapes[module] = (columns, rows) if is_conv1d else (rows, columns)
+        elif kind == "weight" and len(record.shape) == 1:
+            norms |= {module}
+            shapes[module] = (*record.shape, *record.shape)
     embeddings = frozenset(module for module in shapes if module.split(".")[-1] in EMBEDDINGS)
+    tied = {}
     if base.is_tied and len(embeddings) == 1:
         shapes.setdefault("lm_head", shapes[min(embeddings)])
-    return ModelLayout(shapes, rename=base.rename, experts=_experts(shapes), embeddings=embeddings)
+        tied = {min(embeddings): "lm_head"}
+    return ModelLayout(
+        shapes, rename=base.rename, experts=_experts(shapes), embeddings=embeddings, tied=tied, norms=norms
+    )
 
 
 def tied_fault(base: BaseModel, module: str) -> str | None:

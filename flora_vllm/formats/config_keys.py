@@ -61,6 +61,14 @@ def is_rank(value: object) -> bool:
     return isinstance(value, int) and _is_int(value) and value > 0
 
 
+def _is_token_list(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and all(_is_int(token) and token >= 0 for token in value)
+        and len({*value}) == len(value)
+    )
+
+
 def only(*values: object) -> Key:
     """A key that changes the result unless it has one of these values (type and all: 0 is not False)."""
     return Key(" or ".join(map(repr, values)), lambda value: any(type(value) is type(v) and value == v for v in values))
@@ -94,6 +102,10 @@ EXPERT_PARAMETERS = Key(
     f"null or names of experts' {' and '.join(EXPERTS_WHOLE)}: other parameters cannot be adapted",
     lambda v: v is None or (_is_names(v) and all(name.rpartition(".")[2] in EXPERTS_WHOLE for name in v)),
 )
+TOKEN_INDICES = Key(
+    "null, a list of different token ids or an object of module name -> such a list",
+    lambda v: v is None or _is_token_list(v) or (isinstance(v, dict) and all(map(_is_token_list, v.values()))),
+)
 NOTHING = Key("null or empty", lambda value: value in (None, [], {}))
 
 # `inference_mode`, `auto_mapping`, … describe the file or how it was trained, not what it computes.
@@ -108,7 +120,9 @@ BOOKKEEPING: Mapping[str, Key] = {
     "task_type": ANYTHING,
 }
 
-# Embeddings and output layers by the last part of their path: PEFT saves them whole beside an adapter, changed or not.
+# Names of modules that a config may say are saved whole: each is looked for in the name of each tensor.
+MAX_SAVED = 64
+# Embeddings and output layers by the last part of their path: PEFT saves them whole unasked, changed or not.
 SAVED_WHOLE = ("embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "word_embeddings")
 
 # `fan_in_fan_out` says how the *base* stores its weight; PEFT's factors are (R, I) and (O, R) either way
@@ -118,9 +132,8 @@ TARGETS: Mapping[str, Key] = {
     "exclude_modules": OPTIONAL_MODULES,
     "fan_in_fan_out": BOOLEAN,
     "modules_to_save": Key(
-        f"null, empty, or names of embeddings and output layers ({', '.join(SAVED_WHOLE)}) that equal the base's "
-        "(vLLM: Unsupported modules_to_save)",
-        lambda value: value is None or (_is_names(value) and all(n.split(".")[-1] in SAVED_WHOLE for n in value)),
+        f"null or at most {MAX_SAVED} names of modules that are saved whole",
+        lambda value: value is None or (_is_names(value) and len(value) <= MAX_SAVED),
     ),
     activation.KEY: Key(activation.ALLOWED, activation.is_invocation),
 }

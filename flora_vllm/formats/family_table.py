@@ -34,6 +34,7 @@ GROUPS = {
     "choose by token among products of low rank": ("Gated", "Routed"),
     "add a product of low rank": ("Added",),
     "move its outputs": ("Offset",),
+    "put rows of their own in the base's place": ("Replaced",),
 }
 
 

@@ -26,6 +26,7 @@ from flora_vllm.formats.module_faults import is_embedding
 from flora_vllm.formats.names import PREFIX
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.repair import equals_base
 from flora_vllm.formats.writer import publish
 from flora_vllm.terms import Added, Dense, Offset, Term, merged, resolve
 from flora_vllm.terms.added import factors
@@ -75,6 +76,11 @@ def lora_factors(base: BaseModel, adapter: Adapter, progress: Progress) -> LoraF
         progress.update(1)
     if not pairs and not faults:
         faults.append("it adds no matrix to any module; LoRA needs one")
+    faults += [
+        f"tensor {name!r} is saved whole and differs from the base model's; LoRA files made here hold factors only"
+        for name, tensor in adapter.saved.items()
+        if not equals_base(name, tensor, base)
+    ]
     if adapter.invocation_tokens is not None:
         faults.append("alora_invocation_tokens: the LoRA made here is one of every token; serve the adapter as it is")
     if faults:

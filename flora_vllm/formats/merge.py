@@ -19,7 +19,7 @@ from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel, 
 from flora_vllm.formats.base_probe import FileProbe
 from flora_vllm.formats.repair import equals_base
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
-from flora_vllm.terms import Gain, Gated, Offset, Swap, Term, merged, resolve
+from flora_vllm.terms import Gain, Gated, Offset, Replaced, Swap, Term, merged, resolve
 from flora_vllm.terms.gated import NO_WEIGHT
 
 _CHUNK_BYTES = 16 << 20
@@ -66,6 +66,9 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
             faults.append(fault)
             continue
         weight, bias = (f"{base.rename(module)}.{kind}" for kind in ("weight", "bias"))
+        if len(base.records[weight].shape) == 1:
+            faults.append(f"module {module!r} is a norm, which cannot be merged yet; serve the adapter as it is")
+            continue
         dtype = base.records[weight].dtype
         if dtype not in TORCH_DTYPES:
             faults.append(f"tensor {weight!r} of the base model has dtype {dtype}; it cannot be merged into")
@@ -80,14 +83,32 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
             plan[bias] = plan[weight]
         elif changes is not None and changes.any():
             faults.append(f"module {module!r} gets a bias, which the base model has none of; it cannot be merged")
-    faults += [
-        f"tensor {name!r} is saved whole and differs from the base model's; it cannot be merged"
-        for name, tensor in adapter.saved.items()
-        if not equals_base(name, tensor, base)
-    ]
+    for name, tensor in adapter.saved.items():
+        if not equals_base(name, tensor, base):
+            module, _, kind = name.rpartition(".")
+            place = f"{base.rename(module)}.{kind}"
+            if (fault := _saved_fault(base, adapter, module, place, tensor)) is not None:
+                faults.append(f"module {module!r} is saved whole and differs from the base model's: {fault}")
+            else:
+                plan[place] = (Replaced(tensor) if kind == "weight" else Offset(tensor, replaces=True),)
     if faults:
         raise adapter_error(f"{adapter.family} for {base.directory}", faults)
     return plan
+
+
+def _saved_fault(base: BaseModel, adapter: Adapter, module: str, place: str, tensor: torch.Tensor) -> str | None:
+    """Why `tensor` cannot take the place of the base's at `place`, or None."""
+    known = base.records.get(place)
+    if module in adapter.modules:
+        return "it has tensors of the adapter's family, too; save it without these or without those"
+    if known is None or tuple(known.shape) != tuple(tensor.shape):
+        there = "nothing" if known is None else f"a tensor of shape {known.shape}"
+        return f"the base model has {there} for its {tuple(tensor.shape)}; it cannot be merged"
+    if base.stores_in_out:
+        return "this architecture stores weights the other way round; it cannot be merged yet"
+    if place.endswith(".weight") and tensor.ndim != 2:
+        return "it is no linear layer and no embedding; it cannot be merged yet"
+    return tied_fault(base, module)
 
 
 def _rows(base: BaseModel, weight: str) -> int:

@@ -73,7 +73,8 @@ def module_faults(
     for module, parts in sorted(modules.items()):
         pace()
         yield from _one_module_faults(family, config, module, parts, layout)
-        if targets is not None and not set(parts) <= family.alone and not targets.select(module):
+        is_tied = set(parts) <= family.of_heads and not is_embedding(module, layout)
+        if targets is not None and not (is_tied or set(parts) <= family.alone or targets.select(module)):
             yield (
                 f"module {module!r} has tensors but the config does not select it "
                 f"(target_modules {shown(config.values['target_modules'])}); PEFT would not apply them: "
@@ -82,7 +83,7 @@ def module_faults(
     if layout is not None:
         all_are = family.implied(config.values)
         adapted = sorted(module for module, parts in modules.items() if all_are or not set(parts) <= family.alone)
-        yield from _layout_faults(adapted, targets, layout)
+        yield from _layout_faults(adapted, targets, layout, family.of_norms)
 
 
 def shared_faults(family: Family, config: CheckedConfig, records: Records) -> Iterator[str]:
@@ -114,6 +115,12 @@ def _one_module_faults(
     shape = None if layout is None else layout.shape_of(module)
     if layout is not None and shape is None:
         yield f"module {module!r} is not in the base model; was the adapter trained on another model?"
+    if layout is not None and shape is not None and (layout.rename(module) in layout.norms) != family.of_norms:
+        what = (
+            "is no norm, and LN tuning is for these" if family.of_norms else "is a norm, which LN tuning alone adapts"
+        )
+        yield f"module {module!r} {what}; it has {', '.join(sorted(records))}; train without it"
+        return
     if config.bad & set(_needed_keys(family)):
         return
     scope = scope_of(config.values, module, shape, records)
@@ -144,12 +151,16 @@ def _embedding_fault(family: Family, module: str, records: Records, layout: Mode
     if is_embedding(module, layout):
         if not set(records) & set(family.of_embeddings):
             return (
-                f"module {module!r} is an embedding, which only plain LoRA can adapt (lora_embedding_A and "
-                f"lora_embedding_B); it has tensors of {family.name}: {', '.join(sorted(records))}; train without it"
+                f"module {module!r} is an embedding, which only plain LoRA (lora_embedding_A, lora_embedding_B) and "
+                f"trainable tokens adapt; it has those of {family.name}: {', '.join(sorted(records))}; train without it"
             )
-    elif given := sorted(set(records) & set(family.of_embeddings)):
+    elif given := sorted(set(records) & set(family.of_embeddings) - _of_head(family, module)):
         return f"module {module!r} has the tensors of an embedding, {', '.join(given)}, and is none"
     return None
+
+
+def _of_head(family: Family, module: str) -> frozenset[str]:
+    return family.of_heads if module.rpartition(".")[2] in OUTPUT_LAYERS else frozenset()
 
 
 def _disagreements(placed: Sequence[tuple[TensorRecord, Part]], sizes: Mapping[str, int]) -> Iterator[str]:
@@ -189,7 +200,7 @@ def selected_modules(config: CheckedConfig, layout: ModelLayout) -> list[str]:
     Experts are not among them: transformers holds them as parameters, which PEFT selects by other keys.
     """
     targets = Targets.from_config(config.values)
-    linear = (path for path in layout.shapes.keys() - layout.embeddings if not layout.is_of_expert(path))
+    linear = (path for path in layout.shapes.keys() - layout.embeddings - layout.norms if not layout.is_of_expert(path))
     return sorted(path for path in linear if refusal(path, layout) is None and targets.select(path))
 
 
@@ -247,7 +258,9 @@ def refusal(module: str, layout: ModelLayout | None) -> str | None:
     return next((UNSUPPORTED_MODULES[name] for name in reversed(names) if name in UNSUPPORTED_MODULES), None)
 
 
-def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: ModelLayout) -> Iterator[str]:
+def _layout_faults(
+    modules: Sequence[str], targets: Targets | None, layout: ModelLayout, of_norms: bool
+) -> Iterator[str]:
     """Faults of the modules as a whole against the model's: named twice, or selected and absent."""
     present: dict[str, str] = {}
     for module in modules:
@@ -266,7 +279,7 @@ def _layout_faults(modules: Sequence[str], targets: Targets | None, layout: Mode
         # Where experts are no modules but parameters, nothing selects them here.
         if not has_experts and layout.is_of_expert(path):
             continue
-        if path in layout.embeddings and targets.is_all_linear:
+        if (path in layout.norms) != of_norms or (path in layout.embeddings and targets.is_all_linear):
             continue
         # What this checkpoint would call the layout's path: with the prefix that its own modules have.
         name = next(

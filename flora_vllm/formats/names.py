@@ -1,7 +1,7 @@
 """Names of a checkpoint's tensors: which module and part each is, by the family's row."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from flora_vllm.formats.config_keys import SAVED_WHOLE
@@ -19,7 +19,7 @@ _HINTS: Mapping[str, str] = {
     "lora_B.bias": "it is a LoRA bias, and the config does not say lora_bias",
     **dict.fromkeys(("lora_", "flora_", "hira_", "ia3_"), "it belongs to another family or has a part too many"),
 }
-_OTHER = "whole weights beside the adapter (modules_to_save, embeddings, biases) are not supported"
+_OTHER = "whole weights beside the adapter must be of modules that modules_to_save names, or of embeddings and heads"
 
 
 def split_name(family: Family, name: str) -> tuple[str | None, str] | None:
@@ -32,14 +32,28 @@ def split_name(family: Family, name: str) -> tuple[str | None, str] | None:
     return None if found is None else (None, found[1])
 
 
-_WRAPS = r"(?:\.(?:base_layer|original_module|modules_to_save(?:\.default)?))?"
-_SAVED = re.compile(rf"{re.escape(PREFIX)}((?:.+\.)?(?:{'|'.join(SAVED_WHOLE)})){_WRAPS}\.weight\Z")
+# What PEFT's wrappers keep of the base's own weight, under a path of its own.
+OF_BASE = (".base_layer", ".original_module")
+_WHOLE = re.compile(rf"{re.escape(PREFIX)}(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)\Z")
 
 
-def saved_module(name: str) -> str | None:
-    """The module that a tensor holds whole, if it is an embedding or an output layer."""
-    found = _SAVED.match(name)
-    return None if found is None else found[1]
+def saved_part(name: str, kept: Sequence[str] = (), *, within: bool = False) -> tuple[str, str] | None:
+    """(module path, "weight" or "bias") of a tensor of a module that the file holds whole; None if it is no such.
+
+    Those are embeddings and output layers, and what the config's `modules_to_save` names as PEFT reads it: by any
+    ending. `within`: also what lies in a module that it names. The path ends with one of OF_BASE for a wrapper's copy
+    of the base's weight.
+    """
+    found = _WHOLE.match(name)
+    if found is None:
+        return None
+    path, kind = found[1], found[2]
+    module = path
+    for ending in OF_BASE:
+        module = module.removesuffix(ending)
+    is_known = kind == "weight" and module.rpartition(".")[2] in SAVED_WHOLE
+    parents = [module[: match.start()] for match in re.finditer(r"\.", module)] if within else []
+    return (path, kind) if is_known or any(place.endswith(tuple(kept)) for place in (module, *parents)) else None
 
 
 def not_understood(family: Family, name: str) -> str:

@@ -18,6 +18,7 @@ from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.activation import invocation_tokens
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faults, take_parameters
+from flora_vllm.formats.families.biases import BIAS_NAMES
 from flora_vllm.formats.families.family import Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of
@@ -30,9 +31,10 @@ from flora_vllm.formats.module_faults import (
     shared_faults,
     value_faults,
 )
-from flora_vllm.formats.names import not_understood, saved_module, split_name
+from flora_vllm.formats.names import not_understood, saved_part, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
+from flora_vllm.formats.token_rows import KEY, TokenRows, module_of_rows, terms_of, token_rows
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
 from flora_vllm.pacing import pace
 from flora_vllm.terms import check_fit
@@ -67,7 +69,8 @@ class _Tensors:
     shared: Records
     strange: tuple[str, ...]
     misnamed: Mapping[str, str]
-    saved: Records  # embeddings and output layers that the file holds whole
+    rows: Records  # of embeddings, by module
+    saved: Records  # of modules that the file holds whole, as <module>.<weight or bias>
     parameters: tuple[Parameter, ...] = ()  # of experts, which PEFT adapts as parameters instead of modules
 
 
@@ -132,7 +135,7 @@ def examine_files(
     if family is None:
         return _refused(name, faults)
     faults += _task_faults(family, config, task)
-    tensors = _sorted(family, records, nested=bool(config.values.get("target_parameters")))
+    tensors = _sorted(family, config, data, records)
     faults += tensors.strange
     if tensors.misnamed:
         # Whatever else could be said of its modules would only say this again.
@@ -149,16 +152,19 @@ def examine_files(
     tensors = replace(tensors, modules=modules, parameters=parameters)
     if not (tensors.modules or tensors.parameters or misplaced):
         faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}; nothing would be adapted")
+    rows = TokenRows()
     try:
         # No more than it takes to know that there are too many to list.
         faults += itertools.islice(module_faults(family, config, tensors.modules, layout), MAX_LOOKED_FOR)
         faults += parameter_faults(config, tensors.parameters, layout)
         faults += shared_faults(family, config, tensors.shared)
+        rows = token_rows(config, tensors.rows, layout)
+        faults += rows.faults
     except AdapterError as error:  # a pattern of the config that takes too long
         faults.append(str(error))
     if faults:
         return _refused(name, faults)
-    modules, faults = _built(family, config, data, tensors, layout, task)
+    modules, faults = _built(family, config, data, tensors, layout, task, rows)
     faults += built_faults(modules, limits)
     if faults:
         return _refused(name, faults)
@@ -233,18 +239,32 @@ def _misnamed_fault(misnamed: Mapping[str, str]) -> str:
     )
 
 
-def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tensors:
+def _sorted(family: Family, config: CheckedConfig, data: bytearray, records: list[TensorRecord]) -> _Tensors:
+    nested, kept = bool(config.values.get("target_parameters")), tuple(config.values.get("modules_to_save") or ())
     modules: dict[str, dict[str, TensorRecord]] = {}
     shared: dict[str, TensorRecord] = {}
     strange = []
     misnamed: dict[str, str] = {}
     saved: dict[str, TensorRecord] = {}
+    rows: dict[str, TensorRecord] = {}
     for record in records:
         pace()
-        if saved_module(record.name) is not None:
-            saved[record.name] = record
+        if KEY in family.keys and (module := module_of_rows(record.name)) is not None:
+            rows[module] = record
             continue
         split = split_name(family, record.name)
+        # A name in modules_to_save may end an adapter's own tensors' names, too.
+        may_be_whole = split is None or split[1] in BIAS_NAMES
+        whole = saved_part(record.name, kept, within=split is None) if may_be_whole else None
+        if whole is not None:
+            # PEFT writes an embedding or a head that it trains twice, by both names of it.
+            other = saved.get(".".join(whole))
+            if other is not None and data[other.start : other.end] != data[record.start : record.end]:
+                strange.append(
+                    f"tensors {other.name!r} and {record.name!r} are both {whole[1]} of {whole[0]!r}; keep one"
+                )
+            saved[".".join(whole)] = record
+            continue
         better = (
             as_peft_names(family, record.name, nested) if split is None or looks_wrapped(record.name) else record.name
         )
@@ -256,7 +276,7 @@ def _sorted(family: Family, records: list[TensorRecord], nested: bool) -> _Tenso
             shared[split[1]] = record
         else:
             modules.setdefault(split[0], {})[split[1]] = record
-    return _Tensors(modules, shared, tuple(strange), misnamed, saved)
+    return _Tensors(modules, shared, tuple(strange), misnamed, rows, saved)
 
 
 def _built(
@@ -266,6 +286,7 @@ def _built(
     tensors: _Tensors,
     layout: ModelLayout | None,
     task: str | None,
+    rows: TokenRows,
 ) -> tuple[dict[str, ModuleTerms], list[str]]:
     """The canonical form, and what only a row's own reading of a module finds wrong."""
     modules: dict[str, ModuleTerms] = {}
@@ -289,6 +310,13 @@ def _built(
             if module in modules:
                 faults.append(f"module {module!r} has tensors of its own and in {parameter.full!r}; keep those of one")
             modules[module] = ModuleTerms(terms)
+    of_rows = _views(data, tensors.rows)
+    for module in rows.tokens:
+        if module in modules:
+            faults.append(
+                f"module {module!r} has rows of tokens and tensors of family {family.name}; train one of both"
+            )
+        modules[module] = ModuleTerms((terms_of(rows, module, of_rows),))
     return modules, faults
 
 

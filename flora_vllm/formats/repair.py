@@ -18,9 +18,10 @@ from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.families.table import family_of
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME
 from flora_vllm.formats.foreign import Config, Found, Tensors, as_json
-from flora_vllm.formats.names import PREFIX, split_name
+from flora_vllm.formats.names import OF_BASE, PREFIX, saved_part, split_name
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.token_rows import module_of_rows
 from flora_vllm.formats.trainer_names import as_peft_names
 from flora_vllm.formats.writer import publish
 
@@ -34,7 +35,7 @@ def repaired(found: Found, base: BaseModel | None = None) -> Found:
     if family is None:
         raise AdapterError(f"{CONFIG_NAME}: peft_type {name!r} is no family that is read")
     renamed, notes = _renamed(found, family)
-    tensors, dropped = _without_base(renamed, family, base)
+    tensors, dropped = _without_base(renamed, found.config, family, base)
     config = _adjusted(found.config, set(tensors) | set(renamed), dropped)
     if dropped:
         notes.append(f"dropped {len(dropped)} weights equal to the base model's: {_some(dropped)}")
@@ -74,21 +75,25 @@ def _renamed(found: Found, family: Family) -> tuple[Tensors, list[str]]:
     return {new: found.tensors[old] for new, old in origins.items()}, notes
 
 
-def _without_base(tensors: Tensors, family: Family, base: BaseModel | None) -> tuple[Tensors, list[str]]:
+def _without_base(
+    tensors: Tensors, config: Config, family: Family, base: BaseModel | None
+) -> tuple[Tensors, list[str]]:
     """`tensors` without whole weights that equal the base's, and the names of those."""
-    whole = [name for name in tensors if split_name(family, name) is None]
-    if whole and base is None:
+    whole = [name for name in tensors if split_name(family, name) is None and module_of_rows(name) is None]
+    kept = config.get("modules_to_save")
+    names = tuple(name for name in kept if isinstance(name, str)) if isinstance(kept, list) else ()
+    parts = {name: saved_part(name, names, within=True) for name in whole}
+    # Of the base's own weight under a wrapper nothing but the base's can be served.
+    strange = [name for name, part in parts.items() if part is None or part[0].endswith(OF_BASE)]
+    if strange and base is None:
         raise AdapterError(
-            f"{len(whole)} tensors are no part of {family.name}, such as {_some(whole)}; if they are weights of the "
-            "base model, give it too: `flora-vllm convert --repair BASE DIR OUT` drops what is equal to it"
+            f"{len(strange)} tensors are no part of {family.name}, such as {_some(strange)}; if they are weights of "
+            "the base model, give it too: `flora-vllm convert --repair BASE DIR OUT` drops what is equal to it"
         )
-    assert base is not None or not whole
-    dropped, kept = [], []
-    for name in whole:
-        (dropped if base is not None and equals_base(name, tensors[name], base) else kept).append(name)
-    if kept:
+    dropped = [name for name in whole if base is not None and equals_base(name, tensors[name], base)]
+    if others := [name for name in strange if name not in dropped]:
         raise AdapterError(
-            f"{len(kept)} tensors are no part of {family.name} and not equal to the base model's ({_some(kept)}); "
+            f"{len(others)} tensors are no part of {family.name} and not equal to the base model's ({_some(others)}); "
             "they would change the result, and cannot be served"
         )
     return {name: tensor for name, tensor in tensors.items() if name not in dropped}, dropped

@@ -4,8 +4,8 @@ Each is cut to this rank's part of one slice and in the dtype it is computed in.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,16 @@ class RareTerm(Protocol):
     def tensors(self) -> Iterator[torch.Tensor]:
         """The adapter's own tensors; not those that adapters share."""
         ...
+
+
+def placed(term: RareTerm, device: torch.device | None) -> RareTerm:
+    """The term with its tensors on `device`; None leaves them where they are."""
+    moved: dict[str, Any] = {}
+    for field in fields(term):  # pyright: ignore[reportArgumentType] - every rare term is a dataclass
+        value = getattr(term, field.name)
+        if device is not None and isinstance(value, torch.Tensor) and value.device != device:
+            moved[field.name] = value.to(device)
+    return replace(term, **moved) if moved else term  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _both(out_O: torch.Tensor | None, gain_O: torch.Tensor) -> torch.Tensor:
@@ -207,11 +217,41 @@ class DenseAdded:
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         return (rows.to(self.matrix_OI.dtype) @ self.matrix_OI.T).float()
 
+    def picked(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (T,) of the matrix: (T, I)."""
+        return self.matrix_OI[ids]
+
     def gained(self, gain_O: torch.Tensor) -> RareTerm:
         return replace(self, matrix_OI=(gain_O[:, None] * self.matrix_OI).to(self.matrix_OI.dtype))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield self.matrix_OI
+
+
+@dataclass(frozen=True, eq=False)
+class RowsAdded:
+    """A matrix of which some rows are the adapter's own, and the others zero: y[rows[n]] = matrix[n] x."""
+
+    matrix_NI: torch.Tensor
+    rows_N: torch.Tensor  # int64, each once
+    size: int  # O
+    stage = "added"
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        added = torch.zeros(len(rows), self.size, device=rows.device)
+        return added.index_copy_(1, self.rows_N, (rows.to(self.matrix_NI.dtype) @ self.matrix_NI.T).float())
+
+    def picked(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (T,) of the whole matrix: (T, I)."""
+        is_row_TN = ids[:, None] == self.rows_N
+        return self.matrix_NI[is_row_TN.int().argmax(1)] * is_row_TN.any(1, keepdim=True)
+
+    def gained(self, gain_O: torch.Tensor) -> RareTerm:
+        gain_N = gain_O[self.rows_N]
+        return replace(self, matrix_NI=(gain_N[:, None] * self.matrix_NI).to(self.matrix_NI.dtype))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.matrix_NI, self.rows_N)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ RoAd and VeRA ask of rows, for the slots whose only rare term it is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flora_vllm.ops.cpu.rows import DTYPES, NativeRows
-from flora_vllm.ops.rare import RareTerm, SharedLow, Swapped, swap_
+from flora_vllm.ops.rare import RareTerm, SharedLow, Swapped, placed, swap_
 from flora_vllm.ops.table import LinearKernel
 from flora_vllm.ops.terms import LayerTerms, Segments, SliceTerms
 
@@ -89,7 +89,7 @@ class Shell:
         if all(part is None for part in terms):
             hot = None
         self._kernel.write_slot(slot, hot)
-        self._rare[slot] = _slot_rare([placed(terms, self._device) for terms in rare])
+        self._rare[slot] = _slot_rare([tuple(placed(term, self._device) for term in terms) for terms in rare])
 
     def forward(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None, segments: Segments | None) -> torch.Tensor:
         """y_TO; `segments` None says that no token has an adapter."""
@@ -255,21 +255,6 @@ def _slot_rare(rare: list[RareTerms]) -> _SlotRare:
 def _contents(term: RareTerm) -> tuple:
     """Equal for two terms of one kind over the very same tensors."""
     return type(term), *(_identity(v) if isinstance(v, torch.Tensor) else v for v in vars(term).values())
-
-
-def placed(terms: RareTerms, device: torch.device | None) -> RareTerms:
-    """The terms with their tensors on `device`; None leaves them where they are."""
-    if device is None:
-        return terms
-    there = []
-    for term in terms:
-        moved: dict[str, Any] = {}
-        for field in fields(term):  # pyright: ignore[reportArgumentType] - every rare term is a dataclass
-            value = getattr(term, field.name)
-            if isinstance(value, torch.Tensor) and value.device != device:
-                moved[field.name] = value.to(device)
-        there.append(replace(term, **moved) if moved else term)  # pyright: ignore[reportArgumentType]
-    return tuple(there)
 
 
 def _turned(x_TI: torch.Tensor, pieces: list[_Piece], rows: int) -> torch.Tensor:

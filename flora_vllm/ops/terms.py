@@ -5,13 +5,13 @@ Plain tensors only; nothing here knows checkpoints or vLLM. Shape letters: T tok
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 
-from flora_vllm.ops.rare import RareTerm
+from flora_vllm.ops.rare import RareTerm, placed
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,11 @@ class SliceTerms:
                 yield tensor
         for term in self.rare:
             yield from term.tensors()
+
+    def to(self, device: torch.device) -> "SliceTerms":
+        """The same with all tensors on `device`."""
+        hot = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **hot, rare=tuple(placed(term, device) for term in self.rare))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from vllm.model_executor.layers.linear import (
 from flora_vllm.adapter import ExpertsLayout
 from flora_vllm.embedding import AdaptedEmbedding
 from flora_vllm.layers import Adapted, AdaptedLinear
+from flora_vllm.norms import AdaptedNorm
 from flora_vllm.ops.dispatch import NEVER, PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
@@ -49,6 +50,7 @@ class Attached:
 
     layers: dict[str, Adapted] = field(default_factory=dict)
     embeddings: dict[str, AdaptedEmbedding] = field(default_factory=dict)
+    norms: dict[str, AdaptedNorm] = field(default_factory=dict)
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -59,7 +61,12 @@ class Attached:
 
     def graph_rows(self, name: str, terms: LayerTerms) -> int:
         """Base products that a token with these terms of layer `name` needs in a CUDA graph; NEVER if none has it."""
-        return NEVER if name in self.embeddings else self.layers[name].graph_rows(terms)
+        return self.layers[name].graph_rows(terms) if name in self.layers else NEVER
+
+    def write_slot(self, slot: int, layers: Mapping[str, LayerTerms]) -> None:
+        """Slot `slot` (>= 1) has these contents from now on, layer by layer; the empty one clears it."""
+        for name, layer in (*self.layers.items(), *self.embeddings.items(), *self.norms.items()):
+            layer.write_slot(slot, layers.get(name))
 
 
 def attach(

@@ -124,6 +124,7 @@ _WORKER_SIDE = (
     Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
 )
 _LAYERS = (
+    Hook("vllm.model_executor.models.utils:PPMissingLayer"),
     Hook(
         f"{_LINEAR}:LinearBase.__init__",
         ("self", "input_size", "output_size", "skip_bias_add", "params_dtype", "quant_config"),
@@ -389,6 +390,26 @@ PROMPT_HOOKS = {
         Hook(f"{_PROMPTS}.compute_prompt_token_id_logprobs", ("self", "logits_fn", "hidden_states")),
     ),
 }
+# Whose the rows are that a classifier's head runs on.
+_POOLER = "vllm.model_executor.layers.pooler"
+POOLER_HOOKS = (
+    Hook(f"{_POOLER}.special:DispatchPooler.__init__", ("self", "poolers_by_task"), sets=("poolers_by_task",)),
+    Hook(f"{_POOLER}.seqwise:SequencePooler.__init__", ("self", "pooling", "head"), sets=("head",)),
+    Hook(f"{_POOLER}.seqwise:SequencePooler.forward", ("self", "hidden_states", "pooling_metadata")),
+    Hook(f"{_POOLER}.seqwise:ClassifierPoolerHead.__init__", ("self", "classifier"), sets=("classifier",)),
+    Hook(f"{_POOLER}.seqwise:ClassifierPoolerHead.forward", ("self", "pooled_data", "pooling_metadata")),
+    Hook(f"{_POOLER}.tokwise:TokenPooler.forward", ("self", "hidden_states", "pooling_metadata")),
+    Hook(f"{_POOLER}.tokwise:TokenClassifierPoolerHead.__init__", ("self", "classifier"), sets=("classifier",)),
+    Hook(f"{_POOLER}.tokwise:TokenClassifierPoolerHead.forward_chunk", ("self", "pooled_data", "pooling_param")),
+    Hook("vllm.v1.pool.metadata:PoolingMetadata.pooling_params"),
+)
+_NORMS, _NORM_CLASSES = "vllm.model_executor.layers.layernorm", ("RMSNorm", "GemmaRMSNorm")
+NORM_HOOKS = (
+    *(Hook(f"{_NORMS}:{name}.__init__", ("self", "hidden_size"), sets=("weight",)) for name in _NORM_CLASSES),
+    *(Hook(f"{_NORMS}:{name}.forward_native", ("self", "x", "residual")) for name in _NORM_CLASSES),
+    Hook("vllm.config:CompilationMode.NONE"),
+    Hook("vllm.config:CompilationConfig.mode"),
+)
 _CORE = (
     Hook(f"{_RUNNER}.__init__", ("self", "vllm_config"), sets=("vllm_config", "input_batch", "requests")),
     Hook(f"{_KEYS}:_gen_lora_extra_hash_keys", ("request",)),
@@ -413,4 +434,5 @@ _CORE = (
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
 COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE + SCHEDULER_HOOKS
-HOOKS = COMMON_HOOKS + ENCODER_HOOKS + RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]
+HOOKS = COMMON_HOOKS + ENCODER_HOOKS + POOLER_HOOKS + NORM_HOOKS
+HOOKS += RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.compact import CompactLayers
@@ -42,9 +43,9 @@ from flora_vllm.plugin.mixes import Mix, Part, decoded
 from flora_vllm.plugin.module_names import renamer
 from flora_vllm.plugin.planned import Plans
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
-from flora_vllm.plugin.saved import saved_faults
+from flora_vllm.plugin.saved import with_saved
 from flora_vllm.slots import layer_terms, overflowed
-from flora_vllm.terms import Arena, FromBase, resolve
+from flora_vllm.terms import Arena, FromBase, kind_of, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -169,15 +170,17 @@ class AdapterLoader:
         """The adapter in the files; ranks refuse one together."""
         found = examine_files(files, self._layout, self._limits, task)
         faults = [*faults, *found.faults]
-        if found.adapter is not None:
-            faults += saved_faults(self._model, self._layout.rename, found.adapter.saved)
-        if self._has_encoder and found.adapter is not None and found.adapter.invocation_tokens is not None:
+        adapter = found.adapter
+        if adapter is not None:
+            adapter, more = with_saved(adapter, self._model, self._layout, self._limits)
+            faults += more
+        if self._has_encoder and adapter is not None and adapter.invocation_tokens is not None:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         # Ranks ask the base together, and keep an adapter together or not at all.
-        if not all_agree(not faults, self._device) or found.adapter is None:
+        if not all_agree(not faults, self._device) or adapter is None:
             raise adapter_error(where, faults or [_ANOTHER_RANK])
-        warn_of(found.adapter.family, where)
-        return found.adapter
+        warn_of(adapter.family, where)
+        return adapter
 
     def _cut_together(
         self, where: str, files: Mapping[str, bytearray], adapter: Adapter, task: str | None
@@ -241,6 +244,8 @@ class AdapterLoader:
             layers = mixed([(part.weight, adapter.layers) for part, adapter in zip(parts, cut, strict=True)], sizes)
         except AdapterError as error:
             faults.append(str(error))
+        if [part.weight for part in parts] != [1] and any(name in self._attached.norms for name in layers):
+            faults.append("a part has norms of its own, which have no weighted sum with the base's here; use it alone")
         if len({adapter.invocation_tokens for adapter in cut}) > 1:
             faults.append("its parts begin at different tokens (alora_invocation_tokens); mix adapters with the same")
         faults += mix_faults(layers, self._limits.flora, self._limits.lora)
@@ -264,7 +269,9 @@ class AdapterLoader:
         modules = self._resolved(where, adapter)
         layers: dict[str, LayerTerms] = {}
         faults = []
-        own = {id(tensor): tensor for terms in modules.values() for tensor in terms.tensors()}
+        # Whole matrices are copied once, not made in an arena.
+        factors = (t for terms in modules.values() for t in terms.terms if not kind_of(t).dense_bytes(t))
+        own = {id(tensor): tensor for term in factors for tensor in kind_of(term).tensors(term)}
         numbers = sum(tensor.numel() for tensor in own.values())
         inputs: dict[tuple, torch.Tensor] = {}
         arenas = {dtype: Arena(dtype, numbers) for dtype in set(self._attached.dtypes.values())}
@@ -283,6 +290,9 @@ class AdapterLoader:
                 continue
             if terms is not None:
                 layers[name] = terms
+                norm, part = self._attached.norms.get(name), terms[0]
+                if norm is not None and not norm.has_bias and part is not None and part.offset_O is not None:
+                    faults.append(f"norm {name!r} has a bias, which the base model's has none of; remove it")
         faults += routed_faults(layers, self._attached.blocks)
         chunks = [chunk for arena in arenas.values() for chunk in arena.finished()]
         kept = CompactLayers(layers, chunks)
@@ -346,18 +356,29 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
         for layout in attached.layouts.values()
         if layout.module not in shapes and not layout.holds_qkv and not own.is_of_expert(layout.module)
     }
-    embeddings = frozenset(attached.embeddings)
-    for other in _of_other_stages((shapes, refused, fused, experts, embeddings)):
+    norms = frozenset(attached.norms)
+    embeddings, tied = frozenset(attached.embeddings), _tied(attached, model)
+    for other in _of_other_stages((shapes, refused, fused, experts, embeddings, tied, norms)):
         shapes |= other[0]
         refused |= other[1]
         fused |= other[2]
         experts |= other[3]
         embeddings |= other[4]
+        tied |= other[5]
+        norms |= other[6]
     of_experts = {name for name in shapes if own.is_of_expert(name)}
     known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
     rename = functools.lru_cache(maxsize=1 << 16)(renamer(model, known, of_experts))
-    return ModelLayout(shapes, refused, rename, fused, experts, embeddings)
+    return ModelLayout(shapes, refused, rename, fused, experts, embeddings, tied, norms)
+
+
+def _tied(attached: Attached, model: Any) -> dict[str, str]:
+    """Embedding -> the output layer that shares its weight in this model, whatever the engine holds of it."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False) or hasattr(model, "pooler"):
+        return {}
+    heads = [name for name, module in model.named_modules() if isinstance(module, ParallelLMHead)]
+    return dict.fromkeys(attached.embeddings, heads[0] if heads else "lm_head")
 
 
 def _of_other_stages(own: Any) -> list[Any]:

@@ -38,7 +38,9 @@ from flora_vllm.plugin.identity import plain_name
 from flora_vllm.plugin.loader import AdapterLoader, CutAdapter
 from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.memory import MemoryBudget
+from flora_vllm.plugin.norms import attach_norms
 from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
 from flora_vllm.plugin.trial import layers_elsewhere
@@ -144,6 +146,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._vllm_config,
             self.device,
         )
+        attach_norms(
+            self.model,
+            self.attached,
+            self.rows.step_of,
+            self._match_target_modules,
+            self._vllm_config,
+            self.device,
+        )
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
@@ -154,7 +164,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._match_target_modules,
             self._vllm_config,
             self.device,
-        )
+        ) or attach_classifier(self.model, self.attached, self._match_target_modules, self.device)
         if self.head_rows is not None:
             self._verified_steps.append(self.head_rows.step)
         layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes
@@ -207,8 +217,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
         index = self.lora_index_to_id.index(None)
-        for name, layer in (*self.attached.layers.items(), *self.attached.embeddings.items()):
-            layer.write_slot(index + 1, adapter.layers.get(name))
+        self.attached.write_slot(index + 1, adapter.layers)
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
         self._in_slots[index + 1] = adapter
@@ -229,8 +238,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
             del self._in_slots[index + 1]
-            for layer in (*self.attached.layers.values(), *self.attached.embeddings.values()):
-                layer.write_slot(index + 1, None)
+            self.attached.write_slot(index + 1, {})
 
     def _add_adapter(self, lora: LoadedAdapter) -> None:
         self._registered_adapters[lora.id] = lora

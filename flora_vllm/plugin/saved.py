@@ -1,39 +1,107 @@
-"""Embeddings and output layers that an adapter's file holds whole: whether they are the base's.
+"""Modules that an adapter's file holds whole: no change where they are the base's, terms of the adapter where not.
 
-PEFT writes them beside many adapters (`modules_to_save`, `save_embedding_layers`), changed or not. Equal ones change
-nothing; others cannot be served yet.
+PEFT writes them beside many adapters (`modules_to_save`, `save_embedding_layers`), changed or not.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
 
-from flora_vllm.formats.names import saved_module
-
-
-def saved_faults(
-    model: torch.nn.Module, rename: Callable[[str], str], saved: Mapping[str, torch.Tensor]
-) -> Iterator[str]:
-    """A fault for each of `saved` that is not this rank's part of the base model's weight."""
-    modules = dict(model.named_modules(remove_duplicate=False)) if saved else {}
-    for tensor_name, tensor in saved.items():
-        name = saved_module(tensor_name) or tensor_name
-        layer: Any = modules.get(rename(name))
-        if layer is None:
-            yield f"module {name!r} is saved whole and not in the base model; was the adapter trained on another model?"
-        elif isinstance(layer, VocabParallelEmbedding) and not _is_equal(layer, tensor):
-            yield (
-                f"module {name!r} is saved whole and differs from the base model's; embeddings and output layers of an "
-                "adapter's own are not served yet: train without modules_to_save and with save_embedding_layers=False"
-            )
+from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
+from flora_vllm.errors import AdapterError
+from flora_vllm.formats.base_model import CONV1D_MODEL_TYPES, EMBEDDINGS
+from flora_vllm.formats.families.ln_tuning import norm_terms
+from flora_vllm.formats.matching import OUTPUT_LAYERS
+from flora_vllm.formats.module_faults import refusal
+from flora_vllm.formats.names import OF_BASE
+from flora_vllm.formats.ranks import Limits, built_faults
+from flora_vllm.terms import Offset, Replaced, Term, check_fit
 
 
-def _is_equal(layer: Any, tensor: torch.Tensor) -> bool:
-    if tuple(tensor.shape) != (layer.org_vocab_size, layer.embedding_dim):
+def with_saved(
+    adapter: Adapter, model: torch.nn.Module, layout: ModelLayout, limits: Limits
+) -> tuple[Adapter, list[str]]:
+    """`adapter` with terms for each module that it holds whole and that is not this rank's part of the base's, and why
+    that cannot be for some."""
+    if not adapter.saved:
+        return adapter, []
+    known = dict(model.named_modules(remove_duplicate=False))
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapter.saved.items():
+        module, _, kind = name.rpartition(".")
+        tensors.setdefault(module, {})[kind] = tensor
+    modules, faults = dict(adapter.modules), []
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for path, found in tensors.items():
+        module = path
+        for ending in OF_BASE:
+            module = module.removesuffix(ending)
+        layer = known.get(layout.rename(module))
+        if isinstance(layer, PPMissingLayer):  # another pipeline stage has it, and judges it
+            continue
+        if layer is not None and all(_is_equal(layer, kind, tensor) for kind, tensor in found.items()):
+            continue
+        try:
+            is_linear = module.rpartition(".")[2] not in {*OUTPUT_LAYERS, *EMBEDDINGS}
+            if model_type in CONV1D_MODEL_TYPES and is_linear and layout.rename(module) not in layout.norms:
+                raise AdapterError(f"{model_type} stores linear layers the other way round; train without it")
+            terms = _terms(path, module, found, layout, layer)
+            if module in modules:
+                raise AdapterError(
+                    "it has tensors of the adapter's family, too; save it without these or without those"
+                )
+            modules[module] = ModuleTerms(terms)
+        except AdapterError as error:
+            faults.append(f"module {module!r} is saved whole and differs from the base model's: {error}")
+    adapter = replace(adapter, modules=modules)
+    return adapter, [*faults, *built_faults(modules, limits)]
+
+
+def _terms(
+    path: str, module: str, found: Mapping[str, torch.Tensor], layout: ModelLayout, layer: torch.nn.Module | None
+) -> tuple[Term, ...]:
+    if path != module:
+        raise AdapterError("it is what the base's own weight was in training; serve that base model")
+    if (reason := refusal(module, layout)) is not None:
+        raise AdapterError(f"{reason}; train without it in modules_to_save")
+    shape = layout.shape_of(module)
+    if shape is None and layer is None:
+        raise AdapterError("it is not in the base model; was the adapter trained on another model?")
+    if shape is None:
+        raise AdapterError(f"modules such as this {type(layer).__name__} cannot be an adapter's own; train without it")
+    if layout.rename(module) in layout.norms:
+        if shape[:1] != found.get("weight", torch.empty(0)).shape:
+            raise AdapterError(f"it has no weight of the base's size {shape[:1]}; save the whole norm")
+        return norm_terms(found["weight"], found.get("bias"))
+    if "bias" in found and layout.rename(module) in layout.embeddings:
+        raise AdapterError("an embedding has no bias; remove it")
+    terms: list[Term] = []
+    if "weight" in found:
+        terms.append(Replaced(found["weight"]))
+    if "bias" in found:
+        terms.append(Offset(found["bias"], replaces=True))
+    try:
+        check_fit(shape, terms)
+    except AdapterError:
+        sizes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in found.items())
+        raise AdapterError(
+            f"it is of another size ({sizes}) than the base's {shape}; serve a base of that size"
+        ) from None
+    return tuple(terms)
+
+
+def _is_equal(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
+    held = getattr(layer, kind, None)
+    if held is None:
         return False
-    part = layer.shard_indices
-    mine = tensor[part.org_vocab_start_index : part.org_vocab_end_index]
-    held = layer.weight[: len(mine)]
-    return torch.equal(mine.to(held.device, held.dtype), held)
+    if isinstance(layer, VocabParallelEmbedding) and kind == "weight":
+        if tuple(tensor.shape) != (layer.org_vocab_size, layer.embedding_dim):
+            return False
+        part = layer.shard_indices
+        tensor = tensor[part.org_vocab_start_index : part.org_vocab_end_index]
+        held = held[: len(tensor)]
+    return tensor.shape == held.shape and torch.equal(tensor.to(held.device, held.dtype), held)

@@ -25,6 +25,7 @@ from flora_vllm.terms.kind import Cut, Draft, Kind, Merging, Probe, Term
 from flora_vllm.terms.kron import KRON, Kron
 from flora_vllm.terms.offset import OFFSET, Offset
 from flora_vllm.terms.product import PRODUCT, Product
+from flora_vllm.terms.replaced import REPLACED, Replaced
 from flora_vllm.terms.routed import ROUTED, Routed
 from flora_vllm.terms.shared import Shared
 from flora_vllm.terms.sparse import SPARSE, Sparse
@@ -45,6 +46,7 @@ __all__ = [
     "Offset",
     "Probe",
     "Product",
+    "Replaced",
     "Routed",
     "Shared",
     "Sparse",
@@ -61,6 +63,7 @@ __all__ = [
 KINDS: Mapping[type, Kind] = {
     Product: PRODUCT,
     Turn: TURN,
+    Replaced: REPLACED,
     Added: ADDED,
     Gated: GATED,
     Routed: ROUTED,

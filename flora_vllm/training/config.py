@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import TaskType
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats.activation import ALLOWED as INVOCATIONS
@@ -17,9 +16,6 @@ from flora_vllm.formats.card import CARD_NAME, card_for
 from flora_vllm.training.peft_type import add_peft_type
 
 REDUCTIONS = ("mean", "sum")
-
-# PEFT trains and saves a new head for these; C1 has no place for it and no server could load the file.
-HEADED_TASKS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 @dataclass
@@ -35,7 +31,8 @@ class FloraConfig(PeftConfig):
     init_weights: True starts as the exact identity; False at random factors near 1, for tests and debugging.
     alora_invocation_tokens: as for LoRA (aLoRA): the adapter applies from the last occurrence of these tokens in the
       prompt on, the base model before it. None: to every token.
-    modules_to_save: None only. Tasks that need a trained head (classification, question answering) are refused.
+    modules_to_save: as for LoRA: modules trained and saved whole beside the factors. Tasks that need a trained head
+      (SEQ_CLS) name theirs here by themselves.
 
     Raises ConfigError naming every field that is wrong.
     """
@@ -50,7 +47,7 @@ class FloraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "As in LoraConfig."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "As in LoraConfig."})
     alora_invocation_tokens: list[int] | None = field(default=None, metadata={"help": "As in LoraConfig."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Refused: C1 holds factors only."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "As in LoraConfig."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,13 +75,6 @@ class FloraConfig(PeftConfig):
             faults.append(f"init_weights={self.init_weights!r}, allowed are True and False")
         if not is_invocation(self.alora_invocation_tokens):
             faults.append(f"alora_invocation_tokens={self.alora_invocation_tokens!r}, allowed: {INVOCATIONS}")
-        if self.modules_to_save:
-            faults.append(
-                f"modules_to_save={self.modules_to_save!r}: a FLoRA checkpoint holds factors of linear layers only and "
-                "no server could load whole modules; train those apart or leave them out"
-            )
-        if self.task_type in HEADED_TASKS:
-            faults.append(f"task_type={self.task_type!r} trains a new head, which a FLoRA checkpoint can't hold")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 faults.append(f"{name} needs target_modules as a list, not the expression {self.target_modules!r}")

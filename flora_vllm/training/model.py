@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -138,8 +138,8 @@ class FloraModel(BaseTuner):
         forward runs again there. With beams each name counts `num_beams` times, but not in an encoder, which sees
         the examples once. Raises ValueError for an adapter that no layer has.
         """
-        layers = [m for m in self.modules() if isinstance(m, FloraLinear)]
-        known = {name for layer in layers for name in layer.flora_A}
+        layers = [m for m in self.modules() if isinstance(m, FloraLinear | AuxiliaryTrainingWrapper)]
+        known = {name for layer in layers if isinstance(layer, FloraLinear) for name in layer.flora_A}
         if unknown := sorted(set(adapter_names) - known - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         encoder = _encoder(self.model) if num_beams > 1 else None

@@ -84,6 +84,8 @@ class Family:
     `sidecar_keys`: keys of flora_sidecar.json, which `config` then has beside those of the config.
     `alone`: names that need no partner (biases, which every module may have).
     `of_embeddings`: names that an embedding's tensors have, and no other module's; without them it adapts none.
+    `of_heads`: those of them that a tied output layer has too, whether the config selects it or not.
+    `of_norms`: it adapts norms, and nothing else.
     `shared_names`, `shared_parts(config)`: the same of tensors the whole adapter has once, `base_model.<name>`.
     `ranks(scope)`: what R may be; empty if the method has none. `terms(module)`: the canonical form, called only if the
     whole checkpoint has no fault; raises AdapterError for what only it can see. `kinds`: the terms it may become.
@@ -106,6 +108,8 @@ class Family:
     when: Callable[[Mapping[str, Any]], bool] = lambda _config: True
     alone: frozenset[str] = frozenset()
     of_embeddings: tuple[str, ...] = ()
+    of_heads: frozenset[str] = frozenset()
+    of_norms: bool = False
     sidecar_keys: Mapping[str, Key] = field(default_factory=dict)
     shared_names: tuple[str, ...] = ()
     shared_parts: Callable[[Config], Mapping[str, Part]] = lambda _config: {}

@@ -20,6 +20,7 @@ from flora_vllm.formats.config_keys import (
     NUMBER_PATTERN,
     RANK,
     RANK_PATTERN,
+    TOKEN_INDICES,
     TUNER,
     Key,
     only,
@@ -83,7 +84,7 @@ LORA_KEYS: Mapping[str, Key] = {
     "megatron_config": NOTHING,
     "monteclora_config": NOTHING,
     "target_parameters": NOTHING,
-    "trainable_token_indices": NOTHING,
+    "trainable_token_indices": TOKEN_INDICES,
     "velora_config": NOTHING,
 }
 

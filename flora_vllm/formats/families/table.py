@@ -24,6 +24,7 @@ from flora_vllm.formats.families.gralora import GRALORA
 from flora_vllm.formats.families.hira import HIRA
 from flora_vllm.formats.families.hra import HRA
 from flora_vllm.formats.families.ia3 import IA3
+from flora_vllm.formats.families.ln_tuning import LN_TUNING
 from flora_vllm.formats.families.loha import LOHA
 from flora_vllm.formats.families.lokr import LOKR
 from flora_vllm.formats.families.lora import LORA
@@ -43,6 +44,7 @@ from flora_vllm.formats.families.road import ROAD
 from flora_vllm.formats.families.shira import SHIRA
 from flora_vllm.formats.families.supertuning import SUPERTUNING
 from flora_vllm.formats.families.tinylora import TINYLORA
+from flora_vllm.formats.families.trainable_tokens import TRAINABLE_TOKENS
 from flora_vllm.formats.families.unilora import UNILORA
 from flora_vllm.formats.families.vblora import VBLORA
 from flora_vllm.formats.families.vera import PVERA, VERA
@@ -69,6 +71,8 @@ ROWS = (
     VERA, PVERA, RANDLORA_DRAWN, RANDLORA, TINYLORA, FOURIERFT, WAVEFT,
     # structured, sparse and dense matrices
     LOKR, C3A, SHIRA, SUPERTUNING, FROD,
+    # weights in place of the base's
+    TRAINABLE_TOKENS, LN_TUNING,
 )
 # fmt: on
 FAMILIES: Mapping[str, Family] = {family.name: family for family in ROWS}
@@ -89,8 +93,6 @@ REFUSED: Mapping[str, str] = {
     ),
     "LILY": "its output for a token depends on the other requests in the batch",
     "XLORA": "it needs a second pass of the whole model for every step",
-    "LN_TUNING": "it replaces norms; linear layers alone can be adapted yet",
-    "TRAINABLE_TOKENS": "it replaces rows of the embedding, where only low-rank terms are served",
     "SHADOW": "it runs a model of its own beside the base",
 }
 

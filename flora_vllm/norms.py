@@ -1,0 +1,73 @@
+"""The adapted norm: rows of an adapter that has a norm's weights of its own are normed by the very module with them.
+
+Every row is first normed as it always is, so that nobody else's changes by a bit; those of such adapters are done
+again. A norm is called directly until a slot has terms for it, and costs nothing until then; compiled code, which
+keeps what it saw, cannot have it.
+"""
+
+from typing import Any
+
+import torch
+
+from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.step import Step
+
+
+class AdaptedNorm:
+    """One norm of the model with its slots.
+
+    module: called with x (T, ...) and, where it adds to one, the residual; it gives a tensor or several, each by row.
+    """
+
+    def __init__(self, module: torch.nn.Module, step: Step) -> None:
+        self._module = module
+        self._stock = module.forward
+        self._step = step
+        self.has_bias = module._parameters.get("bias") is not None
+        self._slots: dict[int, dict[str, torch.nn.Parameter]] = {}
+
+    def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
+        """Slot `slot` (>= 1) has `terms` from now on, `plain_O` the weight, `offset_O` the bias; None clears it."""
+        self._slots.pop(slot, None)
+        part = None if terms is None else terms[0]
+        if part is not None:
+            values = {"weight": part.plain_O, "bias": part.offset_O}
+            self._slots[slot] = {
+                name: torch.nn.Parameter(_like(value, self._module.get_parameter(name)), requires_grad=False)
+                for name, value in values.items()
+                if value is not None
+            }
+        if self._slots:
+            self._module.forward = self.forward
+        else:
+            self._module.__dict__.pop("forward", None)
+
+    def forward(self, x: torch.Tensor, *residual: torch.Tensor | None) -> Any:
+        """What the module gives for x, and residual, with each row's own weights."""
+        # Linear layers say whether the step was served.
+        segments = self._step.segments_for(len(x), serves=False)
+        own = [(self._slots[slot], rows.to(x.device)) for slot, rows in segments or () if slot in self._slots]
+        # The module may write into what it is given.
+        given = [(x[rows_N], *(None if r is None else r[rows_N] for r in residual)) for _, rows_N in own]
+        found = self._stock(x, *residual)
+        for (values, rows_N), inputs in zip(own, given, strict=True):
+            outputs = self._with(values, inputs)
+            for whole, part in zip(_all(found), _all(outputs), strict=True):
+                whole[rows_N] = part
+        return found
+
+    def _with(self, values: dict[str, torch.nn.Parameter], inputs: tuple[torch.Tensor | None, ...]) -> Any:
+        held = {name: self._module._parameters[name] for name in values}
+        self._module._parameters.update(values)
+        try:
+            return self._stock(*inputs)
+        finally:
+            self._module._parameters.update(held)
+
+
+def _like(value: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    return value.to(held.device, held.dtype)
+
+
+def _all(found: Any) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)

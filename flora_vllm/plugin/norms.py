@@ -1,0 +1,88 @@
+"""The norms of a vLLM model: which of them run on a step's tokens, by calls that an adapter's rows can be taken from.
+
+Models have norms fused into other kernels, read their weights elsewhere, or run them on other rows; a run of the model
+shows which are plainly called. In a compiled model none is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import CompilationMode
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+from flora_vllm.norms import AdaptedNorm
+from flora_vllm.plugin.attach import LEFT_OUT, UNKNOWN_ROWS, Attached
+from flora_vllm.plugin.hook_table import NORM_HOOKS
+from flora_vllm.plugin.hooks import verify
+from flora_vllm.plugin.trial import TOKENS, run_once
+from flora_vllm.slots import LinearLayout, SliceLayout
+from flora_vllm.step import Step
+
+# By their own class: of subclasses nobody knows what they do.
+_NORMS = (RMSNorm, GemmaRMSNorm, torch.nn.LayerNorm)
+_COMPILED = "norms are compiled into the model, where no adapter can follow; start the server with --enforce-eager"
+
+
+def attach_norms(
+    model: Any,
+    attached: Attached,
+    step_of: Callable[[str], Step | None],
+    only: Callable[[str], bool],
+    config: Any,
+    device: torch.device,
+) -> None:
+    """Take over every norm that adapters may change, and have `attached` say why of the others.
+
+    Arguments as those of `attach`.
+    """
+    norms: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in _NORMS and module._parameters.get("weight") is not None
+    }
+    if not norms:
+        return
+    if config.compilation_config.mode not in (None, CompilationMode.NONE):
+        attached.refused |= dict.fromkeys(norms, _COMPILED)
+        return
+    verify(device.type, NORM_HOOKS)
+    rows = {} if config.model_config.is_encoder_decoder else _rows_of(norms, model, config, device)
+    for name, module in norms.items():
+        step = step_of(name)
+        if step is None or not only(name):
+            attached.refused[name] = UNKNOWN_ROWS if step is None else LEFT_OUT
+        elif {*rows.get(name, ())} != {TOKENS}:
+            attached.refused[name] = (
+                "this norm is not called with a step's tokens as rows, where adapters cannot follow"
+            )
+        else:
+            size = module.weight.numel()
+            part = SliceLayout(name, size, 0, 0, size)
+            attached.layouts[name] = LinearLayout(name, size, 0, size, (part,), size)
+            attached.dtypes[name] = module.weight.dtype
+            attached.biases[name] = None
+            attached.norms[name] = AdaptedNorm(module, step)
+
+
+def _rows_of(norms: dict[str, Any], model: Any, config: Any, device: torch.device) -> dict[str, list[int]]:
+    """Norm -> the rows that each of its calls has in a run of TOKENS tokens; nothing if the model cannot be run."""
+    rows: dict[str, list[int]] = {name: [] for name in norms}
+
+    def watching(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(x: torch.Tensor, *args: Any) -> Any:
+            rows[name].append(len(x))
+            return forward(x, *args)
+
+        return watched
+
+    try:
+        for name, module in norms.items():
+            module.forward = watching(name, module.forward)
+        run_once(model, config, device)
+    except Exception:  # noqa: BLE001 - models differ in what they take
+        return {}
+    finally:
+        for module in norms.values():
+            del module.forward
+    return rows

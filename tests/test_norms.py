@@ -1,0 +1,68 @@
+"""The adapted norm alone: whose rows change, and that a norm without adapters is called as it always was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flora_vllm.norms import AdaptedNorm
+from flora_vllm.ops.terms import SliceTerms
+from flora_vllm.step import Step
+
+WIDTH, ADAPTERS = 6, (5, 5, 0, 0, 8, 9)  # of the tokens; 8 leaves the norm alone
+
+
+class AddingNorm(torch.nn.Module):
+    """RMS norm of x + residual, both written in place, as vLLM's kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(WIDTH), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual.add_(x)
+        x.copy_(torch.nn.functional.rms_norm(residual, (WIDTH,), self.weight))
+        return x, residual
+
+
+def layer_norm() -> torch.nn.Module:
+    return torch.nn.LayerNorm(WIDTH).requires_grad_(False)
+
+
+def own_of(norm: torch.nn.Module, seed: int) -> SliceTerms:
+    g = torch.Generator().manual_seed(seed)
+    bias = None if getattr(norm, "bias", None) is None else torch.randn(WIDTH, generator=g)
+    return SliceTerms(torch.randn(WIDTH, generator=g), offset_O=bias)
+
+
+@pytest.mark.parametrize("make", [AddingNorm, layer_norm])
+def test_a_tokens_row_is_normed_with_its_adapters_weights(make: Callable[[], torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    module, step = make(), Step()
+    norm = AdaptedNorm(module, step)
+    terms = {2: own_of(module, 1), 1: own_of(module, 2)}
+    step.set_mapping(ADAPTERS, {5: 2, 8: 3, 9: 1})
+
+    def called(state: dict[str, Any] | None = None) -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(7)
+        count = 2 if isinstance(module, AddingNorm) else 1
+        inputs = [torch.randn(len(ADAPTERS), 2, WIDTH, generator=g) for _ in range(count)]
+        found = module(*inputs) if state is None else torch.func.functional_call(make(), state, tuple(inputs))
+        return [*found] if isinstance(found, tuple) else [found]
+
+    plain = called()
+    for slot, part in terms.items():
+        norm.write_slot(slot, (part,))
+    own = {
+        slot: called({"weight": part.plain_O, **({} if part.offset_O is None else {"bias": part.offset_O})})
+        for slot, part in terms.items()
+    }
+    for output, (base, changed) in enumerate(zip(plain, called(), strict=True)):
+        assert torch.equal(changed[2:5], base[2:5]), "others' rows are the base's, to the bit"
+        assert torch.equal(changed[:2], own[2][output][:2])
+        assert torch.equal(changed[5], own[1][output][5])
+    for slot in terms:
+        norm.write_slot(slot, None)
+    assert "forward" not in vars(module)
+    assert all(torch.equal(a, b) for a, b in zip(called(), plain, strict=True))
