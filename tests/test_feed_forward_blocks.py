@@ -82,19 +82,22 @@ def _contents(terms: dict[str, Routed]) -> dict[str, Any]:
     return {"mlp.gate_up_proj": (parts["gate"], parts["up"]), "mlp.down_proj": (parts["down"],)}
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_rows_are_routed_through_vllms_own_blocks(vllm: None, name: str) -> None:
+@pytest.mark.parametrize(("name", "is_traced"), [*((name, False) for name in BLOCKS), ("LlamaMLP", True)])
+def test_rows_are_routed_through_vllms_own_blocks(vllm: None, name: str, is_traced: bool) -> None:
+    """As a module, and as a graph that was traced before any adapter was there."""
     block, step, terms = _made(name), Step(), _terms()
     *_, names, activation = BLOCKS[name]
     gate_up, down = (layer.weight.detach().double().clone() for layer in (block.gate_up_proj, block.down_proj))
     x_TH = torch.randn(7, H, generator=torch.Generator().manual_seed(5))
     attached = _attached(block, step)
     assert attached.blocks == {"mlp.gate_up_proj": names, "mlp.down_proj": names}
+    run = torch.compile(block, backend="aot_eager", dynamic=True) if is_traced else block
+    run(x_TH)
     for path, part in _contents(terms).items():
         attached.layers[path].write_slot(1, part)
     slots = [0, 1, 1, 0, 1, 0, 1]
     step.set_mapping(slots, {1: 1})
-    found = block(x_TH)
+    found = run(x_TH)
 
     def layer(which: str, weight: torch.Tensor, e: int, x: torch.Tensor) -> torch.Tensor:
         part = slice(e * R, (e + 1) * R)
