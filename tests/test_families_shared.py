@@ -211,6 +211,9 @@ FAULTS = {
     "frod-sides": (
         frod(), {}, {"base_model.frod_s_size.self_attn_q_proj": torch.zeros(2, dtype=torch.int64)}, "is [0, 0], and",
     ),
+    "frod-place": (
+        frod(), {}, {"base_model.frod_s_indices.self_attn_q_proj": torch.full((2, 40), 64)}, "has places outside of",
+    ),
     "frod-incomplete": (
         frod(), {}, {"base_model.frod_V.self_attn_q_proj": None}, "is missing; the file is incomplete",
     ),
@@ -228,6 +231,13 @@ def test_what_cannot_be_served_is_refused(case: str, tmp_path: Path) -> None:
     edit_config(tmp_path, **changes)
     edit_tensors(tmp_path, **tensors)
     assert any(message in fault for fault in faults_of(tmp_path, layout=layout))
+
+
+def test_a_key_that_does_not_matter_may_be_anything(tmp_path: Path) -> None:
+    """OSF's `rank_pattern`: the tensors have the ranks."""
+    save_peft_adapter(tiny_model("llama"), made(peft.OSFConfig, Q0, effective_rank=40)(), tmp_path)
+    edit_config(tmp_path, rank_pattern="none")
+    assert read_adapter(tmp_path, layout=linear_layout(tiny_model("llama"))).modules
 
 
 def test_structured_matrices_count_their_own_bytes(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ class Limits:
 def stated_rank(config: CheckedConfig, family: Family) -> int:
     """The largest rank the config names; 1 for a family without ranks (IA3, SuperTuning alone)."""
     rank = config.values.get(family.rank_key, 1)
-    ranks = [*(rank if isinstance(rank, list) else [rank]), *(config.values.get("rank_pattern") or {}).values()]
+    pattern = config.values.get("rank_pattern")  # of some families it is no pattern of ranks, and may be anything
+    others = pattern.values() if isinstance(pattern, Mapping) else ()
+    ranks = [*(rank if isinstance(rank, list) else [rank]), *others]
     return max((rank for rank in ranks if is_rank(rank)), default=1)
 
 

@@ -44,6 +44,9 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
             f"{len(diagonal)} and {len(values)} values"
         )
 
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < len(diagonal):
+        raise AdapterError(f"'{S_INDICES}.{category}' has places outside of {tuple(v_II.shape)}")
+
     def build(probe: Probe) -> tuple[Term, ...]:
         weight_OI, v = probe.weight().double(), v_II.double()
         try:

@@ -4,11 +4,13 @@ The places are always in the file, whatever mask chose them; saved on Windows th
 (`peft/tuners/shira/layer.py`).
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, RANK, TARGETS
-from flora_vllm.formats.families.family import INTEGERS, Family, ModuleFile, Part
+from flora_vllm.formats.families.family import INTEGERS, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import sides
 from flora_vllm.terms import FromBase, Probe, Sparse, Term
 
@@ -30,20 +32,26 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
     return (FromBase(build, (values, whole), dense_bytes=12 * len(values)),)
 
 
+def _parts(scope: Scope) -> Mapping[str, Part]:
+    count: int | str = "n"
+    if scope.out_features is not None and scope.in_features is not None:
+        count = scope.config["r"] * (scope.out_features + scope.in_features)  # as PEFT counts places
+    return {WEIGHT: Part((count,)), INDICES: Part((2, count), dtypes=(*INTEGERS, "F32"))}
+
+
 SHIRA = Family(
     name="SHIRA",
     title="SHiRA, any mask",
     keys={
         **BOOKKEEPING,
         **TARGETS,
-        # The file says which places there are.
         "r": RANK,
         "mask_type": ANYTHING,
         "random_seed": ANYTHING,
         "init_weights": ANYTHING,
     },
     names=(WEIGHT, INDICES),
-    parts=lambda _scope: {WEIGHT: Part(("n",)), INDICES: Part((2, "n"), dtypes=(*INTEGERS, "F32"))},
+    parts=_parts,
     terms=_terms,
     kinds=(Sparse,),
 )

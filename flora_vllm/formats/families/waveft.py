@@ -63,6 +63,8 @@ def _count(scope: Scope) -> int | None:
 def _share(probe: Probe, config: Config) -> int:
     """A module's part of all coefficients (`peft/tuners/waveft/model.py::_calculate_proportional_parameters`)."""
     sizes = [math.prod(probe.modules[module]) for module in targets_in_order(probe, config)]
+    if not sizes:
+        raise AdapterError("the config selects no module of the base model")
     all_of_them = config.get("n_frequency", 2592) * len(sizes)
     return max(1, round(math.prod(probe.shape) / sum(sizes) * all_of_them))
 
