@@ -73,7 +73,7 @@ class Batch:
 
     def __init__(self) -> None:
         from flora_vllm.plugin.activation import BaseRows
-        from flora_vllm.plugin.manager import FloraWorkerManager
+        from flora_vllm.plugin.worker_manager import FloraWorkerManager
 
         self.rows: list[Any] = []
         self.manager: Any = object.__new__(FloraWorkerManager)

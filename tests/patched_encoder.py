@@ -61,7 +61,7 @@ def v2_order(model: Any) -> tuple[list[list[int]], list[str]]:
     from vllm.v1.worker.gpu import model_runner
     from vllm.v1.worker.gpu.model_states.encoder_decoder import EncoderDecoderModelState
 
-    from flora_vllm.plugin.manager import FloraWorkerManager
+    from flora_vllm.plugin.worker_manager import FloraWorkerManager
 
     mapped: list[list[int]] = []
     manager: Any = object.__new__(FloraWorkerManager)

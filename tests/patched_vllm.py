@@ -133,7 +133,7 @@ def manager_results(flora: Any, lora: Any) -> list[str]:
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.v1.worker import lora_model_runner_mixin as mixin
 
-    from flora_vllm.plugin.manager import FloraWorkerManager
+    from flora_vllm.plugin.worker_manager import FloraWorkerManager
 
     made = []
     for config in (flora, lora):

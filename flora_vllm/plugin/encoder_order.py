@@ -50,7 +50,7 @@ def _order_v1() -> None:
 @functools.cache
 def _order_v2() -> None:
     # The mapping is set by a function that does not know the batch, just before one that does.
-    from flora_vllm.plugin.manager import FloraWorkerManager
+    from flora_vllm.plugin.worker_manager import FloraWorkerManager
 
     runner: Any = importlib.import_module("vllm.v1.worker.gpu.model_runner")
     state = importlib.import_module("vllm.v1.worker.gpu.model_states.encoder_decoder").EncoderDecoderModelState

@@ -89,7 +89,7 @@ def _replace_worker_manager() -> None:
     def make_worker_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if options_of(vllm_config.additional_config) is None:
             return stock(vllm_config, *args, **kwargs)
-        manager = importlib.import_module("flora_vllm.plugin.manager")
+        manager = importlib.import_module("flora_vllm.plugin.worker_manager")
         return manager.FloraWorkerManager(vllm_config, *args, **kwargs)
 
     if hooks.offers("vllm.lora.worker_manager:set_worker_lora_manager_factory"):  # patches/0001

@@ -5,43 +5,30 @@ is kept (a slot of each adapted layer instead of padded LoRA buffers) and what a
 vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never written.
 """
 
-import functools
 import heapq
 import logging
 import sys
-import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.errors import AdapterError
-from flora_vllm.formats.model_order import modules_elsewhere, modules_of
-from flora_vllm.formats.ranks import Limits
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.pacing import Turns
 from flora_vllm.plugin import install
-from flora_vllm.plugin.activation import BaseRows, follow_positions
+from flora_vllm.plugin.activation import follow_positions
 from flora_vllm.plugin.attach import Attached, attach
-from flora_vllm.plugin.beside import LoadsBeside
 from flora_vllm.plugin.embeddings import attach_embeddings
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.graphs import graph_steps
-from flora_vllm.plugin.handed import on_disk
-from flora_vllm.plugin.head import AdaptedHead, attach_heads
-from flora_vllm.plugin.identity import plain_name
-from flora_vllm.plugin.loader import AdapterLoader, CutAdapter
+from flora_vllm.plugin.head import attach_heads
 from flora_vllm.plugin.loads import Loads
-from flora_vllm.plugin.memory import MemoryBudget
 from flora_vllm.plugin.norms import attach_norms
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.pooled import attach_classifier
-from flora_vllm.plugin.probe import EngineBase
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
 from flora_vllm.plugin.trial import layers_elsewhere
 
@@ -306,176 +293,3 @@ class FloraModelManager(LRUCacheLoRAModelManager):
 def _oldest(cache: Any, keep: Collection[int]) -> int | None:
     """The least recently used of what a cache of vLLM's may evict and is not among `keep`."""
     return next((key for key in cache.order if key not in cache.pinned_items and key not in keep), None)
-
-
-def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str, tuple[int, int]]]:
-    """What lists the modules of the Hugging Face model. vLLM's Transformers backend has changed its classes."""
-    if type(model).__module__.startswith("vllm.model_executor.models.transformers"):
-        return functools.partial(modules_elsewhere, config.model)
-    return functools.partial(modules_of, config.hf_config)
-
-
-class FloraWorkerManager(LRUCacheWorkerLoRAManager):
-    """Loads adapters for one worker. A request's adapter is loaded before the request is queued (frontend), so a
-    faulty one raises there; a reload after eviction reads the copy kept here and cannot fail on the original. Where the
-    engine has a process of its own both happen beside the steps (prefetch.py)."""
-
-    _manager_cls = FloraModelManager
-    _adapter_manager: Any
-
-    def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
-        self.base_rows = BaseRows()
-        model = super().create_lora_manager(model, vllm_config)
-        manager = self._adapter_manager
-        limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
-        base = EngineBase(manager.attached, manager.device, _lister_of(model, vllm_config.model_config))
-        self._loader = AdapterLoader(
-            manager.attached,
-            limits,
-            model,
-            base,
-            has_encoder=manager.rows.has_encoder,
-            adapter_root=manager.options.adapter_root,
-        )
-        self._memory = MemoryBudget(manager.options.adapter_memory, manager.lora_slots)
-        self.beside = LoadsBeside(self, manager.turns, manager.device)
-        return model
-
-    def load(self, lora_request: Any, again: bool) -> LoadedAdapter:
-        """The adapter as its host memory will have it; for `beside`, and changes nothing that a step sees.
-
-        `again`: it had been evicted.
-        """
-        return self._load_adapter(lora_request, fresh=lora_request.load_inplace and not again, again=again)
-
-    def let_in(self, adapter: LoadedAdapter, keep: Collection[int], *, again: bool) -> tuple[int, ...] | None:
-        """Have steps find an adapter, in a slot if there is one: the ids of those that made room for it, none of
-        `keep`. None: there is no room."""
-        manager, evicted = self._adapter_manager, ()
-        is_there = manager.get_adapter(adapter.id) is not None
-        if is_there and again:
-            return ()  # a step needed it first
-        if not is_there and len(manager) >= manager.capacity:
-            oldest = manager.oldest_adapter(keep)
-            if oldest is None:
-                return None
-            manager.remove_adapter(oldest)
-            manager.loads.evictions["cpu"] += 1
-            evicted = (oldest,)
-        manager.remove_adapter(adapter.id)
-        if not again:  # other content may have had its id
-            self._memory.forget(adapter.id)
-        try:
-            evicted += self._make_room(adapter, keep)
-        except AdapterError:
-            return None
-        manager.add_adapter(adapter)
-        if manager.has_slot(keep):
-            manager.activate_adapter(adapter.id)
-        return evicted
-
-    def _load_adapter(self, lora_request: Any, fresh: bool = True, again: bool = False) -> LoadedAdapter:
-        """`again`: it had been evicted."""
-        counted = self._adapter_manager.loads.counted(again=again)
-        with counted, on_disk(lora_request) as request:  # trainers in this process hand tensors over
-            number, name = request.lora_int_id, request.lora_name
-
-            def check(found: CutAdapter) -> None:
-                self._memory.check(number, plain_name(name), found.layers.nbytes)
-                self.base_rows.learn(number, found.invocation_tokens, name, announced=not again)
-
-            adapter = self._loader.load(
-                number,
-                name,
-                request.lora_path,
-                fresh=fresh,
-                again=again,
-                check=check,
-            )
-        manager, rows = self._adapter_manager, 1
-        if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
-            rows = max((manager.attached.graph_rows(name, terms) for name, terms in adapter.layers.items()), default=1)
-        adapts_head = any(isinstance(manager.attached.layers.get(name), AdaptedHead) for name in adapter.layers)
-        return LoadedAdapter(
-            number,
-            adapter.rank,
-            adapter.layers,
-            rows,
-            adapts_head=adapts_head,
-            family=adapter.family,
-            nbytes=adapter.layers.nbytes,
-        )
-
-    def report(self, most: int | None) -> dict[str, Any]:
-        """See FloraModelManager.report."""
-        return self._adapter_manager.report(most)
-
-    def note_batch(self, requests: Any, computed: Any, scheduled: Any, sampled: Any = None) -> None:
-        """Of each request of the step that comes, in batch order: id, LoRARequest and prompt; then token counts."""
-        named = [(name, 0 if lora is None else lora.lora_int_id, prompt) for name, lora, prompt in requests]
-        self.base_rows.note(named, computed, scheduled, sampled)
-
-    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
-        loaded = (self._adapter_manager.get_adapter(request.lora_int_id) for request in requests)
-        rehearses = any(adapter is not None and adapter.is_stand_in for adapter in loaded)
-        if mapping is not None and mapping.type.name == "LANGUAGE" and not rehearses:
-            mapping = self.base_rows.without_base_rows(mapping, {request.lora_int_id for request in requests})
-        super().set_active_adapters(requests, mapping)
-
-    def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
-        dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
-        return self._adapter_manager.add_adapter(dummy)
-
-    def _apply_adapters(self, lora_requests: set[Any]) -> None:
-        # In a step an adapter is only ever brought back, never replaced: `load_inplace` acts where it is asked for.
-        if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
-            raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
-        needed = {request.lora_int_id for request in lora_requests}
-        # Every rank in the same order: those that load may have to ask the base together.
-        for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
-            adapter = self._adapter_manager.get_adapter(request.lora_int_id)
-            try:
-                if adapter is None:
-                    adapter = self._load_adapter(request, fresh=False, again=True)
-                    self._admit(adapter, needed)
-                else:
-                    self._make_room(adapter, needed)
-            except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
-                self._adapter_manager.leave_out(request.lora_int_id, str(error))
-                continue
-            adapter.last_used = time.time()
-            self._adapter_manager.activate_adapter(request.lora_int_id)
-
-    def _admit(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> None:
-        if len(self._adapter_manager) + 1 > self._adapter_manager.capacity:
-            self._adapter_manager.remove_oldest_adapter()
-            self._adapter_manager.loads.evictions["cpu"] += 1
-        self._make_room(adapter, needed)
-        self._adapter_manager.add_adapter(adapter)
-
-    def _make_room(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> tuple[int, ...]:
-        """For an adapter that gets a slot next: the ids of those that went, none of `needed`. Raises AdapterError."""
-        evicted = self._memory.make_room(self._adapter_manager, adapter.id, adapter.nbytes, needed)
-        self._adapter_manager.loads.evictions["cpu"] += len(evicted)
-        return evicted
-
-    def add_adapter(self, lora_request: Any) -> bool:
-        adapter_id = lora_request.lora_int_id
-        if lora_request.load_inplace or self._adapter_manager.get_adapter(adapter_id) is None:
-            # First, so that a faulty one leaves the old one in place.
-            adapter = self._load_adapter(lora_request, fresh=lora_request.load_inplace)
-            self._adapter_manager.remove_adapter(adapter_id)
-            self._memory.forget(adapter_id)
-            self._admit(adapter)
-        else:
-            self._make_room(self._adapter_manager.get_adapter(adapter_id))
-        self._adapter_manager.activate_adapter(adapter_id)
-        return True
-
-    def remove_adapter(self, adapter_id: int) -> bool:
-        self._loader.retire(adapter_id)
-        self._memory.forget(adapter_id)
-        return super().remove_adapter(adapter_id)
-
-    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        return default_rank
