@@ -73,6 +73,13 @@ def _mixtral() -> transformers.PreTrainedModel:
     )
 
 
+def _gpt_oss() -> transformers.PreTrainedModel:
+    """Experts stored the other way round, gate and up alternating, with biases; attention with sinks. vLLM's CPU kernel
+    pads no experts of this activation."""
+    config = transformers.GptOssConfig(**COMMON, intermediate_size=96, num_local_experts=EXPERTS, head_dim=32)
+    return transformers.GptOssForCausalLM(config)
+
+
 def _saved(path: Path, make: Callable[[], transformers.PreTrainedModel]) -> Path:
     model = make()
     randomise(model, seed=0)
@@ -111,7 +118,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("make", [_qwen3, _qwen2])
+@pytest.mark.parametrize("make", [_qwen3, _qwen2, _gpt_oss])
 def test_parameters_of_experts_are_their_merged_weights(make, tmp_path):
     model = _saved(tmp_path / "model", make)
     states: dict[str, support.State] = {"base": support.load(model).state_dict()}
@@ -216,14 +223,13 @@ def _refuse(engine: support.Engine, folder: Path, module: str, factors: tuple[to
         engine.ask([Ask(PROMPT, folder / "refused")])
 
 
-def _deepseek(path: Path) -> Path:
-    """Dense layers with MLA in the one size of vLLM's CPU kernel: 512 latent and 64 rotary dimensions."""
+def _deepseek(path: Path, **settings: Any) -> Path:
+    """MLA in the one size of vLLM's CPU kernel: 512 latent and 64 rotary dimensions."""
     config = transformers.DeepseekV2Config(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=FEED_FORWARD,
         num_hidden_layers=LAYERS,
-        first_k_dense_replace=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         q_lora_rank=None,
@@ -233,33 +239,62 @@ def _deepseek(path: Path) -> Path:
         v_head_dim=32,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=False,
+        **settings,
     )
-    model = transformers.DeepseekV2ForCausalLM(config)
-    randomise(model, seed=0)
-    model.save_pretrained(path)
-    return path
+    return _saved(path, lambda: transformers.DeepseekV2ForCausalLM(config))
+
+
+def _plain_answers(folder: Path, base: transformers.PreTrainedModel, merged: support.State) -> list[support.Answer]:
+    """Plain vLLM is MLA's oracle, one request at a time: its MLA on CPU differs from transformers, and from itself in
+    a batch of two, also without adapters."""
+    answers = []
+    base.save_pretrained(folder / "base")
+    base.load_state_dict(dict(merged))
+    base.save_pretrained(folder / "merged")
+    for checkpoint in ("base", "merged"):
+        with support.running(folder / checkpoint, flora=False) as engine:
+            answers += engine.ask([Ask(PROMPT)])
+    return answers
+
+
+def _check(served: Sequence[support.Answer], expected: Sequence[support.Answer]) -> None:
+    assert served[0].tokens != served[1].tokens
+    for answer, wanted in zip(served, expected, strict=True):
+        assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
 
 
 def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
-    model = _deepseek(tmp_path / "model")
+    model = _deepseek(tmp_path / "model", first_k_dense_replace=LAYERS)
     base = support.load(model)
     others = [name for name in support.linear_modules(base) if not name.endswith("kv_b_proj")]
     merged = support.write_flora_adapter(base, tmp_path / "others", 3, "mean", seed=1, modules=others)
     absorbed = "model.layers.1.self_attn.kv_b_proj"
     factors = (torch.ones(2, 512), torch.ones(support.linear_modules(base)[absorbed].out_features, 2))
-    # Plain vLLM is the oracle, one request at a time: its MLA on CPU differs from transformers, and from itself in a
-    # batch of two, also without adapters.
-    expected = []
-    base.save_pretrained(tmp_path / "base")
-    base.load_state_dict(dict(merged))
-    base.save_pretrained(tmp_path / "merged")
-    for checkpoint in ("base", "merged"):
-        with support.running(tmp_path / checkpoint, flora=False) as engine:
-            expected += engine.ask([Ask(PROMPT)])
+    expected = _plain_answers(tmp_path, base, merged)
     with support.running(model, max_loras=2) as engine:
         _refuse(engine, tmp_path, absorbed, factors)
         assert absorbed in engine.manager().attached.refused
         served = [engine.ask([Ask(PROMPT, path)])[0] for path in (None, tmp_path / "others")]
-    assert served[0].tokens != served[1].tokens
-    for answer, wanted in zip(served, expected, strict=True):
-        assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
+    _check(served, expected)
+
+
+def test_experts_beside_shared_ones_are_their_merged_weights(tmp_path):
+    """DeepSeek's: two shared experts in one, beside those that are chosen; the first layer dense."""
+    model = _deepseek(
+        tmp_path / "model",
+        first_k_dense_replace=1,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=2,
+        moe_intermediate_size=INNER,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+    )
+    shared = [f"shared_experts.{part}_proj" for part in ("gate", "up", "down")]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_parameters=BOTH, target_modules=["q_proj", *shared])
+    merged = support.save_peft_adapter(model, tmp_path / "all", config, 1)
+    expected = _plain_answers(tmp_path, support.load(model), merged)
+    with support.running(model, max_loras=2) as engine:
+        served = [engine.ask([Ask(PROMPT, path)])[0] for path in (None, tmp_path / "all")]
+    _check(served, expected)
