@@ -49,6 +49,9 @@ class Session:
         self.root, self.folder = url.removesuffix("/v1"), folder
         self._http = httpx.Client(base_url=self.root, timeout=120)
 
+    def close(self) -> None:
+        self._http.close()
+
     def send(self, method: str, path: str, **more: Any) -> Reply:
         return Reply.of(self._http.request(method, path, **more))
 

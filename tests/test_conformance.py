@@ -4,6 +4,7 @@ Every answer has stock's status, error type, phrases that clients match, fields 
 stock's tokens and logprobs; or it is an intended difference, with its reason in conformance_differences.py.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +33,10 @@ Recorded = dict[str, Reply]
 
 def _record(model: Path, folder: Path, *, flora: bool) -> Recorded:
     adapters = {"lora": folder / "lora"}
-    with ServerProcess(model, adapters, flora=flora, served_name=BASE, options=OPTIONS, quiet=True) as server:
-        session = Session(server.url, folder)
+    with (
+        ServerProcess(model, adapters, flora=flora, served_name=BASE, options=OPTIONS, quiet=True) as server,
+        contextlib.closing(Session(server.url, folder)) as session,
+    ):
         return {case.name: case.call(session) for case in CASES}
 
 
