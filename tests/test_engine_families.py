@@ -36,11 +36,12 @@ PROMPT = support.prompt(13, seed=5)
 LEFT_OUT = ("conv1d", "gpt2")
 NEW = 4
 # Maps across ranks: blocks that a cut would go through, outputs whose sum no rank has; an embedding's rows.
-REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4", "lora-ends"}
+REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4", "lora-ends", "lora-tokens-of-each"}
 # PEFT computes in float32 too: what is compared is two roundings of the same sums, relative to what the adapter does.
 TOLERANCE = 1e-4
-# Parameters, or those of a case, that would make PEFT's own rounding larger than that: OFT sums a map's powers.
-SMALLER = {"oft_R": 0.3, "lora-bdlora": 0.7, "lora-kasa": 0.7}
+# Parameters, or those of a case, that would make PEFT's own rounding larger than that: OFT sums a map's
+# powers; PEANuT moves logprobs by 16.
+SMALLER = {"oft_R": 0.3, "lora-bdlora": 0.7, "lora-kasa": 0.7, "peanut": 0.8}
 
 
 @dataclass
@@ -283,7 +284,7 @@ def test_two_workers_serve_them_too_or_refuse_them_by_name(
     for name, error in (worst := errors_of(served)).items():
         record_property(name, error)
     assert not {name: error for name, error in worst.items() if not error < TOLERANCE}
-    assert all("--tensor-parallel-size" in message for message in refused.values()), refused
+    assert not {name: message for name, message in refused.items() if "--tensor-parallel-size" not in message}
     assert set(refused) == REFUSED_BY_TWO
 
 

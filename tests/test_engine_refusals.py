@@ -82,9 +82,10 @@ def _peft(**options) -> Callable[[Path, Path], None]:
     return save
 
 
-def _with_other_norms(path: Path, model: Path) -> None:
-    _peft(target_modules=["q_proj"], modules_to_save=["norm"])(path, model)
-    _change_tensors(path, lambda tensors: tensors["base_model.model.model.norm.weight"].add_(1))
+def _with_larger_vocabulary(path: Path, model: Path) -> None:
+    _peft(target_modules=["q_proj"], modules_to_save=["lm_head"])(path, model)
+    name = "base_model.model.lm_head.weight"
+    _change_tensors(path, lambda tensors: tensors.update({name: torch.cat([tensors[name]] * 2)}))
 
 
 def _another_family(path: Path, _model: Path) -> None:
@@ -101,7 +102,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
         ),
         ("'model.embed_tokens' is an embedding, which only plain LoRA",),
     ),
-    "saved whole": (_with_other_norms, ("'model.norm' is saved whole", "RMSNorm")),
+    "saved whole": (_with_larger_vocabulary, ("'lm_head' is saved whole", "of another size")),
     "another family": (_another_family, ("LILY", "is not supported yet")),
     "another depth": (
         lambda path, _: _flora(path, module="model.layers.7.self_attn.q_proj"),

@@ -34,10 +34,9 @@ def states(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Mapping[Path
 @pytest.fixture(scope="module", params=METHODS)
 def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:
     model = tiny_model("llama")
-    is_draft = request.param == "draft model"
-    settings = METHODS[request.param] | ({"model": str(model)} if is_draft else {})
-    # In a process that has imported numba, as n-grams do, vLLM's search for its drafter's kernels fails.
-    own = {"own_process": is_draft, "disable_log_stats": False}
+    settings = METHODS[request.param] | ({"model": str(model)} if request.param == "draft model" else {})
+    # Its own process: n-grams import numba, after which vLLM's search for kernels fails in every later engine here.
+    own = {"own_process": True, "disable_log_stats": False}
     with support.running(model, max_loras=4, speculative_config=settings, **own) as engine:
         yield engine
 
