@@ -83,7 +83,7 @@ def _is_block(module: Any, device: torch.device) -> bool:
     def recording(key: str, output: torch.Tensor) -> Any:
         def apply(_layer: Any, x: torch.Tensor, _bias: Any = None) -> torch.Tensor:
             read[key] = x
-            return output
+            return output.clone()  # ranks add theirs up in place
 
         return apply
 
