@@ -37,6 +37,12 @@ GROUPS = {
     "put rows of their own in the base's place": ("Replaced",),
 }
 
+# What is made of loaded adapters, and when they act; no families of their own.
+COMBINED = {
+    "weigh adapters, by request or by name": "mixes of any that add up, PEFT's merges of LoRAs, DLP-LoRA",
+    "begin within the prompt": "aLoRA, of any family",
+}
+
 
 def group_table() -> str:
     """Markdown: a line for each group of served families, then one of what is refused."""
@@ -49,6 +55,7 @@ def group_table() -> str:
         if all(name not in names for names in groups.values()):
             groups[group].append(name)
     lines = [f"| {group} | {', '.join(names)} |" for group, names in groups.items() if names]
+    lines += [f"| {group} | {ways} |" for group, ways in COMBINED.items()]
     refused = {**REFUSED, **REFUSED_VARIANTS}
     return "\n".join(
         ["| what they do to a layer | families |", "|---|---|", *lines, f"| refused by name | {', '.join(refused)} |"]
