@@ -5,6 +5,7 @@ again. A norm is called directly until a slot has terms for it, and costs nothin
 keeps what it saw, cannot have it.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class AdaptedNorm:
         self._step = step
         self.has_bias = module._parameters.get("bias") is not None
         self._slots: dict[int, dict[str, torch.nn.Parameter]] = {}
+        self._lock = threading.Lock()  # held while the module has an adapter's weights
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on, `plain_O` the weight, `offset_O` the bias; None clears it."""
@@ -56,13 +58,19 @@ class AdaptedNorm:
                 whole[rows_N] = part
         return found
 
+    def base_values(self) -> dict[str, torch.Tensor | None]:
+        """The base's own weight and bias, also for who asks beside a step, in which the module may have others."""
+        with self._lock:
+            return dict(self._module._parameters)
+
     def _with(self, values: dict[str, torch.nn.Parameter], inputs: tuple[torch.Tensor | None, ...]) -> Any:
-        held = {name: self._module._parameters[name] for name in values}
-        self._module._parameters.update(values)
-        try:
-            return self._stock(*inputs)
-        finally:
-            self._module._parameters.update(held)
+        with self._lock:
+            held = {name: self._module._parameters[name] for name in values}
+            self._module._parameters.update(values)
+            try:
+                return self._stock(*inputs)
+            finally:
+                self._module._parameters.update(held)
 
 
 def _like(value: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The adapted norm alone: whose rows change, and that a norm without adapters is called as it always was."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -66,3 +67,25 @@ def test_a_tokens_row_is_normed_with_its_adapters_weights(make: Callable[[], tor
         norm.write_slot(slot, None)
     assert "forward" not in vars(module)
     assert all(torch.equal(a, b) for a, b in zip(called(), plain, strict=True))
+
+
+def test_who_asks_beside_a_step_gets_the_bases_weights() -> None:
+    """Loads compare what a file holds with the base's, while steps norm rows with other adapters' weights."""
+    module, step = layer_norm(), Step()
+    base, seen = module.weight, []
+    norm = AdaptedNorm(module, step)
+    stock = norm._stock
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        if module.weight is not base:
+            asking.start()
+            asking.join(0.1)
+        return stock(x)
+
+    norm._stock = slow
+    norm.write_slot(1, (own_of(module, 1),))
+    step.set_mapping([5], {5: 1})
+    asking = threading.Thread(target=lambda: seen.append(norm.base_values()["weight"]))
+    module(torch.randn(1, WIDTH))
+    asking.join()
+    assert seen == [base]

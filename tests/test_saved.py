@@ -36,7 +36,7 @@ def judged(
     from flora_vllm.plugin.saved import with_saved
 
     adapter = Adapter("LORA", 1, {name: ModuleTerms() for name in own}, "", saved=saved)
-    found, faults = with_saved(adapter, Model(model_type), LAYOUT, Limits(dense_bytes=limit))
+    found, faults = with_saved(adapter, Model(model_type), LAYOUT, Limits(dense_bytes=limit), {})
     return {name: [type(term) for term in terms.terms] for name, terms in found.modules.items()}, "\n".join(faults)
 
 
@@ -68,6 +68,7 @@ def test_what_differs_is_a_term_of_its_kind() -> None:
         ({"conv.weight": torch.ones(4, 4, 1)}, {}, "modules such as this Conv1d"),
         ({"elsewhere.weight": torch.ones(4, 4)}, {}, "'elsewhere' is saved whole.*it is not in the base model"),
         ({"ln.bias": torch.ones(4)}, {}, "save the whole norm"),
+        ({"ln.weight": torch.ones(4), "ln.bias": torch.ones(1)}, {}, "save the whole norm"),
         ({"embed.bias": torch.ones(6)}, {}, "an embedding has no bias"),
     ],
 )

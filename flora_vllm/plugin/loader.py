@@ -172,7 +172,7 @@ class AdapterLoader:
         faults = [*faults, *found.faults]
         adapter = found.adapter
         if adapter is not None:
-            adapter, more = with_saved(adapter, self._model, self._layout, self._limits)
+            adapter, more = with_saved(adapter, self._model, self._layout, self._limits, self._attached.norms)
             faults += more
         if self._has_encoder and adapter is not None and adapter.invocation_tokens is not None:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")

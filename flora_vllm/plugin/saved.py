@@ -19,14 +19,22 @@ from flora_vllm.formats.matching import OUTPUT_LAYERS
 from flora_vllm.formats.module_faults import refusal
 from flora_vllm.formats.names import OF_BASE
 from flora_vllm.formats.ranks import Limits, built_faults
+from flora_vllm.norms import AdaptedNorm
 from flora_vllm.terms import Offset, Replaced, Term, check_fit
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_COMPARED_ROWS = 4096
 
 
 def with_saved(
-    adapter: Adapter, model: torch.nn.Module, layout: ModelLayout, limits: Limits
+    adapter: Adapter,
+    model: torch.nn.Module,
+    layout: ModelLayout,
+    limits: Limits,
+    norms: Mapping[str, AdaptedNorm],
 ) -> tuple[Adapter, list[str]]:
     """`adapter` with terms for each module that it holds whole and that is not this rank's part of the base's, and why
-    that cannot be for some."""
+    that cannot be for some. `norms`: those of the model that adapters may change."""
     if not adapter.saved:
         return adapter, []
     known = dict(model.named_modules(remove_duplicate=False))
@@ -43,7 +51,9 @@ def with_saved(
         layer = known.get(layout.rename(module))
         if isinstance(layer, PPMissingLayer):  # another pipeline stage has it, and judges it
             continue
-        if layer is not None and all(_is_equal(layer, kind, tensor) for kind, tensor in found.items()):
+        norm = norms.get(layout.rename(module))
+        held = norm.base_values() if norm is not None else {kind: getattr(layer, kind, None) for kind in found}
+        if all(_is_equal(layer, kind, held.get(kind), tensor) for kind, tensor in found.items()):
             continue
         try:
             is_linear = module.rpartition(".")[2] not in {*OUTPUT_LAYERS, *EMBEDDINGS}
@@ -74,8 +84,8 @@ def _terms(
     if shape is None:
         raise AdapterError(f"modules such as this {type(layer).__name__} cannot be an adapter's own; train without it")
     if layout.rename(module) in layout.norms:
-        if shape[:1] != found.get("weight", torch.empty(0)).shape:
-            raise AdapterError(f"it has no weight of the base's size {shape[:1]}; save the whole norm")
+        if "weight" not in found or any(tensor.shape != shape[:1] for tensor in found.values()):
+            raise AdapterError(f"its weight and bias are not of the base's size {shape[:1]}; save the whole norm")
         return norm_terms(found["weight"], found.get("bias"))
     if "bias" in found and layout.rename(module) in layout.embeddings:
         raise AdapterError("an embedding has no bias; remove it")
@@ -94,9 +104,8 @@ def _terms(
     return tuple(terms)
 
 
-def _is_equal(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
-    held = getattr(layer, kind, None)
-    if held is None:
+def _is_equal(layer: Any, kind: str, held: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+    if held is None or held.dtype not in _FLOATS:  # quantised numbers are not the weight's
         return False
     if isinstance(layer, VocabParallelEmbedding) and kind == "weight":
         if tuple(tensor.shape) != (layer.org_vocab_size, layer.embedding_dim):
@@ -104,4 +113,8 @@ def _is_equal(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
         part = layer.shard_indices
         tensor = tensor[part.org_vocab_start_index : part.org_vocab_end_index]
         held = held[: len(tensor)]
-    return tensor.shape == held.shape and torch.equal(tensor.to(held.device, held.dtype), held)
+    if tensor.shape != held.shape:
+        return False
+    # By parts: a whole output layer has no room beside the model on its device, and most differ in the first.
+    parts = zip(tensor.split(_COMPARED_ROWS), held.split(_COMPARED_ROWS), strict=True)
+    return all(torch.equal(part.to(held.device, held.dtype), own) for part, own in parts)
