@@ -95,6 +95,24 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert not examine(path, layout=layout(tied=True)).faults
 
 
+def test_rows_of_tokens_alone_fit_the_base_and_its_tied_output_layer(tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[3, 1, 9], target_modules=["embed_tokens"])
+    path = saved(tmp_path / "a", config)
+    for tied, modules in ((False, {EMBEDDING}), (True, {EMBEDDING, "lm_head"})):
+        adapter = examine(path, layout=layout(tied=tied)).adapter
+        assert adapter is not None
+        assert set(adapter.modules) == modules
+    assert "token 9 of token_indices is beyond the base model's 9 tokens" in the_fault(path, layout=layout(tokens=9))
+    edit_config(path, token_indices=[3, 1, 1 << 70])
+    assert "'token_indices' is" in the_fault(path, layout=layout())
+
+
+def test_a_module_saved_whole_in_numbers_that_are_not_read_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", peft.LoraConfig(**LORA))
+    edit_tensors(path, **{f"{ROOT}lm_head.weight": torch.ones(80, WIDTH).to(torch.float8_e4m3fn)})
+    assert "lm_head.weight' has dtype F8_E4M3; allowed" in the_fault(path, layout=layout())
+
+
 # PEFT does not know the sizes of every model's norms, and says so.
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_norms_are_ln_tunings_and_nothing_else_is(tmp_path: Path) -> None:

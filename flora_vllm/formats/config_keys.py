@@ -64,7 +64,7 @@ def is_rank(value: object) -> bool:
 def _is_token_list(value: object) -> bool:
     return (
         isinstance(value, list)
-        and all(_is_int(token) and token >= 0 for token in value)
+        and all(_is_int(token) and 0 <= token < 1 << 31 for token in value)
         and len({*value}) == len(value)
     )
 

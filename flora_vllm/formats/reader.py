@@ -19,13 +19,14 @@ from flora_vllm.formats.activation import invocation_tokens
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faults, take_parameters
 from flora_vllm.formats.families.biases import BIAS_NAMES
-from flora_vllm.formats.families.family import Family, ModuleFile
+from flora_vllm.formats.families.family import FLOATS, Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.module_faults import (
     Records,
     module_faults,
+    refusal,
     scope_of,
     selected_modules,
     shared_faults,
@@ -257,6 +258,11 @@ def _sorted(family: Family, config: CheckedConfig, data: bytearray, records: lis
         may_be_whole = split is None or split[1] in BIAS_NAMES
         whole = saved_part(record.name, kept, within=split is None) if may_be_whole else None
         if whole is not None:
+            if record.dtype not in FLOATS:
+                strange.append(
+                    f"tensor {record.name!r} has dtype {record.dtype}; allowed of what is saved whole: "
+                    f"{', '.join(FLOATS)}; convert it, for example to float32"
+                )
             # PEFT writes an embedding or a head that it trains twice, by both names of it.
             other = saved.get(".".join(whole))
             if other is not None and data[other.start : other.end] != data[record.start : record.end]:
@@ -305,6 +311,14 @@ def _built(
             modules[module] = ModuleTerms(terms)
         except AdapterError as error:
             faults.append(f"module {module!r}: {error}")
+    # The file may have the rows of a tied model once, or under the output layer's name, too.
+    for module in [*modules] if layout is not None and family.of_heads else ():
+        assert layout is not None, "asked above"
+        head = layout.tied.get(layout.rename(module))
+        if head is not None and head not in map(layout.rename, modules):
+            modules[head] = modules[module]
+            if (reason := refusal(head, layout)) is not None:
+                faults.append(f"module {head!r} has the weight of {module!r} and would have its rows, too: {reason}")
     for parameter in tensors.parameters:
         for module, terms in expert_modules(parameter, _views(data, parameter.records), config.values, layout):
             if module in modules:

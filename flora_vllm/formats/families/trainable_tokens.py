@@ -6,6 +6,7 @@ Of a model whose output layer shares the embedding's weight the file has the row
 
 import torch
 
+from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, OPTIONAL_MODULES, TOKEN_INDICES, Key
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.terms import Replaced, Term
@@ -14,7 +15,10 @@ ROWS = "trainable_tokens_delta"
 
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
-    return (Replaced(module[ROWS], torch.tensor(module.config["token_indices"], dtype=torch.int64)),)
+    tokens, size = module.config["token_indices"], module.scope.out_features
+    if size is not None and max(tokens) >= size:
+        raise AdapterError(f"token {max(tokens)} of token_indices is beyond the base model's {size} tokens")
+    return (Replaced(module[ROWS], torch.tensor(tokens, dtype=torch.int64)),)
 
 
 TRAINABLE_TOKENS = Family(
