@@ -5,6 +5,7 @@ import torch
 
 from flora_vllm.embedding import AdaptedEmbedding, embedding
 from flora_vllm.errors import StepError
+from flora_vllm.ops.rare import RowsAdded
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.step import Step
 
@@ -46,6 +47,15 @@ def test_a_tokens_row_is_its_own_adapters(dtype: torch.dtype) -> None:
     assert torch.equal(padded[len(IDS) :], weight[IDS[:2]])
     layer.write_slot(2, None)
     assert torch.equal(embedding(IDS, weight, layer.handle), weight[IDS])
+
+
+def test_rows_in_the_bases_place_are_picked_by_id_in_any_order() -> None:
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randperm(VOCABULARY, generator=g)[:4]
+    term = RowsAdded(torch.randn(4, WIDTH, generator=g), rows, VOCABULARY)
+    whole = torch.zeros(VOCABULARY, WIDTH).index_copy_(0, rows, term.matrix_NI)
+    ids = torch.arange(VOCABULARY, dtype=torch.int32)  # as vLLM has them
+    assert torch.equal(term.picked(ids), whole)
 
 
 def test_a_look_up_does_not_say_that_the_layers_behind_it_were_served() -> None:

@@ -60,7 +60,7 @@ def test_what_differs_is_a_term_of_its_kind() -> None:
     ("saved", "options", "said"),
     [
         ({"q.weight": torch.ones(4, 5)}, {}, r"another size \(weight \(4, 5\)\) than the base's \(4, 4\)"),
-        ({"q.weight": torch.ones(4, 4)}, {"own": ("q",)}, "it has tensors of the adapter's family, too"),
+        ({"q.weight": torch.ones(4, 4)}, {"own": ("q",)}, "of the adapter's family, too"),
         ({"q.weight": torch.ones(4, 4)}, {"model_type": "gpt2"}, "gpt2 stores linear layers the other way round"),
         ({"q.weight": torch.ones(4, 4)}, {"limit": 63}, "--max-flora-dense-bytes 64"),
         ({"q.base_layer.weight": torch.ones(4, 4)}, {}, "serve that base model"),

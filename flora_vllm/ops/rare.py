@@ -243,8 +243,10 @@ class RowsAdded:
 
     def picked(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` (T,) of the whole matrix: (T, I)."""
-        is_row_TN = ids[:, None] == self.rows_N
-        return self.matrix_NI[is_row_TN.int().argmax(1)] * is_row_TN.any(1, keepdim=True)
+        # By search: a table of all tokens by all rows would be gigabytes.
+        rows_N, order_N = self.rows_N.sort()
+        place_T = torch.searchsorted(rows_N, ids.to(rows_N.dtype)).clamp(max=len(rows_N) - 1)
+        return self.matrix_NI[order_N[place_T]] * (rows_N[place_T] == ids)[:, None]
 
     def gained(self, gain_O: torch.Tensor) -> RareTerm:
         gain_N = gain_O[self.rows_N]

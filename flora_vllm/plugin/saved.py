@@ -43,6 +43,7 @@ def with_saved(
         module, _, kind = name.rpartition(".")
         tensors.setdefault(module, {})[kind] = tensor
     modules, faults = dict(adapter.modules), []
+    taken = {layout.rename(module) for module in modules}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for path, found in tensors.items():
         module = path
@@ -60,10 +61,11 @@ def with_saved(
             if model_type in CONV1D_MODEL_TYPES and is_linear and layout.rename(module) not in layout.norms:
                 raise AdapterError(f"{model_type} stores linear layers the other way round; train without it")
             terms = _terms(path, module, found, layout, layer)
-            if module in modules:
+            if layout.rename(module) in taken:
                 raise AdapterError(
-                    "it has tensors of the adapter's family, too; save it without these or without those"
+                    "it has tensors under another name or of the adapter's family, too; keep those of one"
                 )
+            taken.add(layout.rename(module))
             modules[module] = ModuleTerms(terms)
         except AdapterError as error:
             faults.append(f"module {module!r} is saved whole and differs from the base model's: {error}")
