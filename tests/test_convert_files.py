@@ -117,6 +117,13 @@ def test_weights_equal_to_the_base_are_dropped_and_others_are_not(tmp_path: Path
     save_file({**good, **whole, **changed}, path / WEIGHTS)
     assert convert("--repair", tmp_path / "base", path, tmp_path / "out") == 0
     assert load_file(tmp_path / "out" / WEIGHTS).keys() == good.keys() | changed.keys()
+    # A name that means several modules stays for those that are changed.
+    norms = {f"{ROOT}model.norm.weight": model.state_dict()["model.norm.weight"].clone()}
+    changed = {f"{ROOT}model.layers.0.input_layernorm.weight": torch.full((16,), 3.0)}
+    save_file({**good, **norms, **changed}, path / WEIGHTS)
+    edit_config(path, modules_to_save=["norm"])
+    assert convert("--repair", tmp_path / "base", path, tmp_path / "out") == 0
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == good.keys() | changed.keys()
 
 
 def test_pickled_folder(tmp_path: Path, capsys) -> None:

@@ -121,7 +121,13 @@ def _adjusted(config: Config, names: set[str], dropped: list[str]) -> Config:
     config = dict(config)
     whole = config.get("modules_to_save")
     if isinstance(whole, list) and dropped:
-        left = [entry for entry in whole if not any(f".{entry}." in f".{name}" for name in dropped)]
+        kept = names.difference(dropped)
+        left = [
+            entry
+            for entry in whole
+            if not any(f".{entry}." in f".{name}" for name in dropped)
+            or any(f"{entry}." in name for name in kept)  # by any ending, as PEFT reads it
+        ]
         config["modules_to_save"] = left or None
     targets = config.get("target_modules")
     if isinstance(targets, list) and "unembed_tokens" in targets and any(".lm_head." in name for name in names):

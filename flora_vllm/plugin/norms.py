@@ -52,6 +52,8 @@ def attach_norms(
         step = step_of(name)
         if step is None or not only(name):
             attached.refused[name] = UNKNOWN_ROWS if step is None else LEFT_OUT
+        elif hasattr(module.weight, "weight_loader"):
+            attached.refused[name] = "this model changes the norm's weight when it is loaded, an adapter's it would not"
         elif {*rows.get(name, ())} != {TOKENS}:
             attached.refused[name] = (
                 "this norm is not called with a step's tokens as rows, where adapters cannot follow"
