@@ -113,6 +113,14 @@ def test_a_module_saved_whole_in_numbers_that_are_not_read_is_refused(tmp_path: 
     assert "lm_head.weight' has dtype F8_E4M3; allowed" in the_fault(path, layout=layout())
 
 
+def test_rows_that_act_on_every_token_are_none_of_an_adapter_that_does_not(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", peft.LoraConfig(**LORA, trainable_token_indices=[3, 1, 9]))
+    edit_config(path, alora_invocation_tokens=[5])
+    assert "'model.embed_tokens' has a weight or bias in the base's place: with alora_inv" in the_fault(
+        path, layout=layout()
+    )
+
+
 # PEFT does not know the sizes of every model's norms, and says so.
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_norms_are_ln_tunings_and_nothing_else_is(tmp_path: Path) -> None:

@@ -31,11 +31,15 @@ class Model(torch.nn.Module):
 
 
 def judged(
-    saved: dict[str, torch.Tensor], model_type: str = "llama", limit: int | None = None, own: tuple[str, ...] = ()
+    saved: dict[str, torch.Tensor],
+    model_type: str = "llama",
+    limit: int | None = None,
+    own: tuple[str, ...] = (),
+    invoked: tuple[int, ...] | None = None,
 ) -> tuple[dict[str, Any], str]:
     from flora_vllm.plugin.saved import with_saved
 
-    adapter = Adapter("LORA", 1, {name: ModuleTerms() for name in own}, "", saved=saved)
+    adapter = Adapter("LORA", 1, {name: ModuleTerms() for name in own}, "", None, invoked, saved)
     found, faults = with_saved(adapter, Model(model_type), LAYOUT, Limits(dense_bytes=limit), {})
     return {name: [type(term) for term in terms.terms] for name, terms in found.modules.items()}, "\n".join(faults)
 
@@ -70,6 +74,7 @@ def test_what_differs_is_a_term_of_its_kind() -> None:
         ({"ln.bias": torch.ones(4)}, {}, "save the whole norm"),
         ({"ln.weight": torch.ones(4), "ln.bias": torch.ones(1)}, {}, "save the whole norm"),
         ({"embed.bias": torch.ones(6)}, {}, "an embedding has no bias"),
+        ({"ln.weight": torch.ones(4) * 3}, {"invoked": (5,)}, "with alora_invocation_tokens PEFT has it act on every"),
     ],
 )
 def test_what_cannot_be_served_is_named(saved: dict[str, torch.Tensor], options: dict[str, Any], said: str) -> None:

@@ -14,6 +14,11 @@ KEY = "alora_invocation_tokens"
 MOST_TOKENS = 4096
 ALLOWED = f"null, or a list of 1 to {MOST_TOKENS} token ids (integers of at least 0)"
 _CODE = "q"  # 8 bytes a token
+# PEFT hands the places to its adapted layers alone (`peft/peft_model.py`, `get_alora_offsets_for_forward`).
+EVERYWHERE = (
+    f"with {KEY} PEFT has it act on every token, where what comes before these is the base model's here; train without "
+    "one of both"
+)
 
 
 def is_invocation(value: object) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
-from flora_vllm.formats.activation import invocation_tokens
+from flora_vllm.formats.activation import EVERYWHERE, invocation_tokens
 from flora_vllm.formats.config_keys import CheckedConfig, check_config
 from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faults, take_parameters
 from flora_vllm.formats.families.biases import BIAS_NAMES
@@ -38,7 +38,7 @@ from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json
 from flora_vllm.formats.token_rows import KEY, TokenRows, module_of_rows, terms_of, token_rows
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
 from flora_vllm.pacing import pace
-from flora_vllm.terms import check_fit
+from flora_vllm.terms import Offset, Replaced, check_fit
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,12 @@ def examine_files(
         return _refused(name, faults)
     modules, faults = _built(family, config, data, tensors, layout, task, rows)
     faults += built_faults(modules, limits)
+    if invocation_tokens(config.values) is not None:
+        faults += [
+            f"module {module!r} has a weight or bias in the base's place: {EVERYWHERE}"
+            for module, terms in modules.items()
+            if terms.of(Replaced) or any(term.replaces for term in terms.of(Offset))
+        ]
     if faults:
         return _refused(name, faults)
     adapter = Adapter(

@@ -13,6 +13,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.activation import EVERYWHERE
 from flora_vllm.formats.base_model import CONV1D_MODEL_TYPES, EMBEDDINGS
 from flora_vllm.formats.families.ln_tuning import norm_terms
 from flora_vllm.formats.matching import OUTPUT_LAYERS
@@ -61,6 +62,8 @@ def with_saved(
             if model_type in CONV1D_MODEL_TYPES and is_linear and layout.rename(module) not in layout.norms:
                 raise AdapterError(f"{model_type} stores linear layers the other way round; train without it")
             terms = _terms(path, module, found, layout, layer)
+            if adapter.invocation_tokens is not None:
+                raise AdapterError(EVERYWHERE)
             if layout.rename(module) in taken:
                 raise AdapterError(
                     "it has tensors under another name or of the adapter's family, too; keep those of one"
