@@ -52,8 +52,8 @@ def saved_part(name: str, kept: Sequence[str] = (), *, within: bool = False) -> 
     for ending in OF_BASE:
         module = module.removesuffix(ending)
     is_known = kind == "weight" and module.rpartition(".")[2] in SAVED_WHOLE
-    parents = [module[: match.start()] for match in re.finditer(r"\.", module)] if within else []
-    return (path, kind) if is_known or any(place.endswith(tuple(kept)) for place in (module, *parents)) else None
+    is_named = module.endswith(tuple(kept)) or (within and any(f"{entry}." in module for entry in kept))
+    return (path, kind) if is_known or is_named else None
 
 
 def not_understood(family: Family, name: str) -> str:

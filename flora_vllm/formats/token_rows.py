@@ -17,6 +17,7 @@ from flora_vllm.formats.config_keys import CheckedConfig
 from flora_vllm.formats.families.family import Part
 from flora_vllm.formats.module_faults import Records, refusal, tensor_faults
 from flora_vllm.formats.names import PREFIX
+from flora_vllm.pacing import pace
 from flora_vllm.terms import Replaced
 
 KEY = "trainable_token_indices"
@@ -48,7 +49,9 @@ def token_rows(config: CheckedConfig, records: Records, layout: ModelLayout | No
     faults: list[str] = []
     unused = set(by_name)
     for module, record in records.items():
-        names = [name for name in by_name if module.endswith(name)]
+        pace()
+        endings = (module[first:] for first in range(len(module) + 1))
+        names = [name for name in endings if name in by_name]
         if len(names) != 1:
             faults.append(
                 f"tensor {record.name!r} has rows of tokens, and {KEY} names {len(names)} times which; save it again"
@@ -61,10 +64,11 @@ def token_rows(config: CheckedConfig, records: Records, layout: ModelLayout | No
         sizes = {} if shape is None else {"I": shape[1]}
         faults += tensor_faults(record, Part((len(tokens[module]), "I")), (), sizes)
     source = {module: module for module in tokens}
+    places = set() if layout is None else {*map(layout.rename, tokens)}
     for module in tokens if layout is not None else ():
         assert layout is not None, "asked above"
         head = layout.tied.get(layout.rename(module))
-        if head is not None and head not in map(layout.rename, tokens):
+        if head is not None and head not in places:
             source[head] = module
             unused = {name for name in unused if not (head.endswith(name) and by_name[name] == tokens[module])}
     if layout is None and any(by_name[name] in tokens.values() for name in unused):
