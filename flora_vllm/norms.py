@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.ops.terms import LayerTerms
+from flora_vllm.ops.terms import LayerTerms, SliceTerms
 from flora_vllm.step import Step
 
 
@@ -24,9 +24,20 @@ class AdaptedNorm:
         self._module = module
         self._stock = module.forward
         self._step = step
-        self.has_bias = module._parameters.get("bias") is not None
         self._slots: dict[int, dict[str, torch.nn.Parameter]] = {}
         self._lock = threading.Lock()  # held while the module has an adapter's weights
+
+    def fault(self, part: SliceTerms) -> str | None:
+        """Why a slot cannot have these terms, or None."""
+        held = self.base_values()
+        if part.offset_O is not None and held.get("bias") is None:
+            return "has a bias, which the base model's has none of; remove it"
+        values = {"weight": part.plain_O, "bias": part.offset_O}
+        for name, value in values.items():
+            base = held.get(name)
+            if value is not None and base is not None and not value.to(base.dtype).isfinite().all():
+                return f"has values that leave the range of {base.dtype}, the model's dtype; serve it in another"
+        return None
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
         """Slot `slot` (>= 1) has `terms` from now on, `plain_O` the weight, `offset_O` the bias; None clears it."""

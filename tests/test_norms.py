@@ -89,3 +89,11 @@ def test_who_asks_beside_a_step_gets_the_bases_weights() -> None:
     module(torch.randn(1, WIDTH))
     asking.join()
     assert seen == [base]
+
+
+def test_what_a_norm_of_this_model_cannot_be_is_said_before_it_has_a_slot() -> None:
+    norm, large = AdaptedNorm(AddingNorm().half(), Step()), torch.full((WIDTH,), 7e4)
+    assert norm.fault(SliceTerms(torch.ones(WIDTH))) is None
+    assert "leave the range of torch.float16" in str(norm.fault(SliceTerms(large)))
+    assert "has a bias" in str(norm.fault(SliceTerms(torch.ones(WIDTH), offset_O=torch.ones(WIDTH))))
+    assert AdaptedNorm(layer_norm(), Step()).fault(SliceTerms(large, offset_O=large)) is None

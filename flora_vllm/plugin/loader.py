@@ -291,8 +291,8 @@ class AdapterLoader:
             if terms is not None:
                 layers[name] = terms
                 norm, part = self._attached.norms.get(name), terms[0]
-                if norm is not None and not norm.has_bias and part is not None and part.offset_O is not None:
-                    faults.append(f"norm {name!r} has a bias, which the base model's has none of; remove it")
+                if norm is not None and part is not None and (fault := norm.fault(part)) is not None:
+                    faults.append(f"norm {name!r} {fault}")
         faults += routed_faults(layers, self._attached.blocks)
         chunks = [chunk for arena in arenas.values() for chunk in arena.finished()]
         kept = CompactLayers(layers, chunks)
