@@ -109,8 +109,9 @@ def _terms(
     return tuple(terms)
 
 
-def _is_equal(layer: Any, kind: str, held: torch.Tensor | None, tensor: torch.Tensor) -> bool:
-    if held is None or held.dtype not in _FLOATS:  # quantised numbers are not the weight's
+def _is_equal(layer: Any, kind: str, held: Any, tensor: torch.Tensor) -> bool:
+    # Some modules have a flag of this name; and quantised numbers are not the weight's.
+    if not isinstance(held, torch.Tensor) or held.ndim == 0 or held.dtype not in _FLOATS:
         return False
     if isinstance(layer, VocabParallelEmbedding) and kind == "weight":
         if tuple(tensor.shape) != (layer.org_vocab_size, layer.embedding_dim):
