@@ -105,7 +105,8 @@ class AdapterLoader:
     ) -> CutAdapter:
         """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
 
-        `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other.
+        `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other. One that
+        was unloaded and is loaded anew has to fit again, and its copy has to stay again.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
         """
@@ -123,14 +124,16 @@ class AdapterLoader:
             place, expected = (copy, None) if has_copy else (_local(directory), digest)
             return self._read(name, place, expected, path, task)
 
-        if has_copy:
+        if has_copy and again:
             return read()[1]
         try:
             (files, adapter), error = read(), None
             check(adapter)
         except AdapterError as failure:
             files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
-        is_kept = error is None if again else stages_agree(error is None)
+        # What was only evicted here other pipeline stages may have, and they would not be asked.
+        is_asked = not again and (not has_copy or adapter_id in self._retired)
+        is_kept = stages_agree(error is None) if is_asked else error is None
         if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
         self._keep(copy, files, name)
