@@ -78,8 +78,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             manager.loads.evictions["cpu"] += 1
             evicted = (oldest,)
         manager.remove_adapter(adapter.id)
-        if not again:  # other content may have had its id
-            self._memory.forget(adapter.id)
+        self._memory.arrive(adapter.id)
         try:
             evicted += self._make_room(adapter, keep)
         except AdapterError:
@@ -88,6 +87,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         if manager.has_slot(keep):
             manager.activate_adapter(adapter.id)
         return evicted
+
+    def give_up(self, adapter_id: int) -> None:
+        """What `load` gave, or began, is not let in."""
+        self._memory.give_up(adapter_id)
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True, again: bool = False) -> LoadedAdapter:
         """`again`: it had been evicted."""
@@ -99,14 +102,18 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                 self._memory.check(number, plain_name(name), found.layers.nbytes)
                 self.base_rows.learn(number, found.invocation_tokens, name, announced=not again)
 
-            adapter = self._loader.load(
-                number,
-                name,
-                request.lora_path,
-                fresh=fresh,
-                again=again,
-                check=check,
-            )
+            try:
+                adapter = self._loader.load(
+                    number,
+                    name,
+                    request.lora_path,
+                    fresh=fresh,
+                    again=again,
+                    check=check,
+                )
+            except BaseException:
+                self.give_up(number)
+                raise
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
             rows = max((manager.attached.graph_rows(name, terms) for name, terms in adapter.layers.items()), default=1)
