@@ -1,5 +1,6 @@
 """When a core has its workers load what: all ranks or none, nobody's adapter for another's, a bounded number ahead."""
 
+import importlib
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.plugin import activation
+from flora_vllm.plugin import activation, prefetch
 from flora_vllm.plugin.loads import Finished
 from flora_vllm.plugin.prefetch import MOST_AHEAD, Loading
 
@@ -212,6 +213,57 @@ def test_what_is_removed_while_it_loads_is_not_held():
     assert not core.loading.is_busy
     core.load(1)
     assert core.ranks[0].held == [1]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A core that is wrapped, and its scheduler."""
+    scheduling = importlib.import_module("vllm.v1.core.sched.scheduler")
+    engine = importlib.import_module("vllm.v1.engine.core")
+
+    class Scheduler(SimpleNamespace):
+        def _handle_blocked_waiting_request(self, request: Any) -> bool:
+            return request.status.name == "WAITING"
+
+    class Proc(Core):
+        is_running = staticmethod(lambda: True)
+        is_stepping = False
+        add_lora = remove_lora = add_request = _process_input_queue = lambda *_: None
+
+        def has_work(self) -> bool:
+            return self.is_stepping
+
+    monkeypatch.setattr(scheduling, "Scheduler", Scheduler)
+    monkeypatch.setattr(engine, "EngineCoreProc", Proc)
+    prefetch.install()
+    core: Any = Proc()
+    core.scheduler = Scheduler(running=[], waiting=[], has_requests=lambda: True)
+    core.__dict__["_flora_loading"] = core.scheduler.__dict__["_flora_loading"] = core.loading
+    return core, core.scheduler
+
+
+def test_who_drains_before_the_end_still_loads(installed):
+    core, scheduler = installed
+    waiting = SimpleNamespace(lora_request=_request(1), status=SimpleNamespace(name="WAITING"))
+    scheduler.waiting = [waiting]
+    assert not scheduler._handle_blocked_waiting_request(waiting)
+    assert core.has_work(), "an idle core loads"
+    core.is_running = lambda: False
+    assert not core.has_work(), "nobody waits for it"
+    core.is_stepping = True
+    core.ranks[0].ready.add(1)
+    core._process_input_queue()
+    assert scheduler._handle_blocked_waiting_request(waiting)
+
+
+def test_a_session_that_waits_for_its_client_loads_nothing(installed):
+    core, scheduler = installed
+    session = SimpleNamespace(lora_request=_request(1), status=SimpleNamespace(name="WAITING_FOR_STREAMING_REQ"))
+    assert not scheduler._handle_blocked_waiting_request(session)
+    assert not core.loading.is_busy
+    session.status.name = "WAITING"
+    assert not scheduler._handle_blocked_waiting_request(session)
+    assert core.loading.is_busy
 
 
 def test_nothing_is_let_in_while_the_engine_sleeps():

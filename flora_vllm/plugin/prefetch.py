@@ -231,7 +231,8 @@ def install() -> None:
 
     def is_loading(core: Any) -> bool:
         loading = core.__dict__.get(_LOADING)
-        return loading is not None and loading.is_busy and core.is_running()
+        # An engine that drains before it ends still has requests that wait for adapters.
+        return loading is not None and loading.is_busy and (core.is_running() or works(core))
 
     @functools.wraps(works)
     def has_work(self: Any) -> bool:
@@ -259,8 +260,10 @@ def _pass_over() -> None:
 
     @functools.wraps(original)
     def handle_blocked_waiting_request(self: Any, request: Any) -> bool:
-        loading = self.__dict__.get(_LOADING)
-        if loading is not None and request.lora_request is not None and not loading.is_ready(request.lora_request):
+        loading, adapter = self.__dict__.get(_LOADING), request.lora_request
+        # A session that waits for its client would hold what it does not use.
+        waits_for_us = adapter is not None and request.status.name != "WAITING_FOR_STREAMING_REQ"
+        if loading is not None and waits_for_us and not loading.is_ready(adapter):
             return False
         return original(self, request)
 
