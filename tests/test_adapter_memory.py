@@ -108,6 +108,21 @@ def test_the_refusal_has_the_numbers() -> None:
     memory.check(3, "third", 250)
 
 
+def test_what_is_checked_counts_before_it_is_there() -> None:
+    memory = MemoryBudget(1000, 2)
+    memory.check(1, "first", 300)
+    with pytest.raises(AdapterError, match="1 largest that may run beside it 1100 bytes"):
+        memory.check(2, "second", 250)
+    memory.arrive(1)
+    assert memory.sizes == {1: 300}
+    memory.check(1, "first again, refused for another reason", 400)
+    memory.give_up(1)
+    memory.check(2, "second", 200)
+    memory.forget(2)
+    memory.forget(1)
+    memory.check(3, "third", 500)
+
+
 def test_without_the_option_nothing_is_counted() -> None:
     memory = MemoryBudget(None, 2)
     memory.check(1, "huge", 10**15)

@@ -1,5 +1,6 @@
 """When a core has its workers load what: all ranks or none, nobody's adapter for another's, a bounded number ahead."""
 
+import importlib
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from flora_vllm.errors import AdapterError
+from flora_vllm.plugin import activation, prefetch
 from flora_vllm.plugin.loads import Finished
 from flora_vllm.plugin.prefetch import MOST_AHEAD, Loading
 
@@ -17,6 +19,7 @@ class Rank:
     def __init__(self, places: int) -> None:
         self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(beside=self))
         self.places = places
+        self.sizes: dict[int, int] = {}  # of those that take more than one place
         self.given: dict[int, Any] = {}
         self.ready: set[int] = set()
         self.held: list[int] = []
@@ -33,23 +36,24 @@ class Rank:
         if adapter in self.faults:
             del self.given[ticket]
             return Finished(False, error=self.faults[adapter])
-        evicted = next((other for other in self.held if other not in keep), None) if self.is_full else None
-        if self.is_full and evicted is None:
+        stay = [other for other in self.held if other in keep]
+        if self.taken(stay) + self.taken([adapter]) > self.places:
             if not waits:
                 del self.given[ticket]
             return Finished(False)
         del self.given[ticket]
-        if evicted is not None:
-            self.held.remove(evicted)
+        evicted = []
+        while self.taken(self.held) + self.taken([adapter]) > self.places:
+            evicted.append(next(other for other in self.held if other not in keep))
+            self.held.remove(evicted[-1])
         self.held.append(adapter)
-        return Finished(True, () if evicted is None else (evicted,))
+        return Finished(True, tuple(evicted))
 
     def forget(self, ticket: int) -> None:
         del self.given[ticket]
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.held) == self.places
+    def taken(self, adapters: list[int]) -> int:
+        return sum(self.sizes.get(adapter, 1) for adapter in adapters)
 
 
 class Core:
@@ -57,12 +61,17 @@ class Core:
 
     def __init__(self, ranks: int = 1, places: int = 2) -> None:
         self.ranks = [Rank(places) for _ in range(ranks)]
-        self.vllm_config = SimpleNamespace(additional_config={})
-        self.scheduler = SimpleNamespace(running=[], waiting=[])
+        self.vllm_config = SimpleNamespace(additional_config={"flora": {}})
+        self.scheduler = SimpleNamespace(running=[], waiting=[], has_requests=lambda: not self.is_paused)
+        self.is_paused = False
+        self.learnt: list[int] = []
         self.model_executor = SimpleNamespace(is_sleeping=False, remove_lora=self._remove, add_lora=lambda _: True)
         self.loading = Loading(self)
 
     def collective_rpc(self, act: Any, timeout: float | None = None, args: tuple = ()) -> list[Any]:
+        if act is activation._invocation_of:
+            self.learnt += args
+            return [None for _ in self.ranks]
         return [act(rank, *args) for rank in self.ranks]
 
     def _remove(self, adapter: int) -> bool:
@@ -173,6 +182,7 @@ def test_a_load_by_request_is_answered_where_there_is_no_room():
     core.scheduler.running = [_waiting(1), _waiting(2)]
     core.load(3)
     assert core.ranks[0].held == [1, 2]
+    assert core.learnt == [1, 2, 3], "requests that name it are keyed by what it is"
     assert not core.loading.is_ready(_request(3)), "its copy is read when it is needed"
 
 
@@ -205,12 +215,100 @@ def test_what_is_removed_while_it_loads_is_not_held():
     assert core.ranks[0].held == [1]
 
 
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A core that is wrapped, and its scheduler."""
+    scheduling = importlib.import_module("vllm.v1.core.sched.scheduler")
+    engine = importlib.import_module("vllm.v1.engine.core")
+
+    class Scheduler(SimpleNamespace):
+        def _handle_blocked_waiting_request(self, request: Any) -> bool:
+            return request.status.name == "WAITING"
+
+    class Proc(Core):
+        is_running = staticmethod(lambda: True)
+        is_stepping = False
+        add_lora = remove_lora = add_request = _process_input_queue = lambda *_: None
+
+        def has_work(self) -> bool:
+            return self.is_stepping
+
+    monkeypatch.setattr(scheduling, "Scheduler", Scheduler)
+    monkeypatch.setattr(engine, "EngineCoreProc", Proc)
+    prefetch.install()
+    core: Any = Proc()
+    core.scheduler = Scheduler(running=[], waiting=[], has_requests=lambda: True)
+    core.__dict__["_flora_loading"] = core.scheduler.__dict__["_flora_loading"] = core.loading
+    return core, core.scheduler
+
+
+def test_who_drains_before_the_end_still_loads(installed):
+    core, scheduler = installed
+    waiting = SimpleNamespace(lora_request=_request(1), status=SimpleNamespace(name="WAITING"))
+    scheduler.waiting = [waiting]
+    assert not scheduler._handle_blocked_waiting_request(waiting)
+    assert core.has_work(), "an idle core loads"
+    core.is_running = lambda: False
+    assert not core.has_work(), "nobody waits for it"
+    core.is_stepping = True
+    core.ranks[0].ready.add(1)
+    core._process_input_queue()
+    assert scheduler._handle_blocked_waiting_request(waiting)
+
+
+def test_a_session_that_waits_for_its_client_loads_nothing(installed):
+    core, scheduler = installed
+    session = SimpleNamespace(lora_request=_request(1), status=SimpleNamespace(name="WAITING_FOR_STREAMING_REQ"))
+    assert not scheduler._handle_blocked_waiting_request(session)
+    assert not core.loading.is_busy
+    session.status.name = "WAITING"
+    assert not scheduler._handle_blocked_waiting_request(session)
+    assert core.loading.is_busy
+
+
 def test_nothing_is_let_in_while_the_engine_sleeps():
     core = Core()
     answer: Any = core.loading.add(_request(1))
     core.model_executor.is_sleeping = True
     core.poll(1)
     assert not answer.done()
+    later: Any = core.loading.add(_request(2))
+    assert list(core.ranks[0].given.values()) == [1], "a load may ask the base, which is not there"
     core.model_executor.is_sleeping = False
-    core.poll()
+    core.poll(2)
     assert answer.done()
+    core.poll()
+    assert later.done()
+
+
+def test_a_pause_does_not_wait_for_those_it_pauses():
+    core = Core(places=1)
+    core.load(1)
+    core.scheduler.running, core.scheduler.waiting = [_waiting(1)], [_waiting(2)]
+    assert not core.loading.is_ready(_request(2))
+    core.poll(2)
+    assert core.loading.is_busy
+    core.is_paused = True
+    core.poll()
+    assert not core.loading.is_busy
+    core.is_paused, core.scheduler.running = False, []
+    assert not core.loading.is_ready(_request(2)), "it was never there"
+    core.poll()
+    assert core.ranks[0].held == [2]
+
+
+def test_small_ones_do_not_take_the_room_that_a_large_one_waits_for():
+    core = Core(places=4)
+    core.ranks[0].sizes[9] = 3
+    core.load(1, 2)
+    core.scheduler.running = [_waiting(1), _waiting(2)]
+    core.scheduler.waiting = [_waiting(9), _waiting(3)]
+    assert not core.loading.is_ready(_request(9))
+    assert not core.loading.is_ready(_request(3))
+    answer: Any = core.loading.add(_request(4))
+    core.poll(9, 3, 4)
+    assert core.ranks[0].held == [1, 2, 4], "who asks is answered: it can make room again"
+    assert answer.done()
+    core.scheduler.running = [_waiting(2)]
+    core.poll()
+    assert core.ranks[0].held == [2, 9]

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from flora_vllm.errors import AdapterError
+from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.pacing import NotBesideStepsError, Turns, leave_bound_core, pace_while
 from flora_vllm.plugin import probe
+from flora_vllm.plugin.loader import ANOTHER_RANK
 from flora_vllm.plugin.loads import Finished
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,11 @@ class LoadsBeside:
         """
         given = self._given[ticket]
         try:
-            try:
-                adapter = given.call.result(timeout=0)
-            except NotBesideStepsError:
-                adapter = self._worker.load(given.request, given.again)
+            adapter = self._loaded(ticket)
             evicted = self._worker.let_in(adapter, keep, again=given.again)
         except Exception as error:  # an answer in any case: see refusals.py
             self.forget(ticket)
+            self._worker.give_up(given.request.lora_int_id)
             if isinstance(error, AdapterError):
                 return Finished(False, error=error)
             logger.exception("adapter %r could not be loaded", given.request.lora_name)
@@ -72,6 +71,29 @@ class LoadsBeside:
         if evicted is not None or not waits:
             self.forget(ticket)
         return Finished(evicted is not None, () if evicted is None else evicted)
+
+    def _loaded(self, ticket: int) -> Any:
+        """The adapter; raises on every rank if one could not load it.
+
+        A rank that let it in alone would evict what others keep, and load that in a step, where nobody answers it.
+        """
+        given, adapter, fault = self._given[ticket], None, None
+        try:
+            adapter = given.call.result(timeout=0)
+        except NotBesideStepsError:
+            try:
+                with self._turns.between_steps():  # nor beside the thread, which may be at the next one
+                    adapter = self._worker.load(given.request, given.again)
+                call = Future()
+                call.set_result(adapter)
+                self._given[ticket] = Given(given.request, given.again, call)  # once, however long it waits for room
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer
+                fault = error
+        except Exception as error:  # noqa: BLE001
+            fault = error
+        if not probe.all_agree(fault is None, self._device):
+            raise fault or adapter_error(repr(given.request.lora_name), [ANOTHER_RANK])
+        return adapter
 
     def forget(self, ticket: int) -> None:
         """Let go of a load that is done."""

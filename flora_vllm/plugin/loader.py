@@ -49,7 +49,7 @@ from flora_vllm.terms import Arena, FromBase, kind_of, resolve
 
 logger = logging.getLogger(__name__)
 
-_ANOTHER_RANK = "another rank of this engine refused it; its log says why"
+ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 MIX = "MIX"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
@@ -105,7 +105,8 @@ class AdapterLoader:
     ) -> CutAdapter:
         """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
 
-        `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other.
+        `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other. One that
+        was unloaded and is loaded anew has to fit again, and its copy has to stay again.
 
         Raises AdapterError with every fault of the adapter; a copy that is there is then left as it is.
         """
@@ -123,16 +124,18 @@ class AdapterLoader:
             place, expected = (copy, None) if has_copy else (_local(directory), digest)
             return self._read(name, place, expected, path, task)
 
-        if has_copy:
+        if has_copy and again:
             return read()[1]
         try:
             (files, adapter), error = read(), None
             check(adapter)
         except AdapterError as failure:
             files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
-        is_kept = error is None if again else stages_agree(error is None)
+        # What was only evicted here other pipeline stages may have, and they would not be asked.
+        is_asked = not again and (not has_copy or adapter_id in self._retired)
+        is_kept = stages_agree(error is None) if is_asked else error is None
         if not is_kept:
-            raise error or adapter_error(f"{name!r} ({path})", [_ANOTHER_RANK])
+            raise error or adapter_error(f"{name!r} ({path})", [ANOTHER_RANK])
         self._keep(copy, files, name)
         self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
@@ -156,7 +159,7 @@ class AdapterLoader:
         known, layers = planned
         for _ in ("examined", "cut"):  # ranks that have no plan ask twice
             if not all_agree(True, self._device):
-                raise adapter_error(where, [_ANOTHER_RANK])
+                raise adapter_error(where, [ANOTHER_RANK])
         warn_of(known.family, where)
         return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
 
@@ -178,7 +181,7 @@ class AdapterLoader:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         # Ranks ask the base together, and keep an adapter together or not at all.
         if not all_agree(not faults, self._device) or adapter is None:
-            raise adapter_error(where, faults or [_ANOTHER_RANK])
+            raise adapter_error(where, faults or [ANOTHER_RANK])
         warn_of(adapter.family, where)
         return adapter
 
@@ -192,7 +195,7 @@ class AdapterLoader:
         except AdapterError as failure:
             error = failure
         if not all_agree(error is None, self._device):
-            raise error or adapter_error(where, [_ANOTHER_RANK])
+            raise error or adapter_error(where, [ANOTHER_RANK])
         return CutAdapter(adapter.family, adapter.rank, layers, adapter.invocation_tokens)
 
     def _read_merge(self, name: str, mix: Mix) -> tuple[dict[str, bytearray], CutAdapter]:
@@ -214,7 +217,7 @@ class AdapterLoader:
         except AdapterError as failure:
             merged, found, error = {}, Examination(None, ()), failure
         if not all_agree(found.adapter is not None, self._device) or found.adapter is None:
-            raise error or adapter_error(repr(name), found.faults or [_ANOTHER_RANK])
+            raise error or adapter_error(repr(name), found.faults or [ANOTHER_RANK])
         return merged, self._cut_together(repr(name), merged, found.adapter, None)
 
     def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
@@ -233,7 +236,7 @@ class AdapterLoader:
         except AdapterError as failure:
             adapter, error = cut[0], failure
         if not all_agree(error is None, self._device):
-            raise error or adapter_error(repr(name), [_ANOTHER_RANK])
+            raise error or adapter_error(repr(name), [ANOTHER_RANK])
         return files, adapter
 
     def _mix(self, name: str, parts: Sequence[Part], cut: Sequence[CutAdapter]) -> CutAdapter:

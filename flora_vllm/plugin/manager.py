@@ -214,6 +214,16 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         """The adapter to evict from host memory for another; None if all are pinned or among `keep`."""
         return _oldest(self._registered_adapters, keep)
 
+    def pin_fault(self, adapter_id: int) -> str | None:
+        """Why pins leave this adapter no place; None if they leave one. vLLM's caches raise what would end a step."""
+        for places, cache, option, what in (
+            (self.lora_slots, self._active_adapters, "--max-loras", "slots"),
+            (self.capacity, self._registered_adapters, "--max-cpu-loras", "places in host memory"),
+        ):
+            if adapter_id not in cache and len(cache.pinned_items) >= places:
+                return f"pinned adapters have all {places} {what}; remove one of them, or start with a larger {option}"
+        return None
+
     def has_slot(self, keep: Collection[int]) -> bool:
         """Whether one more adapter may have a slot without taking it from one of `keep`."""
         slots = self._active_adapters

@@ -32,16 +32,18 @@ class MemoryBudget:
     def __init__(self, most_bytes: int | None, slots: int) -> None:
         self._most_bytes, self._slots = most_bytes, slots
         self.sizes: dict[int, int] = {}
+        self._coming: dict[int, int] = {}  # the same of those that were found to fit and are not there yet
 
     def check(self, adapter_id: int, name: str, nbytes: int) -> None:
         """Raises AdapterError if an adapter of `nbytes` bytes could run beside others that it would not fit with."""
         if self._most_bytes is None:
             return
         nbytes = most_of_ranks(nbytes)
-        others = [size for known, size in list(self.sizes.items()) if known != adapter_id]
+        others = [size for known, size in (self.sizes | self._coming).items() if known != adapter_id]
         largest = heapq.nlargest(self._slots - 1, others)
         needed = _TWICE * (nbytes + sum(largest))
         if needed <= self._most_bytes:
+            self._coming[adapter_id] = nbytes
             return
         beside = f" and with the {len(largest)} largest that may run beside it {needed} bytes" if largest else ""
         ways = "use an adapter of lower rank" + (", unload others, start with fewer --max-loras" if largest else "")
@@ -84,6 +86,17 @@ class MemoryBudget:
     def forget(self, adapter_id: int) -> None:
         """The adapter was unloaded, or other content has its id."""
         self.sizes.pop(adapter_id, None)
+        self.give_up(adapter_id)
+
+    def arrive(self, adapter_id: int) -> None:
+        """The adapter that was found to fit is loaded, on all ranks; other content may have had its id."""
+        if (size := self._coming.get(adapter_id)) is not None:
+            self.sizes[adapter_id] = size
+            del self._coming[adapter_id]
+
+    def give_up(self, adapter_id: int) -> None:
+        """An adapter that was found to fit is not to be had for another reason."""
+        self._coming.pop(adapter_id, None)
 
     def _size(self, adapter_id: int) -> int:
         return self.sizes.get(adapter_id, 0)

@@ -36,7 +36,9 @@ class _Load:
     """`answer`: of whoever called add_lora; None of an adapter that only a waiting request needs."""
 
     request: Any
-    answer: Future | None
+    again: bool
+    answer: Future | None = None
+    is_given: bool = False  # to the workers
     is_cancelled: bool = False
 
 
@@ -92,10 +94,17 @@ class Loading:
         # Asleep, slots have no memory.
         if time.monotonic() - self._last_poll < apart_s or self._core.model_executor.is_sleeping:
             return
+        for ticket in self._loads:
+            self._give(ticket)
         done = self._core.collective_rpc(_done)
+        is_full = False
         for ticket in [ticket for ticket in self._loads if all(ticket in of_rank for of_rank in done)]:
-            if self._finish(ticket, self._loads[ticket]):
+            load = self._loads[ticket]
+            if is_full and load.answer is None:
+                continue  # smaller ones would for ever take the room that one before them waits for
+            if self._finish(ticket, load):
                 break
+            is_full = is_full or ticket in self._loads
         self._last_poll = time.monotonic()
 
     def _load_of(self, adapter: int) -> _Load | None:
@@ -105,9 +114,16 @@ class Loading:
 
     def _begin(self, request: Any, *, again: bool) -> _Load:
         ticket = next(self._tickets)
-        self._core.collective_rpc(_begin, args=(ticket, request, again))
-        load = self._loads[ticket] = _Load(request, None)
+        load = self._loads[ticket] = _Load(request, again)
+        if not self._core.model_executor.is_sleeping:  # a load may ask the base, which has no memory then
+            self._give(ticket)
         return load
+
+    def _give(self, ticket: int) -> None:
+        load = self._loads[ticket]
+        if not load.is_given:
+            self._core.collective_rpc(_begin, args=(ticket, load.request, load.again))
+            load.is_given = True
 
     def _finish(self, ticket: int, load: _Load) -> bool:
         """Whether the load of a ticket that is done on all ranks ended with an adapter let in."""
@@ -134,13 +150,15 @@ class Loading:
             self._held.add(adapter)
             if load.answer is None:
                 self._promised.add(adapter)
-            activation.learn_start(self._core, load.request)
         elif load.answer is None:
-            if keep:
+            if keep and self._core.scheduler.has_requests():
                 return False  # these end some time
             self._forget(ticket)
-            self._held.add(adapter)  # all that is held is pinned: let the step say so
-            return False
+            if not keep:
+                self._held.add(adapter)  # let the step say why there is no room
+            return False  # of a paused engine, whose pause waits for this: asked for again when it goes on
+        # Even of one that found no room: requests may come.
+        activation.learn_start(self._core, load.request)
         del self._loads[ticket]
         self._answer(load, None)
         return True
@@ -213,7 +231,8 @@ def install() -> None:
 
     def is_loading(core: Any) -> bool:
         loading = core.__dict__.get(_LOADING)
-        return loading is not None and loading.is_busy and core.is_running()
+        # An engine that drains before it ends still has requests that wait for adapters.
+        return loading is not None and loading.is_busy and (core.is_running() or works(core))
 
     @functools.wraps(works)
     def has_work(self: Any) -> bool:
@@ -241,8 +260,10 @@ def _pass_over() -> None:
 
     @functools.wraps(original)
     def handle_blocked_waiting_request(self: Any, request: Any) -> bool:
-        loading = self.__dict__.get(_LOADING)
-        if loading is not None and request.lora_request is not None and not loading.is_ready(request.lora_request):
+        loading, adapter = self.__dict__.get(_LOADING), request.lora_request
+        # A session that waits for its client would hold what it does not use.
+        waits_for_us = adapter is not None and request.status.name != "WAITING_FOR_STREAMING_REQ"
+        if loading is not None and waits_for_us and not loading.is_ready(adapter):
             return False
         return original(self, request)
 

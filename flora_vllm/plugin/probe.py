@@ -5,7 +5,6 @@ tensor parallelism every rank asks at the same time and gets the whole module's 
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,9 +132,19 @@ class LayerProbe:
 
     def _base_call(self, x_NI: torch.Tensor) -> torch.Tensor:
         beside = BESIDE.get()
-        # A quantised layer's call may use memory of the layer's own.
-        with nullcontext() if beside is None else beside.turns.between_steps():
+        if beside is None:
             return self._kernel.forward(x_NI, None, None)
+        # A quantised layer's call may use memory of the layer's own. A device runs this thread's calls and the steps'
+        # side by side, whenever they were made.
+        with beside.turns.between_steps():
+            self._wait_for_device()
+            y_NO = self._kernel.forward(x_NI, None, None)
+            self._wait_for_device()
+        return y_NO
+
+    def _wait_for_device(self) -> None:
+        if self._base.device.type == "cuda":
+            torch.cuda.synchronize(self._base.device)
 
     def squared_row_norms(self) -> torch.Tensor:
         def measure() -> torch.Tensor:

@@ -17,6 +17,7 @@ SCHEDULER_HOOKS = (
         sets=("requests", "kv_cache_manager", "vllm_config", "policy", "running", "waiting"),
     ),
     Hook(f"{_SCHEDULER}.schedule", ("self",)),
+    Hook(f"{_SCHEDULER}.has_requests", ("self",)),
     Hook(f"{_SCHEDULER}._handle_blocked_waiting_request", ("self", "request")),
     Hook("vllm.v1.core.sched.request_queue:SchedulingPolicy.FCFS"),
     Hook(f"{_REQUEST}:RequestStatus.FINISHED_ERROR"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from flora_vllm.errors import AdapterError
+from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.plugin.activation import BaseRows
@@ -64,7 +64,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
 
     def let_in(self, adapter: LoadedAdapter, keep: Collection[int], *, again: bool) -> tuple[int, ...] | None:
         """Have steps find an adapter, in a slot if there is one: the ids of those that made room for it, none of
-        `keep`. None: there is no room."""
+        `keep`. None: there is no room yet. Raises AdapterError if pins leave none."""
+        self._check_pins(adapter.id)
         manager, evicted = self._adapter_manager, ()
         is_there = manager.get_adapter(adapter.id) is not None
         if is_there and again:
@@ -77,8 +78,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             manager.loads.evictions["cpu"] += 1
             evicted = (oldest,)
         manager.remove_adapter(adapter.id)
-        if not again:  # other content may have had its id
-            self._memory.forget(adapter.id)
+        self._memory.arrive(adapter.id)
         try:
             evicted += self._make_room(adapter, keep)
         except AdapterError:
@@ -87,6 +87,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         if manager.has_slot(keep):
             manager.activate_adapter(adapter.id)
         return evicted
+
+    def give_up(self, adapter_id: int) -> None:
+        """What `load` gave, or began, is not let in."""
+        self._memory.give_up(adapter_id)
 
     def _load_adapter(self, lora_request: Any, fresh: bool = True, again: bool = False) -> LoadedAdapter:
         """`again`: it had been evicted."""
@@ -98,14 +102,18 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                 self._memory.check(number, plain_name(name), found.layers.nbytes)
                 self.base_rows.learn(number, found.invocation_tokens, name, announced=not again)
 
-            adapter = self._loader.load(
-                number,
-                name,
-                request.lora_path,
-                fresh=fresh,
-                again=again,
-                check=check,
-            )
+            try:
+                adapter = self._loader.load(
+                    number,
+                    name,
+                    request.lora_path,
+                    fresh=fresh,
+                    again=again,
+                    check=check,
+                )
+            except BaseException:
+                self.give_up(number)
+                raise
         manager, rows = self._adapter_manager, 1
         if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
             rows = max((manager.attached.graph_rows(name, terms) for name, terms in adapter.layers.items()), default=1)
@@ -145,24 +153,36 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
         needed = {request.lora_int_id for request in lora_requests}
+        manager, done = self._adapter_manager, set[int]()
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
-            adapter = self._adapter_manager.get_adapter(request.lora_int_id)
+            adapter = manager.get_adapter(request.lora_int_id)
             try:
+                self._check_pins(request.lora_int_id)
                 if adapter is None:
                     adapter = self._load_adapter(request, fresh=False, again=True)
-                    self._admit(adapter, needed)
+                    self._admit(adapter, needed, done)
                 else:
                     self._make_room(adapter, needed)
+                if request.lora_int_id not in manager._active_adapters and not manager.has_slot(done):
+                    raise adapter_error(str(request.lora_int_id), ["pinned adapters leave its step too few slots"])
             except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
-                self._adapter_manager.leave_out(request.lora_int_id, str(error))
+                manager.leave_out(request.lora_int_id, str(error))
                 continue
             adapter.last_used = time.time()
-            self._adapter_manager.activate_adapter(request.lora_int_id)
+            manager.activate_adapter(request.lora_int_id)
+            done.add(request.lora_int_id)
 
-    def _admit(self, adapter: LoadedAdapter, needed: Collection[int] = ()) -> None:
+    def _check_pins(self, adapter_id: int) -> None:
+        if (fault := self._adapter_manager.pin_fault(adapter_id)) is not None:
+            raise adapter_error(str(adapter_id), [fault])
+
+    def _admit(self, adapter: LoadedAdapter, needed: Collection[int] = (), done: Collection[int] = ()) -> None:
         if len(self._adapter_manager) + 1 > self._adapter_manager.capacity:
-            self._adapter_manager.remove_oldest_adapter()
+            oldest = self._adapter_manager.oldest_adapter(done)
+            if oldest is None:
+                raise adapter_error(str(adapter.id), ["pinned adapters leave its step too few places in host memory"])
+            self._adapter_manager.remove_adapter(oldest)
             self._adapter_manager.loads.evictions["cpu"] += 1
         self._make_room(adapter, needed)
         self._adapter_manager.add_adapter(adapter)
@@ -175,6 +195,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
 
     def add_adapter(self, lora_request: Any) -> bool:
         adapter_id = lora_request.lora_int_id
+        self._check_pins(adapter_id)
         if lora_request.load_inplace or self._adapter_manager.get_adapter(adapter_id) is None:
             # First, so that a faulty one leaves the old one in place.
             adapter = self._load_adapter(lora_request, fresh=lora_request.load_inplace)

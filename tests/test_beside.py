@@ -1,0 +1,86 @@
+"""What comes of a load beside the steps, on each rank."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flora_vllm.errors import AdapterError
+from flora_vllm.pacing import NotBesideStepsError, Turns
+
+
+class Worker:
+    """Loads what it is told, here or in the thread."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.held: list[str] = []
+        self.given_up: list[int] = []
+        self.results: list[Any] = []
+
+    def load(self, request: Any, again: bool) -> Any:
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result(self) if callable(result) else result
+
+    def let_in(self, adapter: str, keep: frozenset[int], *, again: bool) -> tuple[int, ...] | None:
+        if keep:
+            return None
+        self.held.append(adapter)
+        return ()
+
+    def give_up(self, adapter: int) -> None:
+        self.given_up.append(adapter)
+
+
+def _finish(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, others_fine: bool = True, waits: bool = False
+) -> tuple[Any, list[bool]]:
+    from flora_vllm.plugin import beside
+
+    said: list[bool] = []
+
+    def all_agree(fine: bool, device: Any) -> bool:
+        said.append(fine)
+        return fine and others_fine
+
+    monkeypatch.setattr(beside.probe, "all_agree", all_agree)
+    loads: Any = object.__new__(beside.LoadsBeside)
+    loads._worker, loads._turns, loads._device, loads._given = worker, worker.turns, torch.device("cpu"), {}
+    with ThreadPoolExecutor(1) as loads._thread:
+        loads.begin(1, SimpleNamespace(lora_int_id=7, lora_name="a"), again=False)
+    assert loads.done() == [1]
+    if waits:
+        assert not loads.finish(1, frozenset({1}), waits=True).is_held
+    found = loads.finish(1, frozenset(), waits=False)
+    assert loads.done() == []
+    return found, said
+
+
+def test_what_another_rank_could_not_load_is_let_in_nowhere(monkeypatch: pytest.MonkeyPatch):
+    worker = Worker()
+    worker.results = ["a", "b", AdapterError("no"), OSError("no memory")]
+    assert _finish(worker, monkeypatch)[0].is_held
+    found, said = _finish(worker, monkeypatch, others_fine=False)
+    assert "another rank" in str(found.error)
+    assert (worker.held, worker.given_up, said) == (["a"], [7], [True])
+    found, said = _finish(worker, monkeypatch)
+    assert (str(found.error), said) == ("no", [False])
+    found, said = _finish(worker, monkeypatch)
+    assert (str(found.error), said) == ("OSError: no memory", [False]), "the others must not wait for it"
+    assert worker.held == ["a"]
+
+
+def test_what_has_to_be_loaded_between_steps_is_loaded_beside_nothing(monkeypatch: pytest.MonkeyPatch):
+    worker = Worker()
+    worker.results = [NotBesideStepsError(), lambda worker: "a" if worker.turns.between_steps().locked() else "raced"]
+    assert _finish(worker, monkeypatch)[0].is_held
+    assert worker.held == ["a"]
+    worker.results = [NotBesideStepsError(), "once"]
+    assert _finish(worker, monkeypatch, waits=True)[0].is_held
+    worker.results = [NotBesideStepsError(), AdapterError("no")]
+    found, said = _finish(worker, monkeypatch)
+    assert (str(found.error), said) == ("no", [False])

@@ -1,0 +1,67 @@
+"""A worker's own copies of adapters' files: they outlive the originals for as long as the adapter may be asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_vllm.errors import AdapterError
+
+
+class Loader:
+    """The loader without a model: it reads any file and judges none."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from flora_vllm.compact import CompactLayers
+        from flora_vllm.plugin import loader
+
+        self.asked = 0
+
+        def stages_agree(fine: bool) -> bool:
+            self.asked += 1
+            return fine
+
+        monkeypatch.setattr(loader, "stages_agree", stages_agree)
+        monkeypatch.setattr(loader, "_local", Path)
+        monkeypatch.setattr(loader, "RETIRED_COPIES", 2)
+        self.loader: Any = object.__new__(loader.AdapterLoader)
+        self.loader._root, self.loader._names, self.loader._retired = folder, {}, loader.OrderedDict()
+
+        def read(name: str, path: Path, *_: Any) -> Any:
+            if not path.is_dir():
+                raise AdapterError("nothing is there")
+            files = {file.name: bytearray(file.read_bytes()) for file in path.iterdir()}
+            return files, loader.CutAdapter("any", 1, CompactLayers({}), None)
+
+        self.loader._read = read
+        self.checked: list[int] = []
+
+    def load(self, adapter: int, path: Path, *, again: bool = False) -> None:
+        self.loader.load(
+            adapter, f"a{adapter}", str(path), fresh=False, again=again, check=lambda _: self.checked.append(adapter)
+        )
+
+
+def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original, copies = tmp_path / "original", tmp_path / "copies"
+    original.mkdir()
+    copies.mkdir()
+    (original / "file").write_text("content")
+    loader = Loader(copies, monkeypatch)
+    for adapter in range(1, 5):
+        loader.load(adapter, original)
+    loader.load(1, original)
+    assert loader.asked == 4, "of one that was evicted: other pipeline stages may have it, and would not be asked"
+    loader.loader.retire(1)
+    loader.checked.clear()
+    loader.load(1, original)
+    assert loader.asked == 5
+    assert loader.checked == [1], "it has to fit again"
+    for adapter in (2, 3, 4):
+        loader.loader.retire(adapter)
+    assert sorted(path.name for path in copies.iterdir()) == ["1", "3", "4"]
+    (original / "file").unlink()
+    original.rmdir()
+    loader.load(1, original, again=True)
+    with pytest.raises(AdapterError, match="nothing is there"):
+        loader.load(2, original, again=True)
