@@ -189,6 +189,12 @@ def test_mixes_of_a_request_are_of_whom_their_parts_are(serving: Any) -> None:
         assert list(models.lora_requests) == ["mine", "mix:mine*0.5"]
     finally:
         CURRENT.reset(token)
+    assert ask(acme, "mix:acme/a*0.5")[1:] == (None, True)
+    token = CURRENT.set(other)
+    try:
+        assert list(models.lora_requests) == ["mine", "mix:mine*0.5"], "a mix of a mix is of the same tenants"
+    finally:
+        CURRENT.reset(token)
     theirs, nobodys = (ask(other, name)[1].message for name in ("acme/a", "acme/b"))
     assert theirs.replace("acme/a", "acme/b") == nobodys
     engine.fault = str(adapter_error("'mine' (/srv/root/mine)", ["the directory changed"]))

@@ -175,6 +175,10 @@ class ScopedRequests(dict[str, Any]):
         """Who may use all of `parts` may use `name`, and nobody else: no pattern is meant for a mix without a name."""
         self._parts[name] = tuple(parts)
 
+    def parts_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """These, and in place of such mixes among them what they are mixed of."""
+        return tuple(part for name in names for part in self._parts.get(name, (name,)))
+
     def _may_use(self, name: str) -> bool:
         return all(map(CURRENT.get().may_use, self._parts.get(name, (name,))))
 

@@ -139,11 +139,14 @@ async def _give(
 
 async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | None, parts: Iterable[str]) -> Any:
     """The identity of the mix, loaded under `name`, or an error response."""
+    table = models.lora_requests
     async with models.lora_resolver_lock[name]:
+        # Before they are looked up, for they may lose their names meanwhile.
+        mixed_of = table.parts_of(parts) if isinstance(table, ScopedRequests) and told is None else None
         known = await frontend.admit(models, name, content, told=told, by_request=True)
     if isinstance(known, str):
-        if told is None and isinstance(models.lora_requests, ScopedRequests):
-            models.lora_requests.open_by_parts(name, parts)
+        if mixed_of is not None:
+            table.open_by_parts(name, mixed_of)
         recent: OrderedDict[str, float] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
         recent[name] = time.monotonic()
         recent.move_to_end(name)
