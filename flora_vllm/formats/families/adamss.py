@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, RANK, TUNER, Key
+from flora_vllm.formats.config_keys import ANYTHING, RANK, TUNER, integer
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.singular import svd_lowrank
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
@@ -86,7 +86,7 @@ ADAMSS = Family(
         **TUNER,
         "r": RANK,
         "num_subspaces": RANK,
-        "random_seed": Key("an integer from 0 to 2^63 - 1", lambda value: type(value) is int and 0 <= value < 2**63),
+        "random_seed": integer(0, 2**63 - 1),
         # What they came to is in the tensors' shapes, or they are used only while training.
         **dict.fromkeys(
             (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, SERIES, TUNER, Key, integer, only
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.singular import svd_lowrank
 from flora_vllm.terms import Added, FromBase, Probe, Term
@@ -108,15 +108,13 @@ PSOFT = Family(
         "psoft_alpha": NUMBER,
         "ab_svd_init": only("psoft_init", "pissa_init"),
         "psoft_svd": only("full", "lowrank"),
-        "psoft_svd_lowrank_niter": Key(
-            f"an integer from 0 to {MAX_ROUNDS}", lambda value: type(value) is int and 0 <= value <= MAX_ROUNDS
-        ),
-        "random_seed": Key("an integer from 0 to 2^63 - 1", lambda value: type(value) is int and 0 <= value < 2**63),
+        "psoft_svd_lowrank_niter": integer(0, MAX_ROUNDS),
+        "random_seed": integer(0, 2**63 - 1),
         "psoft_orth": BOOLEAN,
         "psoft_mag_a": BOOLEAN,
         "psoft_mag_b": BOOLEAN,
         "use_cayley_neumann": BOOLEAN,
-        "num_cayley_neumann_terms": Key(RANK.allowed, RANK.check),
+        "num_cayley_neumann_terms": SERIES,
         "cayley_neumann_eps": Key("null or a finite number", lambda value: value is None or NUMBER.check(value)),
         # Used only while training.
         **dict.fromkeys(("psoft_dropout", "init_weights"), ANYTHING),
