@@ -125,6 +125,29 @@ def test_a_choosers_choice_is_of_whom_the_chooser_is() -> None:
     assert name_fault("tasks?law") is not None
 
 
+def test_a_mix_is_of_whom_its_parts_are() -> None:
+    """Not of whom its name is: nobody gave it one, and `m*` is not meant for it."""
+    mix = "mix:acme/a*0.5+shared*0.5"
+    table = ScopedRequests({mix: 1})
+    table.open_by_parts(mix, ("acme/a", "shared"))
+    for tenant, sees in (
+        (OPERATOR, True), (ACME, True), (NOBODY, False), (Tenant("m", ("m*",)), False),
+        (Tenant("s", ("shared",)), False),
+    ):  # fmt: skip
+        token = CURRENT.set(tenant)
+        try:
+            assert (mix in table, mix in list(table), table.get(mix)) == (sees, sees, 1 if sees else None)
+        finally:
+            CURRENT.reset(token)
+    assert table.pop(mix) == 1
+    table[mix] = 2
+    token = CURRENT.set(ACME)
+    try:
+        assert mix not in table
+    finally:
+        CURRENT.reset(token)
+
+
 def test_each_tenant_sees_its_own() -> None:
     table = ScopedRequests({"acme/a": 1, "shared": 2, "other/b": 3})
     assert (len(table), list(table), table["other/b"]) == (3, ["acme/a", "shared", "other/b"], 3)

@@ -192,6 +192,15 @@ def test_what_is_wrong_with_a_folder(folder: Path, tmp_path: Path, change: Calla
     assert words in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_an_encoder_brings_no_kernel_of_the_hubs(folder: Path, tmp_path: Path, key: str) -> None:
+    copy(folder, tmp_path)
+    edit(tmp_path, "config.json", **{key: "someone/attention"})
+    chooser = read_chooser(tmp_path)
+    assert chooser.classifier._network.model.config._attn_implementation == "sdpa"
+    assert chooser.choose(PROMPTS[0])[0][1] == read_chooser(folder).choose(PROMPTS[0])[0][1]
+
+
 def test_only_plain_loras_are_chosen_among(folder: Path, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     copy(folder, tmp_path)
     shutil.rmtree(tmp_path / "code")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from flora_vllm.adapter import ModelLayout
 from flora_vllm.errors import MAX_MESSAGE_BYTES, adapter_error, bounded
 from flora_vllm.formats import limits, read_adapter, write_flora
+from flora_vllm.formats.families.table import FAMILIES
 from flora_vllm.formats.matching import match_pattern
 from flora_vllm.formats.patterns import NamePatterns, speaks_re
 
@@ -211,3 +212,22 @@ def test_messages_are_short_and_valid_text() -> None:
     assert f"and {1000 - shown} more, left out of this message" in message
     assert bounded("é\ud800", 100) == "é\\ud800"
     assert bounded("é" * 100, 11).encode() == "éééé…".encode()
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("POLY", "n_tasks"),
+        ("MTLLORA", "n_tasks"),
+        ("PEANUT", "depth"),
+        ("OFT_NEUMANN", "num_cayley_neumann_terms"),
+        ("PSOFT", "num_cayley_neumann_terms"),
+        ("PSOFT", "psoft_svd_lowrank_niter"),
+        ("MIXLORA", "num_experts"),
+        ("VERA", "projection_prng_key"),
+    ],
+)
+def test_what_is_counted_one_by_one_has_a_bound(family: str, key: str) -> None:
+    checked = FAMILIES[family].keys[key].check
+    assert checked(2)
+    assert not checked(10**20)

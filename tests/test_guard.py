@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from flora_vllm.errors import adapter_error
 from flora_vllm.formats import write_flora
-from flora_vllm.plugin import flags, frontend, gate, guard
-from flora_vllm.plugin.access import CURRENT, NOBODY
+from flora_vllm.plugin import flags, frontend, gate, guard, mix_requests
+from flora_vllm.plugin.access import CURRENT, NOBODY, Tenant
 from flora_vllm.plugin.guard import Locks, presentable, without_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -64,8 +65,9 @@ def test_locks_are_kept_while_somebody_holds_them() -> None:
 class Engine:
     """What OpenAIServingModels reads of an engine client; it loads nothing."""
 
-    def __init__(self, options: dict) -> None:
-        self.vllm_config = SimpleNamespace(additional_config={"flora": options})
+    def __init__(self, options: dict, servers: int = 1, rank: int = 0) -> None:
+        beside = SimpleNamespace(_api_process_count=servers, _api_process_rank=rank)
+        self.vllm_config = SimpleNamespace(additional_config={"flora": options}, parallel_config=beside)
         self.model_config = SimpleNamespace(model="base", max_model_len=8)
         self.renderer = self.input_processor = None
 
@@ -150,6 +152,76 @@ def test_unloads_and_requests_through_vllms_own_class(serving: Any) -> None:
         assert refused.error.code == 403
     finally:
         CURRENT.reset(token)
+
+
+def test_mixes_of_a_request_are_of_whom_their_parts_are(serving: Any) -> None:
+    """Asked for, used again and listed by a tenant of the parts; by no other, whatever its patterns; no path told."""
+
+    class Loading(Engine):
+        fault: str | None = None
+
+        async def add_lora(self, request: Any) -> None:
+            if self.fault is not None:
+                raise RuntimeError(self.fault)
+
+    engine = Loading({})
+    models = serving(engine, [SimpleNamespace(name="base", model_path="base")])
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    for number, name in enumerate(("acme/a", "mine"), 1):
+        models.lora_requests[name] = lora_request(f"{name}@{'0' * 16}", number, f"/srv/root/{name}")
+    server = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
+
+    def ask(tenant: Tenant, part: str) -> tuple[str, Any, bool]:
+        request = SimpleNamespace(model="base", model_extra={"flora": {"mix": {part: 0.5}}})
+        token = CURRENT.set(tenant)
+        try:
+            refused = asyncio.run(mix_requests.choose(server, request))
+            return request.model, refused and refused.error, request.model in models.lora_requests
+        finally:
+            CURRENT.reset(token)
+
+    acme, other = Tenant("acme", ("acme/*",)), Tenant("m", ("m*",))
+    for _ in range(2):
+        assert ask(acme, "acme/a") == ("mix:acme/a*0.5", None, True)
+    assert ask(other, "mine") == ("mix:mine*0.5", None, True)
+    token = CURRENT.set(other)
+    try:
+        assert list(models.lora_requests) == ["mine", "mix:mine*0.5"]
+    finally:
+        CURRENT.reset(token)
+    assert ask(acme, "mix:acme/a*0.5")[1:] == (None, True)
+    token = CURRENT.set(other)
+    try:
+        assert list(models.lora_requests) == ["mine", "mix:mine*0.5"], "a mix of a mix is of the same tenants"
+    finally:
+        CURRENT.reset(token)
+    theirs, nobodys = (ask(other, name)[1].message for name in ("acme/a", "acme/b"))
+    assert theirs.replace("acme/a", "acme/b") == nobodys
+    engine.fault = str(adapter_error("'mine' (/srv/root/mine)", ["the directory changed"]))
+    models.lora_requests.pop("mix:mine*0.5")
+    refused = ask(other, "mine")[1]
+    assert (refused.code, "/srv" in refused.message, "changed" in refused.message) == (400, False, True)
+    engine.fault = "out of memory in /usr/lib/cuda/x.so"
+    assert ask(other, "mine")[1].message == "the server could not load the adapter; its log says why"
+
+
+def test_servers_of_one_engine_give_no_id_to_two_mixes_and_no_mix_two_ids(serving: Any) -> None:
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    given: list[tuple[int, str]] = []
+
+    class Loading(Engine):
+        async def add_lora(self, request: Any) -> None:
+            given.append((request.lora_int_id, request.lora_name))
+
+    for rank, weights in ((0, (0.5, 0.25)), (1, (0.25, 0.5, 0.75))):
+        models = serving(Loading({}, 2, rank), [SimpleNamespace(name="base", model_path="base")])
+        models.lora_requests["a"] = lora_request(f"a@{'0' * 16}", models.lora_id_counter.inc(1), "/a")
+        server = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
+        for weight in weights:
+            request = SimpleNamespace(model="base", model_extra={"flora": {"mix": {"a": weight}}})
+            assert asyncio.run(mix_requests.choose(server, request)) is None
+    assert len(given) == len({number for number, _ in given}) == len({name for _, name in given}) == 5
+    assert all(1 << 30 <= number < 1 << 31 for number, _ in given)
 
 
 def test_the_app_has_the_gate(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def only(*values: object) -> Key:
     return Key(" or ".join(map(repr, values)), lambda value: any(type(value) is type(v) and value == v for v in values))
 
 
+def integer(first: int, last: int, *, required: bool = False) -> Key:
+    """A number of things, or of rounds, that are looked at one by one: with a bound, as a stranger may write any."""
+    return Key(f"an integer from {first} to {last}", lambda value: _is_int(value) and first <= value <= last, required)
+
+
+# Terms of a series, or layers, tasks: several times what any honest adapter has.
+SERIES, MAX_TASKS = integer(1, 1000), 4096
 ANYTHING = Key("anything", lambda _value: True)
 BOOLEAN = Key("true or false", lambda value: isinstance(value, bool))
 RANK = Key("an integer of at least 1", is_rank, required=True)

@@ -85,6 +85,8 @@ def _network(config: Mapping[str, Any], classes: int) -> _Network:
             raise AdapterError(f"{name} is {shown(layers)}, must be an integer from 1 to {_MOST_LAYERS}")
     transformers = importlib.import_module("transformers")
     make_config, make_model = (getattr(transformers, name) for name in ENCODERS[kind])
+    # `attn_implementation` and its like may name code of the hub's, which transformers would fetch and run.
+    config = {name: value for name, value in config.items() if "_implementation" not in name}
     try:
         encoder = make_config(**config)
         return _Network(make_model(encoder, add_pooling_layer=False), encoder.hidden_size, classes)

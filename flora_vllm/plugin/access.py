@@ -18,7 +18,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -167,8 +167,23 @@ class ScopedRequests(dict[str, Any]):
     all, and those to come. Iteration, `len` and `pop` are scoped alike.
     """
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._parts: dict[str, tuple[str, ...]] = {}
+
+    def open_by_parts(self, name: str, parts: Iterable[str]) -> None:
+        """Who may use all of `parts` may use `name`, and nobody else: no pattern is meant for a mix without a name."""
+        self._parts[name] = tuple(parts)
+
+    def parts_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """These, and in place of such mixes among them what they are mixed of."""
+        return tuple(part for name in names for part in self._parts.get(name, (name,)))
+
+    def _may_use(self, name: str) -> bool:
+        return all(map(CURRENT.get().may_use, self._parts.get(name, (name,))))
+
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and CURRENT.get().may_use(name) and super().__contains__(name)
+        return isinstance(name, str) and self._may_use(name) and super().__contains__(name)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
@@ -183,13 +198,14 @@ class ScopedRequests(dict[str, Any]):
             if default:
                 return default[0]
             raise KeyError(name)
+        self._parts.pop(name, None)
         return super().pop(name)
 
     def __delitem__(self, name: str) -> None:
         self.pop(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in super().__iter__() if CURRENT.get().may_use(name)])
+        return iter([name for name in super().__iter__() if self._may_use(name)])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -105,7 +105,7 @@ def _is_block(module: Any, device: torch.device) -> bool:
         with torch.no_grad():
             found = module(x.clone())
             inner = getattr(module, _ACTIVATION)(made[_GATE_UP])
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError) as error:
         logger.info("%s is no feed-forward block to route rows through: %s", type(module).__name__, error)
         return False
     finally:

@@ -8,6 +8,7 @@ for long after it was released).
 
 import asyncio
 import functools
+import hashlib
 import importlib
 import os
 from collections import OrderedDict
@@ -32,6 +33,7 @@ from flora_vllm.plugin.refusals import refusal
 
 _POLL_S = 0.1
 MOST_RETIRED = 4096
+_FIRST_OF_OWN = 1 << 30
 
 
 def install() -> None:
@@ -157,16 +159,17 @@ async def admit(
     base_model_name: str | None = None,
     confined: bool = False,
     told: str | None = None,
+    by_request: bool = False,
 ) -> Any:
     """Have the engine load `content`, or what is now at that path, under `name`; its identity, or an error response.
 
-    `told`: what answers, logs and metrics call it, if not by `name`.
+    `told`: what answers, logs and metrics call it, if not by `name`. `by_request`: a mix that a request asks for.
     """
     mix = None if isinstance(content, str) else content
     path = content if isinstance(content, str) else mixes.encoded(content)
     request = importlib.import_module("vllm.lora.request").LoRARequest(told or name, 1, path)
     try:
-        await _identify(self, request, confined, mix)
+        await _identify(self, request, confined, mix, by_request)
     except AdapterError as error:
         if _is_missing(self, path):
             # With vLLM's own words, which clients match.
@@ -206,7 +209,7 @@ async def _try(self: Any, request: Any) -> Any:
     name = plain_name(request.lora_name)
     trial = f"{name}{CHOICE}"
     for mix in choosers.trials(choosers.choosers_of(self)[request.lora_name]):
-        result = await admit(self, trial, mix, told=name)
+        result = await admit(self, trial, mix, told=name, by_request=True)
         if not isinstance(result, str):
             return result
         await release(self, self.lora_requests.pop(trial))
@@ -243,7 +246,20 @@ def _adapter_root(self: Any) -> str | None:
     return root_of_request(_checked_options(self).adapter_root)
 
 
-async def _identify(self: Any, request: Any, confined: bool, mix: mixes.Mix | None = None) -> None:
+def _beside(self: Any) -> tuple[int, int]:
+    """How many servers this engine has, and which of them this is."""
+    parallel = self.engine_client.vllm_config.parallel_config
+    return parallel._api_process_count, parallel._api_process_rank
+
+
+def id_of_own(counted: int, rank: int, servers: int) -> int:
+    """An id that no other server gives, from the first one that no file gets. vLLM keeps ids in 32 bits."""
+    return _FIRST_OF_OWN + counted * servers + rank
+
+
+async def _identify(
+    self: Any, request: Any, confined: bool, mix: mixes.Mix | None = None, by_request: bool = False
+) -> None:
     """Give the request the identity of `mix`, or of what its path says: content, mix, chooser. Raises AdapterError."""
     root = _adapter_root(self) if confined else None
     name, path = request.lora_name, request.lora_path
@@ -263,12 +279,16 @@ async def _identify(self: Any, request: Any, confined: bool, mix: mixes.Mix | No
         request.lora_path = await asyncio.to_thread(_resolve, path, root)
         digest = await asyncio.to_thread(content_digest, request.lora_path, root)
         await asyncio.to_thread(check_digest, allowed, name, digest)
-    known = identity(name, digest)
+    # Servers of one engine load what the command line names in one order, and count alike; not what requests mix. So
+    # each has mixes of its own: two ids of one name, or two names of one id, would be served as one.
+    servers, rank = _beside(self) if by_request else (1, 0)
+    is_shared = servers == 1
+    known = identity(name, digest if is_shared else hashlib.sha256(f"{digest} {rank}".encode()).hexdigest())
     if chooser is not None:
         choosers.choosers_of(self)[known] = chooser
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
-        ids[known] = self.lora_id_counter.inc(1)
+        ids[known] = self.lora_id_counter.inc(1) if is_shared else id_of_own(self.lora_id_counter.inc(1), rank, servers)
     _retired(self).pop(known, None)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
     if offers(NAMED):

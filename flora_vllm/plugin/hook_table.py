@@ -285,6 +285,8 @@ _SERVER = (
             "static_lora_modules",
         ),
     ),
+    Hook("vllm.config:ParallelConfig._api_process_count"),
+    Hook("vllm.config:ParallelConfig._api_process_rank"),
     Hook(f"{_SERVING}.load_lora_adapter", ("self", "request", "base_model_name")),
     Hook(f"{_SERVING}.unload_lora_adapter", ("self", "request")),
     Hook(f"{_SERVING}.resolve_lora", ("self", "lora_name")),

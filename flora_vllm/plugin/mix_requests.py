@@ -11,15 +11,15 @@ import importlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from itertools import islice
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.limits import shown
-from flora_vllm.plugin import choosers, frontend, mixes
-from flora_vllm.plugin.access import CURRENT, OPERATOR
+from flora_vllm.plugin import choosers, frontend, guard, mixes
+from flora_vllm.plugin.access import CURRENT, OPERATOR, ScopedRequests
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.told import tell
@@ -129,19 +129,24 @@ async def _give(
     models: Any, request: Any, weights: Mapping[str, float], name: str, content: str | mixes.Mix, told: str | None
 ) -> Any:
     """The request names the mix, which is loaded; None, or an error response."""
-    known = await _loaded(models, name, content, told)
+    known = await _loaded(models, name, content, told, weights)
     if not isinstance(known, str):
-        return known
+        return guard.presentable(known, None)  # parts have paths, which this client may never have sent
     request.model = name
     tell(HEADER, json.dumps(dict(weights)))
     return None
 
 
-async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | None) -> Any:
+async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | None, parts: Iterable[str]) -> Any:
     """The identity of the mix, loaded under `name`, or an error response."""
+    table = models.lora_requests
     async with models.lora_resolver_lock[name]:
-        known = await frontend.admit(models, name, content, told=told)
+        # Before they are looked up, for they may lose their names meanwhile.
+        mixed_of = table.parts_of(parts) if isinstance(table, ScopedRequests) and told is None else None
+        known = await frontend.admit(models, name, content, told=told, by_request=True)
     if isinstance(known, str):
+        if mixed_of is not None:
+            table.open_by_parts(name, mixed_of)
         recent: OrderedDict[str, float] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
         recent[name] = time.monotonic()
         recent.move_to_end(name)

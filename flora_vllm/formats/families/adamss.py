@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, RANK, TUNER, Key
+from flora_vllm.formats.config_keys import ANYTHING, RANK, TUNER, integer
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.singular import svd_lowrank
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 
 ADAMSS_A, ADAMSS_B, PROJECTION = "adamss_A.*", "adamss_B.*", "adamss_newB"
@@ -26,9 +27,7 @@ def clusters(weight_bias: torch.Tensor, rank: int, count: int, seed: int) -> tor
         from sklearn.cluster import KMeans  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise AdapterError("its clusters are found by scikit-learn, which is not installed; install it") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        left, _, _ = torch.svd_lowrank(weight_bias, q=min(rank, *weight_bias.shape), niter=_POWERS)
+    left, _, _ = svd_lowrank(weight_bias, min(rank, *weight_bias.shape), _POWERS, seed)
     make: Any = KMeans  # whose stubs know n_init as a word only
     means = make(min(count, left.shape[0]), init="random", n_init=1, max_iter=_ROUNDS, random_state=_SEED)
     return torch.from_numpy(means.fit_predict(left.numpy())).long()
@@ -87,7 +86,7 @@ ADAMSS = Family(
         **TUNER,
         "r": RANK,
         "num_subspaces": RANK,
-        "random_seed": Key("an integer of at least 0", lambda value: type(value) is int and value >= 0),
+        "random_seed": integer(0, 2**63 - 1),
         # What they came to is in the tensors' shapes, or they are used only while training.
         **dict.fromkeys(
             (

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from flora_vllm.formats.config_keys import BOOKKEEPING, NUMBER, RANK, TARGETS, Key, is_number
+from flora_vllm.formats.config_keys import BOOKKEEPING, MAX_TASKS, NUMBER, RANK, TARGETS, Key, integer, is_number
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, tasks_known
 from flora_vllm.terms import Added, Term
 
@@ -50,7 +50,8 @@ MTLLORA = Family(
     keys={
         **BOOKKEEPING,
         **TARGETS,
-        **dict.fromkeys(("r", "n_tasks"), RANK),
+        "r": RANK,
+        "n_tasks": integer(1, MAX_TASKS, required=True),
         "diagonal": Key("true or false", lambda value: isinstance(value, bool), required=True),
     },
     sidecar_keys={

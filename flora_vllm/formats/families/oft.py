@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, TUNER, Key, is_rank, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, SERIES, TUNER, Key, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.terms import FromBase, Offset, Probe, Term, Turn
@@ -111,7 +111,7 @@ OFT = Family(
         "eps": replace(NUMBER, required=False),
         "block_share": BOOLEAN,
         "use_cayley_neumann": replace(only(False), required=True),
-        "num_cayley_neumann_terms": Key("an integer of at least 1", is_rank),
+        "num_cayley_neumann_terms": SERIES,
         # Used only while training.
         "module_dropout": ANYTHING,
         "init_weights": ANYTHING,

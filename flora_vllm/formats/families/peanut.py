@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import gelu, leaky_relu, mish, relu, relu6, selu, silu
 
-from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK, TUNER, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK, TUNER, Key, integer, only
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.terms import Added, FromBase, Probe, Term
 
@@ -66,7 +66,7 @@ PEANUT = Family(
     keys={
         **TUNER,
         "r": RANK,
-        "depth": Key("an integer of at least 0", lambda value: type(value) is int and value >= 0, required=True),
+        "depth": integer(0, 256, required=True),
         "act_fn": Key(only(*sorted(_ACTIVATIONS)).allowed, only(*_ACTIVATIONS).check, required=True),
         "scaling": NUMBER,
         "init_weights": ANYTHING,  # used only while training

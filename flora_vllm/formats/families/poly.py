@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, RANK, TARGETS, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, MAX_TASKS, RANK, TARGETS, integer, only
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope, tasks_known
 from flora_vllm.terms import Added, Term
 
@@ -44,7 +44,8 @@ POLY = Family(
     keys={
         **BOOKKEEPING,
         **TARGETS,
-        **dict.fromkeys(("r", "n_tasks", "n_skills", "n_splits"), RANK),
+        **dict.fromkeys(("r", "n_skills", "n_splits"), RANK),
+        "n_tasks": integer(1, MAX_TASKS, required=True),
         "poly_type": only("poly"),
         "init_weights": ANYTHING,  # used only while training
     },

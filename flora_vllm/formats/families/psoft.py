@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, SERIES, TUNER, Key, integer, only
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.singular import svd_lowrank
 from flora_vllm.terms import Added, FromBase, Probe, Term
 
 PSOFT_R, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
@@ -64,6 +65,10 @@ def _orthogonal(q_RR: torch.Tensor, config: Config) -> torch.Tensor:
     return result
 
 
+# Of a decomposition whose rounds each take as long as one product with the base's weight; PEFT's are 10.
+MAX_ROUNDS = 100
+
+
 def _singular(weight_OI: torch.Tensor, config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rank = config["r"]
     if rank > min(weight_OI.shape):
@@ -71,9 +76,8 @@ def _singular(weight_OI: torch.Tensor, config: Config) -> tuple[torch.Tensor, to
     if config.get("psoft_svd", "full") == "full":
         left, sizes, right = torch.linalg.svd(weight_OI, full_matrices=False)
         return left[:, :rank], sizes[:rank], right[:rank]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.get("random_seed", 0))
-        left, sizes, right = torch.svd_lowrank(weight_OI, q=rank, niter=config.get("psoft_svd_lowrank_niter", 10))
+    rounds, seed = config.get("psoft_svd_lowrank_niter", 10), config.get("random_seed", 0)
+    left, sizes, right = svd_lowrank(weight_OI, rank, rounds, seed)
     return left, sizes, right.T
 
 
@@ -104,13 +108,13 @@ PSOFT = Family(
         "psoft_alpha": NUMBER,
         "ab_svd_init": only("psoft_init", "pissa_init"),
         "psoft_svd": only("full", "lowrank"),
-        "psoft_svd_lowrank_niter": Key("an integer of at least 0", lambda value: type(value) is int and value >= 0),
-        "random_seed": Key("an integer of at least 0", lambda value: type(value) is int and value >= 0),
+        "psoft_svd_lowrank_niter": integer(0, MAX_ROUNDS),
+        "random_seed": integer(0, 2**63 - 1),
         "psoft_orth": BOOLEAN,
         "psoft_mag_a": BOOLEAN,
         "psoft_mag_b": BOOLEAN,
         "use_cayley_neumann": BOOLEAN,
-        "num_cayley_neumann_terms": Key(RANK.allowed, RANK.check),
+        "num_cayley_neumann_terms": SERIES,
         "cayley_neumann_eps": Key("null or a finite number", lambda value: value is None or NUMBER.check(value)),
         # Used only while training.
         **dict.fromkeys(("psoft_dropout", "init_weights"), ANYTHING),

@@ -20,3 +20,22 @@ def smallest_part(weight_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, to
 def _part(weight_OI: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
     left, sizes, right = torch.linalg.svd(weight_OI.float(), full_matrices=False)
     return left[:, which] * sizes[which], right[which]
+
+
+def svd_lowrank(
+    matrix_MN: torch.Tensor, rank: int, rounds: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(left, sizes, right) of `torch.svd_lowrank` after `torch.manual_seed(seed)`, bit for bit.
+
+    That draws from the process's own random numbers, on a GPU's too: those that requests are sampled with meanwhile.
+    """
+    tall = matrix_MN if matrix_MN.shape[0] >= matrix_MN.shape[1] else matrix_MN.mH
+    generator = torch.Generator(matrix_MN.device).manual_seed(seed)
+    basis = tall @ torch.randn(tall.shape[1], rank, dtype=tall.dtype, device=tall.device, generator=generator)
+    basis = torch.linalg.qr(basis).Q
+    for _ in range(rounds):
+        basis = torch.linalg.qr(tall.mH @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    left, sizes, right = torch.linalg.svd(basis.mH @ tall, full_matrices=False)
+    left, right = basis @ left, right.mH
+    return (left, sizes, right) if tall is matrix_MN else (right, sizes, left)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER, Key, only
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER, integer, only
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import largest_sides
@@ -22,7 +22,7 @@ from flora_vllm.terms.shared import by_content
 VERA_A, VERA_B = "vera_A", "vera_B"
 LAMBDA_D, LAMBDA_B = "vera_lambda_d", "vera_lambda_b"
 
-SEED = Key("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool), required=True)
+SEED = integer(-(2**63), 2**63 - 1, required=True)  # what torch takes
 
 
 def saves_projection(config: Config) -> bool:
