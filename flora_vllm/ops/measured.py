@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from flora_vllm.environment import cache_root
+
+logger = logging.getLogger(__name__)
 
 
 def device_name(device: torch.device) -> str:
@@ -28,12 +31,16 @@ def read(kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write(kind: str, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Keep `values` (not "key", of JSON's types) for `key`, instead of what is kept."""
+    """Keep `values` (not "key", of JSON's types) for `key`, instead of what is kept. Where nothing can be written, they
+    are measured again at the next start."""
     file = _file(kind, key)
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"key": key, **values}, indent=1))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"key": key, **values}, indent=1))
+        part.replace(file)
+    except OSError as error:
+        logger.warning("what was measured is not kept: %s", error)
 
 
 def _file(kind: str, key: Mapping[str, Any]) -> Path:
