@@ -185,7 +185,7 @@ CASES: tuple[Case, ...] = (
     _faulty("dora"),
     _faulty("pissa"),
     _faulty("saved-head"),
-    _faulty("saved-norm"),
+    _faulty("saved-norm", "Unsupported modules_to_save"),
     _faulty("bias"),
     _faulty("trained-on-another-model"),
     _faulty("truncated-tensors"),

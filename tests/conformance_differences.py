@@ -38,6 +38,8 @@ CALLS: Mapping[str, Difference] = {
             "load broken-json",
             "load no-tensors",
             "load rank-1024",
+            "load saved-head",
+            "load saved-norm",
             "load truncated-tensors",
             "path of a file",
             "SageMaker load of broken files",
@@ -46,10 +48,6 @@ CALLS: Mapping[str, Difference] = {
     ),
     "load dora": Difference(_BROKEN, _BAD, "DoRA is served; this file says it is one and lacks its magnitudes"),
     "load pissa": Difference(_BROKEN, _SERVED, "PiSSA is served: the base's decomposition is made when it is loaded"),
-    **dict.fromkeys(
-        ("load saved-head", "load saved-norm"),
-        Difference(_BROKEN, _SERVED, "modules saved whole are served; one that the file does not hold is the base's"),
-    ),
     "load bias": Difference(_BROKEN, _SERVED, "biases of adapted layers are served; this file has none"),
     "load trained-on-another-model": Difference(
         _SERVED, _BAD, "stock drops tensors of modules that the model lacks, and serves what is left without a word"

@@ -113,6 +113,16 @@ def test_a_module_saved_whole_in_numbers_that_are_not_read_is_refused(tmp_path: 
     assert "lm_head.weight' has dtype F8_E4M3; allowed" in the_fault(path, layout=layout())
 
 
+def test_a_module_that_the_config_says_is_saved_is_in_the_file(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", peft.LoraConfig(**LORA))
+    # PEFT names a classifier's head by itself, and its other name, too.
+    edit_config(path, modules_to_save=["classifier", "score"])
+    assert not examine(path, layout=layout()).faults
+    for name in ("lm_head", "norm"):
+        edit_config(path, modules_to_save=[name])
+        assert f"modules_to_save names ['{name}'], of which the file has no tensor" in the_fault(path, layout=layout())
+
+
 def test_rows_that_act_on_every_token_are_none_of_an_adapter_that_does_not(tmp_path: Path) -> None:
     path = saved(tmp_path / "a", peft.LoraConfig(**LORA, trainable_token_indices=[3, 1, 9]))
     edit_config(path, alora_invocation_tokens=[5])

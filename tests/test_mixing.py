@@ -95,5 +95,5 @@ def test_what_is_no_sum_is_used_alone():
     parts = {"layer": layer_terms(LAYOUT, {"q": turned}, torch.float32)}
     assert mixed([(1.0, parts)], {"layer": LAYOUT.sizes}) == parts
     for shares in ([(0.5, parts)], [(1.0, parts), (0.5, {})]):
-        with pytest.raises(AdapterError, match=r"part 1 turns the input .* use it alone, with weight 1"):
+        with pytest.raises(AdapterError, match=r"part 1 turns the input.* use it alone, with weight 1"):
             mixed(shares, {"layer": LAYOUT.sizes})

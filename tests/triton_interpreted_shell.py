@@ -1,6 +1,7 @@
 """Every kind of term around the kernels, rare ones too; test_triton_linear.py runs this in a process of its own.
 
-Experts and embeddings are not here: they have torch forms of their own on every device (`experts`, `embedding`).
+Experts, feed-forward blocks and embeddings are not here: they have torch forms of their own on every device (`experts`,
+`feed_forward`, `embedding`).
 """
 
 # ruff: noqa: E402 - the check comes before Triton is imported and decides how its kernels run.
@@ -21,7 +22,7 @@ from triton_support import CPU, fresh_memory_is_nan, name_of, record_launches
 from flora_vllm.ops import rare as rare_terms
 from flora_vllm.ops import table
 from flora_vllm.ops.dispatch import DispatchRule, PathChoice
-from flora_vllm.ops.rare import BasesAdded, CirculantAdded, GatedAdded, KronAdded, SparseAdded
+from flora_vllm.ops.rare import BasesAdded, CirculantAdded, GatedAdded, KronAdded, RowsAdded, SparseAdded
 from flora_vllm.ops.shell import Shell
 from flora_vllm.ops.terms import SliceTerms, SlotLimits, group_by_slot
 
@@ -47,6 +48,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
             KronAdded(layer.tensor(blocks, 4), layer.tensor(8, 6), None, 0, 0, size),
             CirculantAdded(layer.tensor(blocks, 3, 8), 0, 0, size),
             SparseAdded(layer.tensor(9), *indices, size),
+            RowsAdded(layer.tensor(3, IN), torch.tensor([4, 0, 2]), size),
         )
 
     kinds = [added(i) for i in range(len(layer.sizes))]
@@ -70,7 +72,7 @@ def test_no_kind_is_missing(layer: Layer) -> None:
     parts = [part for terms in layer.slots if terms for part in terms if part]
     for field in dataclasses.fields(SliceTerms):
         assert any(getattr(part, field.name) not in (None, ()) for part in parts), field.name
-    kinds = {kind for _, kind in inspect.getmembers(rare_terms, dataclasses.is_dataclass)}
+    kinds = {kind for _, kind in inspect.getmembers(rare_terms, dataclasses.is_dataclass) if kind.stage != "block"}
     assert {type(term) for part in parts for term in part.rare} == kinds
 
 

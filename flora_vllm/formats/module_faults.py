@@ -1,6 +1,6 @@
 """Faults of a checkpoint's modules: partners, shapes and dtypes, what the config selects, what the base model has."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -296,3 +296,30 @@ def _renamed_prefix(module: str, layout: ModelLayout) -> tuple[str, str]:
         theirs.pop()
         ours.pop()
     return "".join(f"{name}." for name in ours), "".join(f"{name}." for name in theirs)
+
+
+# What PEFT adds to the `modules_to_save` of a classifier by itself, whichever of them the model has.
+_OF_CLASSIFIERS = ("classifier", "score")
+
+
+def unsaved_faults(config: CheckedConfig, saved: Collection[str], layout: ModelLayout | None) -> list[str]:
+    """The modules of the base that `modules_to_save` names and the file lacks: PEFT cannot load such a file either.
+
+    `saved`: names of what it holds whole.
+    """
+    if layout is None or "modules_to_save" in config.bad:
+        return []
+    found = {name.rpartition(".")[0] for name in saved}
+    missing = [
+        entry
+        for entry in config.values.get("modules_to_save") or ()
+        if entry not in _OF_CLASSIFIERS
+        and any(f".{path}".endswith(f".{entry}") for path in layout.shapes)
+        and not any(entry in path for path in found)
+    ]
+    if not missing:
+        return []
+    return [
+        f"modules_to_save names {shown(missing)}, of which the file has no tensor; save it again with them, or remove "
+        "the names (vLLM: Unsupported modules_to_save)"
+    ]

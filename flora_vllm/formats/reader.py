@@ -30,6 +30,7 @@ from flora_vllm.formats.module_faults import (
     scope_of,
     selected_modules,
     shared_faults,
+    unsaved_faults,
     value_faults,
 )
 from flora_vllm.formats.names import not_understood, saved_part, split_name
@@ -158,6 +159,7 @@ def examine_files(
         # No more than it takes to know that there are too many to list.
         faults += itertools.islice(module_faults(family, config, tensors.modules, layout), MAX_LOOKED_FOR)
         faults += parameter_faults(config, tensors.parameters, layout)
+        faults += unsaved_faults(config, tensors.saved, layout)
         faults += shared_faults(family, config, tensors.shared)
         rows = token_rows(config, tensors.rows, layout)
         faults += rows.faults
