@@ -134,7 +134,7 @@ def test_without_restart_it_becomes_vllm(monkeypatch: pytest.MonkeyPatch) -> Non
     ("free", "words", "added"),
     [
         (990, [], []),
-        (620, [], ["--gpu-memory-utilization", "0.58"]),
+        (620, [], ["--gpu-memory-utilization", "0.49"]),
         (500, ["--gpu_memory_utilization=0.3"], []),
         (500, ["--kv-cache-memory-bytes", "1G"], []),
     ],

@@ -33,7 +33,8 @@ what is free, where --gpu-memory-utilization and --kv-cache-memory-bytes say not
 """
 MEMORY_FLAGS = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--config"}
 DEFAULT_SHARE = 0.92  # of a memory node, vLLM's
-KEPT = 0.95  # the rest is left to what starts meanwhile
+# What other programs use grows before the engine looks, a minute later; where they use nothing they do not.
+IDLE_SHARE, KEPT = 0.95, 0.8
 NODES = Path("/sys/devices/system/node")
 WATCH_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
@@ -65,9 +66,10 @@ def memory_options(command: Sequence[str]) -> list[str]:
     """The share of a CPU's memory that is free, if vLLM's default is not: it would end with a traceback."""
     if not MEMORY_FLAGS.isdisjoint(word.partition("=")[0].replace("_", "-") for word in command):
         return []
-    share = math.floor(100 * KEPT * min(map(free_share, NODES.glob("node[0-9]*/meminfo")), default=1.0)) / 100
-    if share >= DEFAULT_SHARE:
+    free = min(map(free_share, NODES.glob("node[0-9]*/meminfo")), default=1.0)
+    if free >= IDLE_SHARE:
         return []
+    share = math.floor(100 * KEPT * free) / 100
     _say(f"other programs use memory: --gpu-memory-utilization {share} in place of vLLM's {DEFAULT_SHARE}")
     return ["--gpu-memory-utilization", str(share)]
 
