@@ -2,17 +2,18 @@
 #   DEVICE=cpu|cuda   which vLLM to install (default: cuda where there is an NVIDIA GPU)
 #   FLORA_CACHE=DIR   where models are kept (default: .cache)
 #   PYTEST_ARGS=...   what `make test` runs instead of everything, for example PYTEST_ARGS='-m "not engine"'
-# `make test` runs all tests, `make test-cluster` those that start Ray and kill its nodes, `make conformance` stock
-# vLLM's LoRA tests on stock and on ours.
+# `make test` runs all tests but slow sweeps, `make test-all` those too, `make test-cluster` those that start Ray and kill
+# its nodes, `make conformance` stock vLLM's LoRA tests on stock and on ours.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 DEVICE ?= auto
 export FLORA_CACHE ?= $(CURDIR)/.cache
 BIN := .venv/bin
 MODEL ?= $(FLORA_CACHE)/smollm2
+FAST = and not slow
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
-.PHONY: setup model demo test test-cluster conformance soak fuzz lint table format bench serve
+.PHONY: setup model demo test test-all test-cluster conformance soak fuzz lint table format bench serve
 .DEFAULT_GOAL := demo
 
 setup:
@@ -27,9 +28,12 @@ demo: setup
 # The cluster's tests come after all others and one at a time: they count on the machine's cores and memory.
 test: setup
 	@failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not cluster") || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not cluster $(FAST)") || failed=1; \
 	$(if $(PYTEST_ARGS),,$(BIN)/python -m pytest -m cluster || failed=1;) \
 	exit $$failed
+
+test-all:
+	@$(MAKE) test FAST=
 
 test-cluster: setup
 	@$(BIN)/python -m pytest -m cluster

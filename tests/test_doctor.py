@@ -65,18 +65,21 @@ def test_a_renamed_hook() -> None:
     assert "_create_lora_modules" in failures(findings)["hook"]
 
 
+@pytest.mark.slow
 def test_a_plugin_that_is_left_out() -> None:
     status, findings = doctor(VLLM_PLUGINS="other")
     assert status == 1
     assert "VLLM_PLUGINS" in failures(findings)["plugin"]
 
 
+@pytest.mark.slow
 def test_a_server_that_loads_no_plugins() -> None:
     status, findings = doctor(VLLM_USE_RUST_FRONTEND="1")
     assert status == 1
     assert "VLLM_USE_RUST_FRONTEND" in failures(findings)["plugin"]
 
 
+@pytest.mark.slow
 def test_companions_that_came_back(tmp_path: Path) -> None:
     fake_distribution(tmp_path, "torchvision", "0.28.0")
     status, findings = doctor(path=tmp_path)
@@ -84,6 +87,7 @@ def test_companions_that_came_back(tmp_path: Path) -> None:
     assert "pip uninstall -y torchvision" in failures(findings)["torch companions"]
 
 
+@pytest.mark.slow
 def test_a_broken_plugin_cannot_serve_the_base_model(tmp_path: Path) -> None:
     """vLLM only logs a plugin that does not import; asking for FLoRA must still fail."""
     (tmp_path / "flora_vllm").mkdir()

@@ -263,6 +263,7 @@ def _check(served: Sequence[support.Answer], expected: Sequence[support.Answer])
         assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE
 
 
+@pytest.mark.slow
 def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
     model = _deepseek(tmp_path / "model", first_k_dense_replace=LAYERS)
     base = support.load(model)
@@ -278,6 +279,7 @@ def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
     _check(served, expected)
 
 
+@pytest.mark.slow
 def test_experts_beside_shared_ones_are_their_merged_weights(tmp_path):
     """DeepSeek's: two shared experts in one, beside those that are chosen; the first layer dense."""
     model = _deepseek(

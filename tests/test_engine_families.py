@@ -196,7 +196,7 @@ def save(model: Path, case: Case, path: Path, seed: int = 1) -> None:
     wrapped.save_pretrained(str(path))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "phi3", "gptbigcode"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen2", marks=pytest.mark.slow), "phi3", "gptbigcode"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp(request.param)
     served = Served(TINY_MODELS[request.param](folder / "model"))
@@ -258,6 +258,7 @@ def test_every_adapter_is_pefts_forward(served: Served, record_property: Any) ->
     assert not {name: error for name, error in worst.items() if not error < TOLERANCE}
 
 
+@pytest.mark.slow
 def test_two_workers_serve_them_too_or_refuse_them_by_name(
     tmp_path_factory: pytest.TempPathFactory, record_property: Any
 ) -> None:

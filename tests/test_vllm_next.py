@@ -10,7 +10,7 @@ from vllm_sources import REPOSITORY, SOURCES, runnable_package
 
 from flora_vllm.plugin import hooks
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine]
 
 HOOKS_HOLD = "tests/test_hooks.py::test_installed_vllm_has_every_hook"
 
