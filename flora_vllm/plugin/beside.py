@@ -89,7 +89,7 @@ class LoadsBeside:
                 self._given[ticket] = Given(given.request, given.again, call)  # once, however long it waits for room
             except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer
                 fault = error
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - they wait for this one, too
             fault = error
         if not probe.all_agree(fault is None, self._device):
             raise fault or adapter_error(repr(given.request.lora_name), [ANOTHER_RANK])

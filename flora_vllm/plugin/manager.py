@@ -133,25 +133,14 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._vllm_config,
             self.device,
         )
-        attach_norms(
-            self.model,
-            self.attached,
-            self.rows.step_of,
-            self._match_target_modules,
-            self._vllm_config,
-            self.device,
-        )
+        asked = self.model, self.attached, self.rows.step_of, self._match_target_modules, self._vllm_config, self.device
+        attach_norms(*asked)
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
-        self.head_rows = attach_heads(
-            self.model,
-            self.attached,
-            self.rows.step_of,
-            self._match_target_modules,
-            self._vllm_config,
-            self.device,
-        ) or attach_classifier(self.model, self.attached, self._match_target_modules, self.device)
+        self.head_rows = attach_heads(*asked) or attach_classifier(
+            self.model, self.attached, self._match_target_modules, self.device
+        )
         if self.head_rows is not None:
             self._verified_steps.append(self.head_rows.step)
         layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes

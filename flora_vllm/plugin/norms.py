@@ -4,6 +4,7 @@ Models have norms fused into other kernels, read their weights elsewhere, or run
 shows which are plainly called. In a compiled model none is.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from flora_vllm.plugin.hooks import verify
 from flora_vllm.plugin.trial import TOKENS, run_once
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
+
+logger = logging.getLogger(__name__)
 
 # By their own class: of subclasses nobody knows what they do.
 _NORMS = (RMSNorm, GemmaRMSNorm, torch.nn.LayerNorm)
@@ -82,7 +85,8 @@ def _rows_of(norms: dict[str, Any], model: Any, config: Any, device: torch.devic
         for name, module in norms.items():
             module.forward = watching(name, module.forward)
         run_once(model, config, device)
-    except Exception:  # noqa: BLE001 - models differ in what they take
+    except Exception as error:  # noqa: BLE001 - models differ in what they take; their norms are then refused
+        logger.info("the model could not be tried at start (%s: %s)", type(error).__name__, error)
         return {}
     finally:
         for module in norms.values():
