@@ -74,6 +74,8 @@ def _outcomes(tree: Path, hub: Path, selection: Sequence[str], *, flora: bool) -
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
+        # Their server is started as `vllm`.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
