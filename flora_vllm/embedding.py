@@ -18,7 +18,8 @@ from flora_vllm.step import Step
 class AdaptedEmbedding:
     """One embedding of the model with its slots.
 
-    base: ids -> their rows of E, a new tensor. device: where ids are, for terms that come from the host.
+    base: ids -> their rows of E, a new tensor. device: where ids are, for terms that come from the host. A rank that has
+    part of E counts ids from its first row.
     """
 
     def __init__(self, base: Callable[[torch.Tensor], torch.Tensor], step: Step, device: torch.device) -> None:

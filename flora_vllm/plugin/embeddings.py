@@ -1,8 +1,8 @@
 """The token embedding of a vLLM model: taking over its look-up where it runs on a step's tokens.
 
-vLLM looks rows up through the quant method's `embedding`, within the model's own forward pass. Where something else may
-look rows up too (a draft model, prompts with embeddings or images in them), or a rank has part of the vocabulary,
-adapters are refused.
+vLLM looks rows up through the quant method's `embedding`, within the model's own forward pass. A rank that has part of
+the vocabulary is asked for its own rows; what it gives for others' ids is not used. Where something else may look rows
+up too (a draft model, prompts with embeddings or images in them), adapters are refused.
 """
 
 import copy
@@ -42,6 +42,9 @@ def attach_embeddings(
                 refused[name] = reason
             else:
                 found[name] = module
+    for module in found.values():
+        # A kernel of vLLM's that does the same in one pass, beside the quant method.
+        module.use_fused_embedding = False
     refused |= _called_otherwise(model, found, config, device)
     attached.refused |= refused
     for name, module in found.items():
@@ -49,12 +52,27 @@ def attach_embeddings(
             _take_over(name, module, attached, step, device)
 
 
+def vocabulary_part(name: str, module: Any) -> SliceLayout | None:
+    """This rank's part of the vocabulary of an embedding or output layer; None if adapters cannot follow its layout."""
+    # Tokens added to a vocabulary lie behind its padding, and a rank behind all tokens has no part to cut.
+    per_rank = module.num_embeddings_per_partition
+    if module.num_added_embeddings or (module.tp_size - 1) * per_rank >= module.org_vocab_size:
+        return None
+    mine = module.shard_indices
+    return SliceLayout(
+        name,
+        mine.num_org_elements,
+        mine.org_vocab_start_index,
+        mine.org_vocab_start_index,
+        module.org_vocab_size,
+    )
+
+
 def _refusal(name: str, module: Any, model: Any, only: Callable[[str], bool], config: Any) -> str | None:
     faults = {
         LEFT_OUT: not only(name),
-        "each rank of --tensor-parallel-size has a part of the vocabulary": module.tp_size > 1,
         "it is quantised": type(module.quant_method) is not UnquantizedEmbeddingMethod,
-        "tokens were added to its vocabulary": bool(module.num_added_embeddings),
+        "its vocabulary is laid out in a way that adapters cannot follow": vocabulary_part(name, module) is None,
         "the prompts of a multimodal model are not all tokens": hasattr(model, "get_mm_mapping"),
         "prompts may have embeddings in place of tokens": config.model_config.enable_prompt_embeds,
         "a draft model may look tokens up in it": config.speculative_config is not None,
@@ -86,10 +104,9 @@ def _take_over(name: str, module: Any, attached: Attached, step: Step, device: t
         return stock_embedding(module, ids)
 
     layer = AdaptedEmbedding(base, step, device)
-    width, tokens = module.embedding_dim, module.org_vocab_size
-    attached.layouts[name] = LinearLayout(
-        name, width, 0, width, (SliceLayout(name, tokens, 0, 0, tokens),), full_out_features=tokens
-    )
+    part, width = vocabulary_part(name, module), module.embedding_dim
+    assert part is not None, "asked before"
+    attached.layouts[name] = LinearLayout(name, width, 0, width, (part,), part.full_size)
     attached.dtypes[name] = module.params_dtype
     attached.biases[name] = None
     attached.embeddings[name] = layer
