@@ -26,6 +26,7 @@ PEFT_CONFIGS = {
     ),
     "ia3-rows": peft.IA3Config(target_modules=["o_proj", "down_proj"], feedforward_modules=[]),
     "ends": peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
     "ends saved": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
     "tokens": peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[*range(1, TOKENS, 3)]),
     "tokens of one rank": peft.TrainableTokensConfig(token_indices=[*range(9, 200)], target_modules=["embed_tokens"]),

@@ -23,6 +23,9 @@ from flora_vllm.plugin.trial import TOKENS, run_once, watched
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
 
+# Ways to speculate that look nothing up, or in a model that shares nothing with the target.
+_WITHOUT_EMBEDDING = frozenset({"ngram", "ngram_gpu", "suffix", "draft_model"})
+
 
 def attach_embeddings(
     model: Any, attached: Attached, step: Step, only: Callable[[str], bool], config: Any, device: torch.device
@@ -74,10 +77,15 @@ def _refusal(name: str, module: Any, model: Any, only: Callable[[str], bool], co
         "it is quantised": type(module.quant_method) is not UnquantizedEmbeddingMethod,
         "its vocabulary is laid out in a way that adapters cannot follow": vocabulary_part(name, module) is None,
         "the prompts of a multimodal model are not all tokens": hasattr(model, "get_mm_mapping"),
-        "prompts may have embeddings in place of tokens": config.model_config.enable_prompt_embeds,
-        "a draft model may look tokens up in it": config.speculative_config is not None,
+        "prompts of embeddings have no tokens to look up in it": config.model_config.enable_prompt_embeds,
+        "the draft model may look tokens of its own up in it": _is_shared_with_drafts(config.speculative_config),
     }
     return next((f"embeddings cannot be adapted here: {fault}" for fault, holds in faults.items() if holds), None)
+
+
+def _is_shared_with_drafts(speculative: Any) -> bool:
+    """Whether what drafts tokens may have the target's embedding: EAGLE, MTP and their kin do."""
+    return speculative is not None and speculative.method not in _WITHOUT_EMBEDDING
 
 
 def _called_otherwise(model: Any, found: Mapping[str, Any], config: Any, device: torch.device) -> dict[str, str]:
@@ -103,9 +111,13 @@ def _take_over(name: str, module: Any, attached: Attached, step: Step, device: t
     def base(ids: torch.Tensor) -> torch.Tensor:
         return stock_embedding(module, ids)
 
-    layer = AdaptedEmbedding(base, step, device)
     part, width = vocabulary_part(name, module), module.embedding_dim
     assert part is not None, "asked before"
+
+    def product(x_NH: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x_NH, module.weight[: part.size])
+
+    layer = AdaptedEmbedding(base, product, step, device)
     attached.layouts[name] = LinearLayout(name, width, 0, width, (part,), part.full_size)
     attached.dtypes[name] = module.params_dtype
     attached.biases[name] = None
