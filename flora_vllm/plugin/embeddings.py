@@ -6,7 +6,7 @@ up too (a draft model, prompts with embeddings or images in them), adapters are 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from flora_vllm.embedding import AdaptedEmbedding
 from flora_vllm.plugin.attach import LEFT_OUT, Attached
-from flora_vllm.plugin.trial import TOKENS, run_once, watched
+from flora_vllm.plugin.trial import TOKENS, Trial
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
 
@@ -27,31 +27,44 @@ from flora_vllm.step import Step
 _WITHOUT_EMBEDDING = frozenset({"ngram", "ngram_gpu", "suffix", "draft_model"})
 
 
+def embeddings_of(model: Any) -> dict[str, Any]:
+    """The embeddings of a step's tokens, by name, ready to be tried."""
+    if not get_pp_group().is_first_rank:
+        # Where it is here at all, its weight is the output layer's; the first stage says what may be done to it.
+        return {}
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    }
+    for module in found.values():
+        # A kernel of vLLM's that does the same in one pass, beside the quant method.
+        module.use_fused_embedding = False
+    return found
+
+
 def attach_embeddings(
-    model: Any, attached: Attached, step: Step, only: Callable[[str], bool], config: Any, device: torch.device
+    trial: Trial,
+    model: Any,
+    attached: Attached,
+    step: Step,
+    only: Callable[[str], bool],
+    config: Any,
+    device: torch.device,
 ) -> None:
     """Take over every embedding that adapters may change, and have `attached` say why of the others.
 
     `step`: that of the model's tokens. `only`: the operator's restriction to some modules.
     """
-    if not get_pp_group().is_first_rank:
-        # Where it is here at all, its weight is the output layer's; the first stage says what may be done to it.
-        return
-    refused: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-            if (reason := _refusal(name, module, model, only, config)) is not None:
-                refused[name] = reason
-            else:
-                found[name] = module
-    for module in found.values():
-        # A kernel of vLLM's that does the same in one pass, beside the quant method.
-        module.use_fused_embedding = False
-    refused |= _called_otherwise(model, found, config, device)
-    attached.refused |= refused
-    for name, module in found.items():
-        if name not in refused:
+    for name, module in trial.embeddings.items():
+        reason = _refusal(name, module, model, only, config) or trial.fault
+        if reason is not None:
+            attached.refused[name] = reason
+        elif trial.rows.get(name) != [TOKENS]:
+            attached.refused[name] = (
+                "the model looks up other rows in it than a step's tokens, where adapters cannot follow"
+            )
+        else:
             _take_over(name, module, attached, step, device)
 
 
@@ -86,22 +99,6 @@ def _refusal(name: str, module: Any, model: Any, only: Callable[[str], bool], co
 def _is_shared_with_drafts(speculative: Any) -> bool:
     """Whether what drafts tokens may have the target's embedding: EAGLE, MTP and their kin do."""
     return speculative is not None and speculative.method not in _WITHOUT_EMBEDDING
-
-
-def _called_otherwise(model: Any, found: Mapping[str, Any], config: Any, device: torch.device) -> dict[str, str]:
-    """Embedding -> why it cannot be adapted, of those that a run of the model does not ask for each token once."""
-    if not found:
-        return {}
-    with watched(found, "embedding", torch.Tensor.numel) as rows:
-        try:
-            run_once(model, config, device)
-        except Exception as error:  # noqa: BLE001 - models differ in what they take
-            return dict.fromkeys(found, f"the model could not be tried at start ({error})")
-    return {
-        name: "the model looks up other rows in it than a step's tokens, where adapters cannot follow"
-        for name, counts in rows.items()
-        if counts != [TOKENS]
-    }
 
 
 def _take_over(name: str, module: Any, attached: Attached, step: Step, device: torch.device) -> None:
