@@ -136,7 +136,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.device,
         )
         asked = self.model, self.attached, self.rows.step_of, self._match_target_modules, self._vllm_config, self.device
-        attach_norms(trial, *asked[1:])
+        attach_norms(trial, *asked[1:], compiled_too=self.options.norms)
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]

@@ -1,7 +1,7 @@
 """The norms of a vLLM model: which of them run on a step's tokens, by calls that an adapter's rows can be taken from.
 
 Models have norms fused into other kernels, read their weights elsewhere, or run them on other rows; a run of the model
-shows which are plainly called. In a compiled model none is.
+shows which are plainly called. A compiled model fuses them, too, unless the operator has them called (--flora-norms).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,10 @@ from flora_vllm.step import Step
 
 # By their own class: of subclasses nobody knows what they do.
 _NORMS = (RMSNorm, GemmaRMSNorm, torch.nn.LayerNorm)
-_COMPILED = "norms are compiled into the model, where no adapter can follow; start the server with --enforce-eager"
+_COMPILED = (
+    "norms are compiled into the model, where no adapter can follow; start the server with --flora-norms, which has "
+    "each called for itself, or with --enforce-eager"
+)
 
 
 def norms_of(model: Any) -> dict[str, Any]:
@@ -40,15 +43,18 @@ def attach_norms(
     only: Callable[[str], bool],
     config: Any,
     device: torch.device,
+    *,
+    compiled_too: bool,
 ) -> None:
     """Take over every norm that adapters may change, and have `attached` say why of the others.
 
-    Arguments as those of `attach`.
+    Arguments as those of `attach`. `compiled_too`: in a compiled model, too, as a call of its own for each.
     """
     norms = trial.norms
     if not norms:
         return
-    if config.compilation_config.mode not in (None, CompilationMode.NONE):
+    is_compiled = config.compilation_config.mode not in (None, CompilationMode.NONE)
+    if is_compiled and not compiled_too:
         attached.refused |= dict.fromkeys(norms, _COMPILED)
         return
     verify(device.type, NORM_HOOKS)
@@ -68,4 +74,4 @@ def attach_norms(
             attached.layouts[name] = LinearLayout(name, size, 0, size, (part,), size)
             attached.dtypes[name] = module.weight.dtype
             attached.biases[name] = None
-            attached.norms[name] = AdaptedNorm(module, step)
+            attached.norms[name] = AdaptedNorm(module, step, is_compiled=is_compiled)
