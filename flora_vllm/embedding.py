@@ -18,11 +18,19 @@ from flora_vllm.step import Step
 class AdaptedEmbedding:
     """One embedding of the model with its slots.
 
-    base: ids -> their rows of E, a new tensor. device: where ids are, for terms that come from the host.
+    base: ids -> their rows of E, a new tensor; a rank that has part of E counts ids from its first row. product:
+    x (N, H) -> x Eᵀ (N, V), for who asks for E's numbers. device: where ids are, for terms that come from the host.
     """
 
-    def __init__(self, base: Callable[[torch.Tensor], torch.Tensor], step: Step, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: Callable[[torch.Tensor], torch.Tensor],
+        product: Callable[[torch.Tensor], torch.Tensor],
+        step: Step,
+        device: torch.device,
+    ) -> None:
         self._base = base
+        self.product = product
         self._step = step
         self._device = device
         self._slots: dict[int, SliceTerms] = {}
@@ -36,12 +44,14 @@ class AdaptedEmbedding:
         self._slots.pop(slot, None)
         part = None if terms is None else terms[0]
         if part is not None:
-            assert part.a_RI is None, "readers give an embedding no products"
-            assert part.offset_O is None, "nor a bias"
+            assert part.offset_O is None, "readers give an embedding no bias"
             self._slots[slot] = part.to(self._device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (...) -> e (..., H): plain[id] E[id] + up[:, id] down + rows of rare terms, in float32, rounded once."""
+        """ids (...) -> e (..., H), in float32, rounded once:
+
+        plain[id] E[id] + (b[:, id] a) ∘ E[id] + up[:, id] down + rows of rare terms
+        """
         e = self._base(ids)
         # Layers behind it say whether the step was served: one that a graph replays or bypasses is not served by this.
         segments = self._step.segments_for(ids.numel(), serves=False)
@@ -57,12 +67,16 @@ class AdaptedEmbedding:
 
 def _changed(e_NH: torch.Tensor, ids_N: torch.Tensor, terms: SliceTerms) -> torch.Tensor:
     """What the terms make of rows `ids_N` of the embedding."""
+    own_NH = e_NH
     if terms.plain_O is None:
-        e_NH = torch.zeros_like(e_NH)
+        e_NH = torch.zeros_like(own_NH)
     elif len(terms.plain_O) == 1:
-        e_NH = e_NH * terms.plain_O
+        e_NH = own_NH * terms.plain_O
     else:
-        e_NH = e_NH * terms.plain_O[ids_N, None]
+        e_NH = own_NH * terms.plain_O[ids_N, None]
+    if terms.a_RI is not None:
+        assert terms.b_RO is not None, "a product has both sides"
+        e_NH = e_NH + own_NH * (terms.b_RO[:, ids_N].T.float() @ terms.a_RI.float())
     if terms.down_RI is not None:
         assert terms.up_RO is not None, "a low-rank term has both sides"
         e_NH = e_NH + terms.up_RO[:, ids_N].T.float() @ terms.down_RI.float()

@@ -1,15 +1,19 @@
 """The adapted norm: rows of an adapter that has a norm's weights of its own are normed by the very module with them.
 
 Every row is first normed as it always is, so that nobody else's changes by a bit; those of such adapters are done
-again. A norm is called directly until a slot has terms for it, and costs nothing until then; compiled code, which
-keeps what it saw, cannot have it.
+again. A norm is called directly until a slot has terms for it, and costs nothing until then. Compiled code keeps what
+it saw: there a norm is an opaque torch op for everyone, where the operator asks for it. No CUDA graph holds the terms:
+steps with an adapter that has some run eagerly.
 """
 
 import threading
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from flora_vllm.handles import Handles
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
 from flora_vllm.step import Step
 
@@ -18,14 +22,19 @@ class AdaptedNorm:
     """One norm of the model with its slots.
 
     module: called with x (T, ...) and, where it adds to one, the residual; it gives a tensor or several, each by row.
+    is_compiled: compiled code calls it.
     """
 
-    def __init__(self, module: torch.nn.Module, step: Step) -> None:
+    def __init__(self, module: torch.nn.Module, step: Step, *, is_compiled: bool = False) -> None:
         self._module = module
         self._stock = module.forward
         self._step = step
         self._slots: dict[int, dict[str, torch.nn.Parameter]] = {}
         self._lock = threading.Lock()  # held while the module has an adapter's weights
+        self._is_compiled = is_compiled
+        if is_compiled:
+            module._flora_handle = _norms.register(self)
+            module.forward = types.MethodType(_compiled_forward, module)
 
     def fault(self, part: SliceTerms) -> str | None:
         """Why a slot cannot have these terms, or None."""
@@ -50,6 +59,8 @@ class AdaptedNorm:
                 for name, value in values.items()
                 if value is not None
             }
+        if self._is_compiled:
+            return
         if self._slots:
             self._module.forward = self.forward
         else:
@@ -90,3 +101,39 @@ def _like(value: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
 
 def _all(found: Any) -> tuple[torch.Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
+
+
+_norms: Handles[AdaptedNorm] = Handles()
+
+
+def _compiled_forward(module: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    if residual is None:
+        return torch.ops.flora.norm(x, module._flora_handle)
+    return torch.ops.flora.norm_added(x, residual, module._flora_handle)
+
+
+# An op's results may be none of its arguments, which a norm may write into and give back.
+def _norm(x: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+    return _norms[handle].forward(x.clone()).contiguous()
+
+
+def _norm_added(x: torch.Tensor, residual: torch.Tensor, handle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y, total = _norms[handle].forward(x.clone(), residual.clone())
+    return y.contiguous(), total.contiguous()
+
+
+def _define_op(name: str, signature: str, op: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _library.define(f"{name}{signature}")
+    _library.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flora::{name}", fake, lib=_library)
+
+
+# Kept for the life of the process: the ops disappear with the library that defines them.
+_library = torch.library.Library("flora", "FRAGMENT")
+_define_op("norm", "(Tensor x, Tensor handle) -> Tensor", _norm, lambda x, _: x.new_empty(x.shape))
+_define_op(
+    "norm_added",
+    "(Tensor x, Tensor residual, Tensor handle) -> (Tensor, Tensor)",
+    _norm_added,
+    lambda x, residual, _: (x.new_empty(x.shape), residual.new_empty(residual.shape)),
+)

@@ -22,7 +22,10 @@ def terms(rank: int, seed: int, dtype: torch.dtype = torch.float32) -> SliceTerm
 
 def made(step: Step, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, AdaptedEmbedding]:
     weight = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return weight, AdaptedEmbedding(lambda ids: torch.nn.functional.embedding(ids, weight), step, torch.device("cpu"))
+    functional = torch.nn.functional
+    return weight, AdaptedEmbedding(
+        lambda ids: functional.embedding(ids, weight), lambda x: functional.linear(x, weight), step, torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,6 +50,16 @@ def test_a_tokens_row_is_its_own_adapters(dtype: torch.dtype) -> None:
     assert torch.equal(padded[len(IDS) :], weight[IDS[:2]])
     layer.write_slot(2, None)
     assert torch.equal(embedding(IDS, weight, layer.handle), weight[IDS])
+
+
+def test_products_scale_the_width_and_the_tokens() -> None:
+    """As DoRA's columns are, and as a product with both sides would be."""
+    step, g = Step(), torch.Generator().manual_seed(4)
+    weight, layer = made(step)
+    a, b = torch.randn(2, WIDTH, generator=g), torch.randn(2, VOCABULARY, generator=g)
+    layer.write_slot(1, (SliceTerms(None, a, b),))
+    step.set_mapping([5] * len(IDS), {5: 1})
+    assert torch.allclose(embedding(IDS, weight, layer.handle), (weight * (b.T @ a))[IDS], atol=1e-6)
 
 
 def test_rows_in_the_bases_place_are_picked_by_id_in_any_order() -> None:

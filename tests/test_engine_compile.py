@@ -37,9 +37,11 @@ def test_compiled_code_serves_what_eager_code_serves(tiny_model, tmp_path, monke
     targets = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     states[tmp_path / "lora"] = support.save_peft_adapter(model, tmp_path / "lora", config, seed=3)
+    norms = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm", "post_attention_layernorm"])
+    states[tmp_path / "norms"] = support.save_peft_adapter(model, tmp_path / "norms", norms, seed=4)
     asks = [Ask(support.prompt(5 + 3 * i, seed=i), path) for i, path in enumerate(states)]
     # Twice in other company and another order: what the first step left in the graph must not decide the second.
-    with support.running(model, max_loras=3, max_num_seqs=8, enforce_eager=False) as engine:
+    with support.running(model, max_loras=4, max_num_seqs=8, enforce_eager=False, flora_norms=True) as engine:
         mode = engine.llm.llm_engine.vllm_config.compilation_config.mode
         alone = [engine.ask([ask])[0] for ask in asks]
         mixed = engine.ask(asks[::-1])[::-1]

@@ -34,6 +34,7 @@ CONFIGS = {
     "head and queries": peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 6}),
     "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["lm_head", "v_proj"]),
     "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens"]),
+    "dora of both ends": peft.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head"]),
     "both ends": peft.LoraConfig(
         r=3, use_rslora=True, target_modules=["embed_tokens", "lm_head", "q_proj"], alpha_pattern={"embed_tokens": 3}
     ),

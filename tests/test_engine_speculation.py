@@ -23,6 +23,7 @@ def states(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Mapping[Path
     configs = {
         "lora": peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"]),
         "head": peft.LoraConfig(r=4, target_modules=["v_proj", "lm_head"]),
+        "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
         "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     }
     found: dict[Path | None, State] = {None: dict(support.load(model).state_dict())}
@@ -37,7 +38,7 @@ def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:
     settings = METHODS[request.param] | ({"model": str(model)} if request.param == "draft model" else {})
     # Its own process: n-grams import numba, after which vLLM's search for kernels fails in every later engine here.
     own = {"own_process": True, "disable_log_stats": False}
-    with support.running(model, max_loras=4, speculative_config=settings, **own) as engine:
+    with support.running(model, max_loras=5, speculative_config=settings, **own) as engine:
         yield engine
 
 

@@ -1,7 +1,8 @@
 """Two tensor-parallel workers serve what one does, and what transformers computes on the merged weights.
 
 Key and value heads are split (2 heads) or replicated (1 head); row-parallel layers have biases, which only one rank may
-add; an IA3 gain on such a layer scales that bias too.
+add; an IA3 gain on such a layer scales that bias too. Each has its part of the vocabulary, the second's padded, for
+embeddings and output layers.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tiny_models import FEED_FORWARD, HEADS, LAYERS, POSITIONS, VOCABULARY, WIDT
 
 pytestmark = support.ENGINE_MARKS
 
+TOKENS = VOCABULARY + 88  # 320 and 280 of them; prompts have those of both
 PEFT_CONFIGS = {
     "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     "lora-some": peft.LoraConfig(r=8, lora_alpha=8, target_modules=["k_proj", "o_proj", "gate_proj"]),
@@ -23,10 +25,15 @@ PEFT_CONFIGS = {
         target_modules=["k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
     "ia3-rows": peft.IA3Config(target_modules=["o_proj", "down_proj"], feedforward_modules=[]),
+    "ends": peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
+    "ends saved": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "tokens": peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[*range(1, TOKENS, 3)]),
+    "tokens of one rank": peft.TrainableTokensConfig(token_indices=[*range(9, 200)], target_modules=["embed_tokens"]),
     "hira": peft.HiraConfig(r=3, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
 }
 SIZES = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": TOKENS,
     "hidden_size": WIDTH,
     "intermediate_size": FEED_FORWARD,
     "num_hidden_layers": LAYERS,

@@ -26,6 +26,8 @@ CASES = {
     "dora-head": ("qwen2", LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "lm_head"])),
     "lora-head-alone": ("qwen2", LoraConfig(r=3, target_modules=["lm_head"])),
     "lora-embedding": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"], use_rslora=True)),
+    "dora-embedding": ("llama", LoraConfig(r=3, use_dora=True, target_modules=["embed_tokens", "v_proj"])),
+    "dora-ends": ("qwen2", LoraConfig(r=3, use_dora=True, target_modules=["embed_tokens", "lm_head"])),
     "lora-ends": ("qwen2", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], rank_pattern={"lm_head": 5})),
     "ia3-head": ("qwen2", IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[])),
     "tokens": ("llama", TrainableTokensConfig(token_indices=TOKENS, target_modules=["embed_tokens"])),

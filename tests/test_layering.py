@@ -49,7 +49,7 @@ PARTS = (
     Part("feed_forward", ("layers", "ops", "ops.rare", "ops.terms"), ("torch",)),
     Part("handles", (), ("torch",)),
     Part("embedding", ("handles", "step", "ops.rare", "ops.terms"), ("torch",)),
-    Part("norms", ("step", "ops.terms"), ("torch",)),
+    Part("norms", ("handles", "step", "ops.terms"), ("torch",)),
     Part("experts", ("handles", "step", "ops", "ops.terms"), ("torch",)),
     Part("plugin.names", ("formats",)),
     Part("plugin.options", ("errors", "options", "ops.paths", "plugin.names")),

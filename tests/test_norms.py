@@ -69,6 +69,35 @@ def test_a_tokens_row_is_normed_with_its_adapters_weights(make: Callable[[], tor
     assert all(torch.equal(a, b) for a, b in zip(called(), plain, strict=True))
 
 
+@pytest.mark.parametrize("make", [AddingNorm, layer_norm])
+def test_compiled_code_norms_each_row_with_its_adapters_weights(make: Callable[[], torch.nn.Module]) -> None:
+    """What was compiled before an adapter came serves it, and what the norm writes into stays as it was."""
+    torch.manual_seed(0)
+    module, eager, step = make(), make(), Step()
+    eager.load_state_dict(module.state_dict())
+    norm, reference = AdaptedNorm(module, step, is_compiled=True), AdaptedNorm(eager, step)
+    inputs = [torch.randn(len(ADAPTERS), 2, WIDTH) for _ in range(2 if isinstance(module, AddingNorm) else 1)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def model(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = module(*(x * 1 for x in given))
+        return found if isinstance(found, tuple) else (found,)
+
+    plain = model(*inputs)
+    terms = own_of(module, 1)
+    for one in (norm, reference):
+        one.write_slot(1, (terms,))
+    step.set_mapping(ADAPTERS, {5: 1, 8: 0, 9: 1})
+    wanted: Any = eager(*(x.clone() for x in inputs))
+    changed = model(*inputs)
+    for base, found, want in zip(plain, changed, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        assert torch.equal(found, want)
+        assert torch.equal(found[2:5], base[2:5])
+    assert not torch.equal(changed[0][:2], plain[0][:2])
+    norm.write_slot(1, None)
+    assert all(torch.equal(a, b) for a, b in zip(model(*inputs), plain, strict=True))
+
+
 def test_who_asks_beside_a_step_gets_the_bases_weights() -> None:
     """Loads compare what a file holds with the base's, while steps norm rows with other adapters' weights."""
     module, step = layer_norm(), Step()

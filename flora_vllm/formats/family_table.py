@@ -26,7 +26,7 @@ def family_table() -> str:
     return "\n".join(lines)
 
 
-# What a family does to a layer: the first group one of whose terms it is read into.
+# What a family does to a layer: the group of the first of its terms that has one.
 GROUPS = {
     "turn or swap its inputs or outputs": ("Turn", "Swap"),
     "multiply its weights": ("Product",),
@@ -48,8 +48,8 @@ def group_table() -> str:
     """Markdown: a line for each group of served families, then one of what is refused."""
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for family in ROWS:
-        kinds = {kind.__name__ for kind in family.kinds}
-        group = next((group for group, terms in GROUPS.items() if kinds & set(terms)), None)
+        kinds = [kind.__name__ for kind in family.kinds]
+        group = next((group for kind in kinds for group, terms in GROUPS.items() if kind in terms), None)
         assert group is not None, f"{family.title} belongs to no group: add its terms {kinds} to GROUPS"
         name = family.title.split(",")[0].split(" (")[0].split(" with")[0]
         if all(name not in names for names in groups.values()):

@@ -151,7 +151,7 @@ def _embedding_fault(family: Family, module: str, records: Records, layout: Mode
     if is_embedding(module, layout):
         if not set(records) & set(family.of_embeddings):
             return (
-                f"module {module!r} is an embedding, which only plain LoRA (lora_embedding_A, lora_embedding_B) and "
+                f"module {module!r} is an embedding, which only LoRA and DoRA (lora_embedding_A, lora_embedding_B) and "
                 f"trainable tokens adapt; it has those of {family.name}: {', '.join(sorted(records))}; train without it"
             )
     elif given := sorted(set(records) & set(family.of_embeddings) - _of_head(family, module)):

@@ -21,10 +21,11 @@ from flora_vllm.ops.dispatch import DispatchRule
 from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.terms import LayerTerms, Segments, group_by_slot
 from flora_vllm.plugin.attach import LEFT_OUT, POOLED_ROWS, UNKNOWN_ROWS, Attached
+from flora_vllm.plugin.embeddings import vocabulary_part
 from flora_vllm.plugin.hook_table import PROMPT_HOOKS
 from flora_vllm.plugin.hooks import verify
 from flora_vllm.plugin.trial import TOKENS, watched
-from flora_vllm.slots import LinearLayout, SliceLayout
+from flora_vllm.slots import LinearLayout
 from flora_vllm.step import Step, slots_of
 
 
@@ -147,9 +148,7 @@ def _refusal(
         return "with speculative decoding this model runner does not say whose the rows of its output layer are"
     if getattr(config.parallel_config, "enable_batch_sharded_sampling", False):
         return "with batch-sharded sampling its rows are not in the order of the batch"
-    # Tokens added to a vocabulary lie behind its padding, and a rank behind all tokens has no part to cut.
-    per_rank = head.num_embeddings_per_partition
-    if head.num_added_embeddings or (head.tp_size - 1) * per_rank >= head.org_vocab_size:
+    if vocabulary_part(name, head) is None:
         return "its vocabulary is laid out in a way that adapters cannot follow"
     return None
 
@@ -175,14 +174,14 @@ def _take_over(name: str, head: Any, attached: Attached, rows: HeadRows, device:
     """Its op sees the vocabulary's own rows; the padding that vLLM puts behind them stays vLLM's."""
     method = head.quant_method
     stock_apply = method.apply
-    mine = head.shard_indices
-    size, start, width = mine.num_org_elements, mine.org_vocab_start_index, head.embedding_dim
+    part = vocabulary_part(name, head)
+    assert part is not None, "asked before"
+    size, width = part.size, head.embedding_dim
     padding = head.num_embeddings_per_partition - size
 
     def base(x_NH: torch.Tensor) -> torch.Tensor:
         return stock_apply(head, x_NH, None)[:, :size].contiguous()
 
-    part = SliceLayout(name, size, start, start, head.org_vocab_size)
     kernel = OpaqueLinear(base, (size,), DispatchRule("stacked"), width, device)
     layer = AdaptedHead(kernel, rows.step, (size,), None, device)
 

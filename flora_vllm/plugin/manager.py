@@ -20,17 +20,17 @@ from flora_vllm.pacing import Turns
 from flora_vllm.plugin import install
 from flora_vllm.plugin.activation import follow_positions
 from flora_vllm.plugin.attach import Attached, attach
-from flora_vllm.plugin.embeddings import attach_embeddings
+from flora_vllm.plugin.embeddings import attach_embeddings, embeddings_of
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
 from flora_vllm.plugin.graphs import graph_steps
 from flora_vllm.plugin.head import attach_heads
 from flora_vllm.plugin.loads import Loads
-from flora_vllm.plugin.norms import attach_norms
+from flora_vllm.plugin.norms import attach_norms, norms_of
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
-from flora_vllm.plugin.trial import layers_elsewhere
+from flora_vllm.plugin.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self.punica_wrapper_mapping = {}
 
     def _create_lora_modules(self) -> None:
+        trial = Trial(self.model, self._vllm_config, self.device, embeddings_of(self.model), norms_of(self.model))
         self.attached = attach(
             self.model,
             self.packed_modules_mapping,
@@ -123,9 +124,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.device,
             SlotLimits(self.lora_slots, self.options.max_rank, self.lora_config.max_lora_rank),
             self._match_target_modules,
-            self._elsewhere,
+            trial.layers_elsewhere,
         )
         attach_embeddings(
+            trial,
             self.model,
             self.attached,
             self.rows.tokens,
@@ -134,7 +136,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.device,
         )
         asked = self.model, self.attached, self.rows.step_of, self._match_target_modules, self._vllm_config, self.device
-        attach_norms(*asked)
+        attach_norms(trial, *asked[1:], compiled_too=self.options.norms)
         # A row space without adapted layers is never asked for.
         steps = [*map(self.rows.step_of, self.attached.layers)]
         self._verified_steps = [step for step in self.rows.steps.values() if step in steps]
@@ -148,13 +150,6 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if self.rows.tokens.graphs is not None:
             install.install_replays()
         logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
-
-    def _elsewhere(self, layers: Mapping[str, Any]) -> Mapping[str, str]:
-        """Those layers that do not run on a step's rows. An encoder runs on rows of its own, which a run of the model
-        on tokens alone does not show."""
-        if self.rows.has_encoder:
-            return {}
-        return layers_elsewhere(layers, self.model, self._vllm_config, self.device)
 
     def step_fits_graph(self) -> bool:
         """Whether a CUDA graph that holds the op may serve the present step."""

@@ -1,10 +1,9 @@
 """The norms of a vLLM model: which of them run on a step's tokens, by calls that an adapter's rows can be taken from.
 
 Models have norms fused into other kernels, read their weights elsewhere, or run them on other rows; a run of the model
-shows which are plainly called. In a compiled model none is.
+shows which are plainly called. A compiled model fuses them, too, unless the operator has them called (--flora-norms).
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,48 +15,56 @@ from flora_vllm.norms import AdaptedNorm
 from flora_vllm.plugin.attach import LEFT_OUT, UNKNOWN_ROWS, Attached
 from flora_vllm.plugin.hook_table import NORM_HOOKS
 from flora_vllm.plugin.hooks import verify
-from flora_vllm.plugin.trial import TOKENS, run_once
+from flora_vllm.plugin.trial import TOKENS, Trial
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
 
-logger = logging.getLogger(__name__)
-
 # By their own class: of subclasses nobody knows what they do.
 _NORMS = (RMSNorm, GemmaRMSNorm, torch.nn.LayerNorm)
-_COMPILED = "norms are compiled into the model, where no adapter can follow; start the server with --enforce-eager"
+_COMPILED = (
+    "norms are compiled into the model, where no adapter can follow; start the server with --flora-norms, which has "
+    "each called for itself, or with --enforce-eager"
+)
+
+
+def norms_of(model: Any) -> dict[str, Any]:
+    """The norms with a weight, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in _NORMS and module._parameters.get("weight") is not None
+    }
 
 
 def attach_norms(
-    model: Any,
+    trial: Trial,
     attached: Attached,
     step_of: Callable[[str], Step | None],
     only: Callable[[str], bool],
     config: Any,
     device: torch.device,
+    *,
+    compiled_too: bool,
 ) -> None:
     """Take over every norm that adapters may change, and have `attached` say why of the others.
 
-    Arguments as those of `attach`.
+    Arguments as those of `attach`. `compiled_too`: in a compiled model, too, as a call of its own for each.
     """
-    norms: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in _NORMS and module._parameters.get("weight") is not None
-    }
+    norms = trial.norms
     if not norms:
         return
-    if config.compilation_config.mode not in (None, CompilationMode.NONE):
+    is_compiled = config.compilation_config.mode not in (None, CompilationMode.NONE)
+    if is_compiled and not compiled_too:
         attached.refused |= dict.fromkeys(norms, _COMPILED)
         return
     verify(device.type, NORM_HOOKS)
-    rows = {} if config.model_config.is_encoder_decoder else _rows_of(norms, model, config, device)
     for name, module in norms.items():
         step = step_of(name)
         if step is None or not only(name):
             attached.refused[name] = UNKNOWN_ROWS if step is None else LEFT_OUT
         elif hasattr(module.weight, "weight_loader"):
             attached.refused[name] = "this model changes the norm's weight when it is loaded, an adapter's it would not"
-        elif {*rows.get(name, ())} != {TOKENS}:
+        elif {*trial.rows.get(name, ())} != {TOKENS}:
             attached.refused[name] = (
                 "this norm is not called with a step's tokens as rows, where adapters cannot follow"
             )
@@ -67,28 +74,4 @@ def attach_norms(
             attached.layouts[name] = LinearLayout(name, size, 0, size, (part,), size)
             attached.dtypes[name] = module.weight.dtype
             attached.biases[name] = None
-            attached.norms[name] = AdaptedNorm(module, step)
-
-
-def _rows_of(norms: dict[str, Any], model: Any, config: Any, device: torch.device) -> dict[str, list[int]]:
-    """Norm -> the rows that each of its calls has in a run of TOKENS tokens; nothing if the model cannot be run."""
-    rows: dict[str, list[int]] = {name: [] for name in norms}
-
-    def watching(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(x: torch.Tensor, *args: Any) -> Any:
-            rows[name].append(len(x))
-            return forward(x, *args)
-
-        return watched
-
-    try:
-        for name, module in norms.items():
-            module.forward = watching(name, module.forward)
-        run_once(model, config, device)
-    except Exception as error:  # noqa: BLE001 - models differ in what they take; their norms are then refused
-        logger.info("the model could not be tried at start (%s: %s)", type(error).__name__, error)
-        return {}
-    finally:
-        for module in norms.values():
-            del module.forward
-    return rows
+            attached.norms[name] = AdaptedNorm(module, step, is_compiled=is_compiled)

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flora_vllm.ops.paths import PATHS, PathChoice
-from flora_vllm.options import Values, byte_count, check, from_mapping, number_above, one_of, option, text, whole
+from flora_vllm.options import (
+    Values,
+    byte_count,
+    check,
+    from_mapping,
+    number_above,
+    one_of,
+    option,
+    switch,
+    text,
+    whole,
+)
 from flora_vllm.plugin import names
 
 KEY = "flora"
@@ -95,7 +106,13 @@ class FloraOptions:
         "Load only adapters whose digest (flora-vllm inspect) begins a line of this file.",
         metavar="FILE",
     )
-
+    norms: bool = option(
+        False,
+        "--flora-norms",
+        switch(),
+        "Adapters may have norms of their own in a compiled model, too: each of the model's norms is then called for "
+        "itself instead of being fused with what is around it, for every request. Without it: with --enforce-eager.",
+    )
     max_upload_bytes: int = option(
         256 << 20,
         "--flora-max-upload-bytes",

@@ -116,7 +116,7 @@ class LayerProbe:
         self.dtype = attached.dtypes[layer]
         self._base, self._place, self._parts = base, place, parts
         self._layout, self._bias_O = attached.layouts[layer], attached.biases[layer]
-        self._kernel = attached.layers[layer].kernel
+        self._product = _product_of(attached, layer)
         fused = place == self._layout.module
         self._size = self._layout.full_out_features if fused else parts[0][0].full_size
         self.shape = (self._size, self._layout.full_in_features)
@@ -133,12 +133,12 @@ class LayerProbe:
     def _base_call(self, x_NI: torch.Tensor) -> torch.Tensor:
         beside = BESIDE.get()
         if beside is None:
-            return self._kernel.forward(x_NI, None, None)
+            return self._product(x_NI)
         # A quantised layer's call may use memory of the layer's own. A device runs this thread's calls and the steps'
         # side by side, whenever they were made.
         with beside.turns.between_steps():
             self._wait_for_device()
-            y_NO = self._kernel.forward(x_NI, None, None)
+            y_NO = self._product(x_NI)
             self._wait_for_device()
         return y_NO
 
@@ -185,6 +185,14 @@ class LayerProbe:
                 # Key-value heads may be held by several ranks.
                 whole_NO = whole_NO / tensor_model_parallel_all_reduce(held_O)
         return whole_NO.cpu()
+
+
+def _product_of(attached: Attached, layer: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x (N, I) -> y (N, O): the base call of one adapted layer or embedding."""
+    if layer in attached.embeddings:
+        return attached.embeddings[layer].product
+    kernel = attached.layers[layer].kernel
+    return lambda x_NI: kernel.forward(x_NI, None, None)
 
 
 def _places(attached: Attached) -> Any:

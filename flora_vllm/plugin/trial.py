@@ -1,4 +1,4 @@
-"""One run of the model at start, to see which layers run on a step's rows, and which on others or never.
+"""One run of the model at start, to see which modules run on a step's rows, and which on others or never.
 
 A layer that runs on part of the batch (a head on pooled rows, an expert, a projection within a recurrence) or whose
 weight is used without a call (absorbed, fused) cannot be given an adapter by row; found out in traffic it would fail
@@ -43,43 +43,81 @@ def run_once(model: Any, vllm_config: Any, device: torch.device) -> None:
 
 @contextmanager
 def watched(
-    layers: Mapping[str, Any],
+    modules: Mapping[str, Any],
     call: str = "apply",
-    rows_of: Callable[[torch.Tensor], int] = lambda x: x.numel() // x.shape[-1],
+    rows_of: Callable[..., int] = lambda _layer, x, *_: x[..., 0].numel(),
 ) -> Iterator[dict[str, list[int]]]:
-    """Within it, layer name -> the numbers of rows, by `rows_of`, of what its quant method's `call` was given."""
-    rows: dict[str, list[int]] = {name: [] for name in layers}
-    methods = {name: module.quant_method for name, module in layers.items()}
+    """Within it, module name -> the numbers of rows, by `rows_of`, of each `call` of its quant method, or "forward"."""
+    rows: dict[str, list[int]] = {name: [] for name in modules}
+    methods = {name: module.quant_method for name, module in modules.items() if call != "forward"}
 
-    def watching(name: str, original: Any) -> Any:
-        def watched_call(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            rows[name].append(rows_of(x))
-            return original(layer, x, *args, **kwargs)
+    def watching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def watched_call(*args: Any, **kwargs: Any) -> Any:
+            rows[name].append(rows_of(*args))
+            return original(*args, **kwargs)
 
         return watched_call
 
     try:
-        for name, module in layers.items():
-            module.quant_method = copy.copy(methods[name])
-            setattr(module.quant_method, call, watching(name, getattr(methods[name], call)))
+        for name, module in modules.items():
+            owner = module
+            if name in methods:
+                owner = module.quant_method = copy.copy(methods[name])
+            setattr(owner, call, watching(name, getattr(owner, call)))
         yield rows
     finally:
-        for name, module in layers.items():
-            module.quant_method = methods[name]
+        for name, module in modules.items():
+            if name in methods:
+                module.quant_method = methods[name]
+            else:
+                module.__dict__.pop("forward", None)
 
 
-def layers_elsewhere(layers: Mapping[str, Any], model: Any, vllm_config: Any, device: torch.device) -> dict[str, str]:
-    """Layer name -> why it cannot be adapted, for those that do not run on exactly a step's rows."""
-    with watched(layers) as rows:
-        try:
-            run_once(model, vllm_config, device)
-        except Exception as error:  # noqa: BLE001 - models differ in what they take; steps are judged as they come
-            logger.info("the model could not be tried at start (%s: %s)", type(error).__name__, error)
+class Trial:
+    """The run, made once for all that may be adapted. `embeddings`, `norms`: modules by name, beside linear layers.
+
+    rows: module name -> the rows of each of its calls. fault: why the model could not be run, if it could not.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vllm_config: Any,
+        device: torch.device,
+        embeddings: Mapping[str, Any],
+        norms: Mapping[str, Any],
+    ) -> None:
+        self._asked = model, vllm_config, device
+        self.embeddings = embeddings
+        self.norms = norms
+        self.rows: dict[str, list[int]] = {}
+        self.fault: str | None = None
+
+    def layers_elsewhere(self, layers: Mapping[str, Any]) -> dict[str, str]:
+        """Makes the run. Layer name -> why it cannot be adapted, for those that do not run on exactly a step's rows.
+
+        An encoder runs on rows of its own, which a run of the model on tokens alone does not show: nothing is tried.
+        """
+        if self._asked[1].model_config.is_encoder_decoder:
             return {}
-    found = {}
-    for name, counts in rows.items():
-        if not counts:
-            found[name] = "the model never calls it: its weight is used in another way, where no adapter would follow"
-        elif set(counts) != {TOKENS}:
-            found[name] = "it runs on other rows than a step's tokens, where adapters cannot follow"
-    return found
+        with (
+            watched(layers) as of_layers,
+            watched(self.embeddings, "embedding", lambda _layer, ids: ids.numel()) as of_embeddings,
+            watched(self.norms, "forward", lambda *given: len(given[0]) if given else 0) as of_norms,
+        ):
+            try:
+                run_once(*self._asked)
+            except Exception as error:  # noqa: BLE001 - models differ in what they take; steps are judged as they come
+                logger.info("the model could not be tried at start (%s: %s)", type(error).__name__, error)
+                self.fault = f"the model could not be tried at start ({error})"
+                return {}
+        self.rows = of_embeddings | of_norms
+        found = {}
+        for name, counts in of_layers.items():
+            if not counts:
+                found[name] = (
+                    "the model never calls it: its weight is used in another way, where no adapter would follow"
+                )
+            elif set(counts) != {TOKENS}:
+                found[name] = "it runs on other rows than a step's tokens, where adapters cannot follow"
+        return found

@@ -88,7 +88,8 @@ class Family:
     `of_norms`: it adapts norms, and nothing else.
     `shared_names`, `shared_parts(config)`: the same of tensors the whole adapter has once, `base_model.<name>`.
     `ranks(scope)`: what R may be; empty if the method has none. `terms(module)`: the canonical form, called only if the
-    whole checkpoint has no fault; raises AdapterError for what only it can see. `kinds`: the terms it may become.
+    whole checkpoint has no fault; raises AdapterError for what only it can see. `kinds`: the terms it may become, that
+    which README counts it by first.
     `tasks(config)`: what a user may ask for after a `#`; empty if the adapter is one thing. `implied(config)`: whether
     every module that the config selects is adapted without tensors of its own. `caution`: what its user must know.
     `by_structure`: whether each number of a term is one of the file's or follows from the config alone.

@@ -37,5 +37,5 @@ LN_TUNING = Family(
     parts=_parts,
     terms=lambda module: norm_terms(module[WEIGHT], module.get(BIAS)),
     kinds=(Product, Offset),
-    note="with `--enforce-eager`",
+    note="with `--flora-norms` or `--enforce-eager`",
 )

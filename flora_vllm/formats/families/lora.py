@@ -32,6 +32,7 @@ from flora_vllm.terms import Added, Offset, Term
 LORA_A, LORA_B, LORA_B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 # Of an embedding E (tokens, width): (rank, tokens) and (width, rank); E + scale · (B A)ᵀ (`lora/layer.py::Embedding`).
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+EMBEDDING_PARTS = {EMBEDDING_A: Part(("R", "O")), EMBEDDING_B: Part(("I", "R"))}
 LORA_NAMES = (LORA_A, LORA_B, LORA_B_BIAS, *BIAS_NAMES)
 # What the variational sampler and the compressed backward pass of training leave in the file; nothing reads it.
 _OF_TRAINING = ("lora_monteclora_sampler.*", "lora_velora_embed")
@@ -109,16 +110,16 @@ def bias_terms(module: ModuleFile, scale: float) -> tuple[Term, ...]:
 
 
 def low_rank(module: ModuleFile) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(down (R, I), up (O, R), scale)."""
-    down, up = module[LORA_A], module[LORA_B]
+    """(down (R, I), up (O, R), scale), of an embedding (tokens, width), too."""
+    if EMBEDDING_A in module:
+        down, up = module[EMBEDDING_B].T, module[EMBEDDING_A].T
+    else:
+        down, up = module[LORA_A], module[LORA_B]
     return down, up, lora_scale(module.scope, down.shape[0])
 
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
-    if EMBEDDING_A in module:
-        picked, width = module[EMBEDDING_A], module[EMBEDDING_B]
-        return (Added(width.T, picked.T, lora_scale(module.scope, picked.shape[0])),)
-    if LORA_A not in module:
+    if LORA_A not in module and EMBEDDING_A not in module:
         return bias_terms(module, 1.0)
     down, up, scale = low_rank(module)
     return (Added(down, up, scale), *bias_terms(module, scale))
@@ -126,7 +127,7 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
 
 def _parts(scope: Scope) -> Mapping[str, Part]:
     if scope.present & {EMBEDDING_A, EMBEDDING_B}:
-        return {EMBEDDING_A: Part(("R", "O")), EMBEDDING_B: Part(("I", "R"))}
+        return EMBEDDING_PARTS
     return {**lora_parts(scope), **{name: Part(None, optional=True) for name in _OF_TRAINING}}
 
 

@@ -84,7 +84,7 @@ MISS = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: _parts(scope, MISS_BLOCK),
     terms=and_biases(lambda module: _terms(module, module[MISS_BLOCK])),
-    kinds=(Added, Dense, Offset),
+    kinds=(Dense, Added, Offset),
     note="bat is a full matrix",
 )
 

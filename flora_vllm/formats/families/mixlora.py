@@ -99,7 +99,7 @@ MIXLORA = Family(
     terms=_terms,
     shared_names=(_ROUTER,),
     shared_parts=lambda config: {_ROUTER: Part((config["num_experts"], None))},
-    kinds=(Added, Routed),
+    kinds=(Routed, Added),
     limit="lora",
     note="converted from its pickle; on blocks of gate, up and down; dropout off",
 )

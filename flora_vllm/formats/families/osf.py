@@ -58,7 +58,7 @@ OSF = Family(
         OSF_V: Part(("R", "I"), may_be_empty=True),
     },
     terms=_terms,
-    kinds=(Added, Dense),
+    kinds=(Dense, Added),
     rank_key="effective_rank",
     note="a full matrix where many components are trained; decomposes every base weight at load",
 )

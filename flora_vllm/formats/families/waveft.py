@@ -113,6 +113,6 @@ WAVEFT = Family(
     alone=frozenset(BIAS_NAMES),
     parts=lambda scope: {SPECTRUM: Part((_count(scope),)), **bias_parts(scope)},
     terms=and_biases(_terms),
-    kinds=(Added, Sparse, Offset),
+    kinds=(Sparse, Added, Offset),
     note="wavelets held once per engine",
 )
