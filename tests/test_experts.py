@@ -183,28 +183,46 @@ def test_the_op_is_opaque_and_finds_its_layer():
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Iterator[Any]:
-    """A layer of experts of vLLM's own, with weights and without an engine; 40 inner features, padded to 64."""
+def settings(tmp_path_factory) -> Iterator[Any]:
+    """vLLM's groups of one process, in which layers can be made without an engine."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = importlib.import_module("vllm.config")
         parallel = importlib.import_module("vllm.distributed")
-        mixture = importlib.import_module("vllm.model_executor.layers.fused_moe")
-    settings = config.VllmConfig()
-    with config.set_current_vllm_config(settings):
+    made = config.VllmConfig()
+    with config.set_current_vllm_config(made):
         place = tmp_path_factory.mktemp("group") / "file"
         parallel.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
         parallel.initialize_model_parallel(1, 1)
-        made = mixture.FusedMoEFactory(
-            num_experts=EXPERTS, top_k=CHOSEN, hidden_size=HIDDEN, intermediate_size=INNER, prefix="a.experts"
-        )
-        experts, layer = made.routed_experts, _Layer("silu")
-        experts.w13_weight.data.copy_(torch.cat([layer.gate, layer.up], 1))
-        experts.w2_weight.data.copy_(layer.down)
-        experts.quant_method.process_weights_after_loading(experts)
-        made.settings = settings
         yield made
     parallel.cleanup_dist_env_and_memory()
+
+
+def _runner(settings: Any, prefix: str, rank: int = 0, ranks: int = 1) -> Any:
+    """A layer of experts of vLLM's own, as one of so many ranks has it, with weights; 40 inner features, padded."""
+    mixture = importlib.import_module("vllm.model_executor.layers.fused_moe")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(f"{mixture.__name__}.config.get_tensor_model_parallel_rank", lambda: rank)
+        made = mixture.FusedMoEFactory(
+            num_experts=EXPERTS,
+            top_k=CHOSEN,
+            hidden_size=HIDDEN,
+            intermediate_size=INNER,
+            prefix=prefix,
+            tp_size=ranks,
+        )
+    experts, layer = made.routed_experts, _Layer("silu")
+    mine = slice(INNER // ranks * rank, INNER // ranks * (rank + 1))
+    experts.w13_weight.data.copy_(torch.cat([layer.gate[:, mine], layer.up[:, mine]], 1))
+    experts.w2_weight.data.copy_(layer.down[..., mine])
+    experts.quant_method.process_weights_after_loading(experts)
+    made.settings = settings
+    return made
+
+
+@pytest.fixture(scope="module")
+def runner(settings) -> Any:
+    return _runner(settings, "a.experts")
 
 
 def _why_not(runner: Any, path: Any = "auto", device: str = "cpu") -> str | None:
@@ -219,8 +237,10 @@ def test_what_cannot_be_told_exactly_is_refused(runner, monkeypatch):
     assert "on a CPU only" in str(_why_not(runner, device="cuda"))
     assert "'modulated'" in str(_why_not(runner, "modulated"))
     for holder, name, value, reason in (
-        (experts.moe_config.moe_parallel_config, "tp_size", 2, "shared among ranks"),
-        (experts.moe_config.moe_parallel_config, "enable_eplb", True, "shared among ranks"),
+        (experts.moe_config.moe_parallel_config, "tp_size", 2, "this layout"),
+        (experts.moe_config.moe_parallel_config, "ep_size", 2, "takes no part of the experts"),
+        (experts.moe_config.moe_parallel_config, "dp_size", 2, "between ranks"),
+        (experts.moe_config.moe_parallel_config, "enable_eplb", True, "between ranks"),
         (experts, "global_num_experts", EXPERTS + 1, "not all routed experts"),
         (experts, "activation", SimpleNamespace(value="relu2"), "activation relu2"),
         (experts.moe_config, "hidden_dim_unpadded", HIDDEN - 1, "this layout"),
@@ -263,6 +283,42 @@ def test_a_layer_of_vllms_is_taken_over(runner):
         assert torch.equal(served[[1, 3, 4]], stock[[1, 3, 4]])
         torch.testing.assert_close(served[[0, 2]], merged[[0, 2]], rtol=1e-4, atol=1e-5)
     assert (merged - stock).abs().max() > 0.1
+
+
+def test_ranks_sum_to_the_merged_weights(settings):
+    """Each of two tensor-parallel ranks with its part of the weights and of the adapter's terms."""
+    from flora_vllm.adapter import ModuleTerms
+    from flora_vllm.plugin.experts import take_over
+    from flora_vllm.slots import layer_terms
+    from flora_vllm.terms import Added
+
+    shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    layer = _Layer("silu")
+    merged = {"gate_proj": layer.gate.clone(), "up_proj": layer.up.clone(), "down_proj": layer.down.clone()}
+    modules = {}
+    for number in (0, 1, 3):
+        for seed, (name, shape) in enumerate(shapes.items()):
+            terms, delta = _terms(*shape, seed=10 * number + 2 * seed)
+            assert terms.down_RI is not None
+            assert terms.up_RO is not None
+            added = Added(terms.down_RI, terms.up_RO.T.contiguous(), 1.0)
+            modules[f"experts.{number}.{name}"] = ModuleTerms((added,))
+            merged[name][number] += delta
+    x, weights, chosen = _tokens(12)
+    tokens = x, weights, chosen.int()
+    total, stock = torch.zeros(12, HIDDEN), layer.fused(*tokens)
+    for rank in (0, 1):
+        runner, step = _runner(settings, f"{rank}.experts", rank, 2), Step()
+        taken = take_over("experts", runner, step)
+        for name, made in taken.layers.items():
+            made.write_slot(1, layer_terms(taken.layouts[name], modules, torch.float32))
+        assert taken.layouts["experts.0.down_proj"].adds_bias == (rank == 0)
+        step.set_mapping([1, 0] * 6, {1: 1})
+        total += runner.routed_experts.quant_method.apply(runner.routed_experts, *tokens)
+    wanted = layer.fused(*tokens, layer.packed_with(*merged.values()))
+    assert (wanted - stock).abs().max() > 0.1
+    torch.testing.assert_close(total[::2], wanted[::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total[1::2], stock[1::2], rtol=1e-4, atol=1e-5)
 
 
 def test_experts_are_found_by_the_names_of_checkpoints_and_of_transformers(runner):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear, pad
+from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from flora_vllm.adapter import ExpertsLayout
@@ -53,14 +54,19 @@ def why_not_adapted(runner: Any, path: PathChoice, device: torch.device) -> str 
     kernel = None if method.moe_kernel is None else method.moe_kernel.fused_experts
     if not isinstance(kernel, CPUUnquantizedExperts) or kernel._use_zentorch:
         return f"MoE experts that run on {type(kernel).__name__} cannot be adapted yet{_REST}"
-    parallel, weight = experts.moe_config.moe_parallel_config, experts.w13_weight
-    if max(parallel.tp_size, parallel.dp_size, parallel.ep_size, parallel.pcp_size) > 1 or parallel.enable_eplb:
-        return f"MoE experts that are shared among ranks cannot be adapted yet{_REST}"
+    config, weight = experts.moe_config, experts.w13_weight
+    parallel = config.moe_parallel_config
+    if parallel.ep_size > 1:
+        return f"vLLM's CPU kernel takes no part of the experts (--enable-expert-parallel){_REST}"
+    if max(parallel.dp_size, parallel.pcp_size, parallel.sp_size) > 1 or parallel.enable_eplb:
+        return f"MoE experts whose rows or weights move between ranks cannot be adapted yet{_REST}"
     if weight.shape[0] != experts.global_num_experts or experts.expert_map is not None:
         return f"MoE experts that are not all routed experts of the checkpoint cannot be adapted yet{_REST}"
     if experts.activation.value not in ACTIVATIONS:
         return f"MoE experts with activation {experts.activation.value} cannot be adapted yet{_REST}"
-    if weight.shape[2] != experts.moe_config.hidden_dim_unpadded or method.mk_can_overlap_shared_experts:
+    inner = config.intermediate_size_per_partition_unpadded
+    is_cut_evenly = inner * parallel.tp_size == config.intermediate_size
+    if weight.shape[2] != config.hidden_dim_unpadded or method.mk_can_overlap_shared_experts or not is_cut_evenly:
         return f"MoE experts of this layout cannot be adapted yet{_REST}"
     if path == "modulated":
         return f"path 'modulated' needs each layer's weight, which packed MoE experts do not show{_REST}"
@@ -83,23 +89,34 @@ def take_over(name: str, runner: Any, step: Step) -> TakenExperts:
         is_interleaved,
     )
     users: Counter[int] = Counter()
+    ranks, rank = experts.moe_config.moe_parallel_config.tp_size, experts.moe_config.moe_parallel_config.tp_rank
     hidden, inner = experts.w13_weight.shape[2], experts.moe_config.intermediate_size_per_partition_unpadded
     weights = Weights(experts, inner, tile, is_interleaved)
+    down_biases = _summed(getattr(experts, "w2_bias", None), ranks)
     made: list[Expert] = []
     layers: dict[str, ExpertLinear] = {}
     layouts: dict[str, LinearLayout] = {}
     biases: dict[str, torch.Tensor | None] = {}
     for number in range(names.number):
         place = f"{name}.{number}"
-        gate, up = (SliceLayout(f"{place}.{part}", inner, 0, inner * i, inner) for i, part in enumerate(names.inputs))
+        gate, up = (
+            SliceLayout(f"{place}.{part}", inner, inner * rank, inner * (ranks * i + rank), inner * ranks)
+            for i, part in enumerate(names.inputs)
+        )
         down = SliceLayout(f"{place}.{names.down}", hidden, 0, 0, hidden)
         packed = f"{place}.{'+'.join(names.inputs)}"  # no checkpoint's name: its parts are addressed
-        for path, slices, width in ((packed, (gate, up), hidden), (down.module, (down,), inner)):
-            layouts[path] = LinearLayout(path, width, 0, width, slices, sum(part.size for part in slices))
-            is_down = path == down.module
-            biases[path] = weights.down_bias(number) if is_down else weights.gate_up_bias(number)
-            base = functools.partial(weights.down if is_down else weights.gate_up, number)
-            layers[path] = ExpertLinear(base, layouts[path].sizes, width, biases[path], users)
+        layouts[packed] = LinearLayout(packed, hidden, 0, hidden, (gate, up), 2 * inner * ranks)
+        layouts[down.module] = LinearLayout(
+            down.module, inner, inner * rank, inner * ranks, (down,), hidden, ranks > 1, rank == 0
+        )
+        biases[packed] = weights.gate_up_bias(number)
+        biases[down.module] = None if down_biases is None else down_biases[number]
+        for path, product_of, bias_O in (
+            (packed, weights.gate_up, biases[packed]),
+            (down.module, weights.down, weights.down_bias(number)),
+        ):
+            base = functools.partial(product_of, number)
+            layers[path] = ExpertLinear(base, layouts[path].sizes, layouts[path].in_features, bias_O, users)
         made.append(Expert(layers[packed], layers[down.module]))
     fused = AdaptedExperts(
         _stock_call(experts, method),
@@ -113,6 +130,13 @@ def take_over(name: str, runner: Any, step: Step) -> TakenExperts:
     experts.quant_method = copy.copy(method)
     experts.quant_method.apply = _apply
     return TakenExperts(names, layers, layouts, biases)
+
+
+def _summed(bias_EH: torch.Tensor | None, ranks: int) -> torch.Tensor | None:
+    """What all ranks together add; it is one rank's, as their outputs are summed."""
+    if bias_EH is None or ranks == 1:
+        return bias_EH
+    return tensor_model_parallel_all_reduce(bias_EH.clone())
 
 
 def _stock_call(experts: Any, method: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
