@@ -3,7 +3,7 @@
 import importlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flora_vllm.experts import ACTIVATIONS, AdaptedExperts, Expert, ExpertLinear
+from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.step import Step
 
@@ -19,6 +20,7 @@ from flora_vllm.step import Step
 pytestmark = support.ENGINE_MARKS
 
 EXPERTS, HIDDEN, INNER, PADDED, CHOSEN = 4, 64, 40, 64, 2
+CPU = torch.device("cpu")
 
 
 def _noise(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -37,8 +39,15 @@ class _Layer:
         self.biases = (_noise(EXPERTS, inner, seed=4), _noise(EXPERTS, inner, seed=5), _noise(EXPERTS, HIDDEN, seed=6))
         self.inner, self.dtype, self.has_bias = inner, dtype, has_bias
         self.packed = self.packed_with(self.gate, self.up, self.down)
+        self.plain = self.packed_with(self.gate, self.up, self.down, lambda weight, _isa: weight)
 
-    def packed_with(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> SimpleNamespace:
+    def packed_with(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        pack: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+    ) -> SimpleNamespace:
         def both(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             if self.activation == "swigluoai":
                 return torch.stack([gate, up], 2).flatten(1, 2)
@@ -46,7 +55,7 @@ class _Layer:
             return torch.cat([torch.nn.functional.pad(part, rest) for part in (gate, up)], 1)
 
         w13 = both(gate, up).to(self.dtype)
-        pack = importlib.import_module("vllm._custom_ops").cpu_prepack_moe_weight
+        pack = pack or importlib.import_module("vllm._custom_ops").cpu_prepack_moe_weight
         w2 = torch.nn.functional.pad(down, (0, PADDED - self.inner)).to(self.dtype)
         found = SimpleNamespace(
             w13_weight=pack(w13.contiguous(), "vec"),
@@ -67,13 +76,16 @@ class _Layer:
         importlib.import_module("vllm._custom_ops").cpu_fused_moe(out, x, *where, self.activation, "vec", False)
         return out
 
-    def adapted(self, step: Step, *, weighs_input: bool = False) -> tuple[AdaptedExperts, list[Expert]]:
-        from flora_vllm.plugin.experts import Weights, packing
+    def adapted(
+        self, step: Step, *, weighs_input: bool = False, is_packed: bool = True
+    ) -> tuple[AdaptedExperts, list[Expert]]:
+        from flora_vllm.plugin.expert_weights import Weights, packing
 
         users: Counter[int] = Counter()
-        tile = packing("vec", self.dtype)
-        assert tile is not None
-        weights = Weights(self.packed, self.inner, tile, is_interleaved=self.activation == "swigluoai")
+        tile = packing("vec", self.dtype) if is_packed else None
+        assert (tile is not None) == is_packed
+        kept = self.packed if is_packed else self.plain
+        weights = Weights(kept, self.inner, tile, is_interleaved=self.activation == "swigluoai")
         experts = []
         for i in range(EXPERTS):
             gate_up = ExpertLinear(
@@ -82,7 +94,7 @@ class _Layer:
             down = ExpertLinear(lambda x, i=i: weights.down(i, x), [HIDDEN], self.inner, weights.down_bias(i), users)
             experts.append(Expert(gate_up, down))
         activation = ACTIVATIONS[self.activation]
-        layer = AdaptedExperts(self.fused, experts, activation, step, users, weighs_input=weighs_input)
+        layer = AdaptedExperts(self.fused, dict(enumerate(experts)), activation, step, users, weighs_input=weighs_input)
         return layer, experts
 
 
@@ -103,11 +115,13 @@ def _terms(outputs: int, inputs: int, seed: int, scale: float = 1.0) -> tuple[Sl
     return SliceTerms(torch.ones(1), down_RI=down, up_RO=up), up.T @ down
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_one_by_one_is_the_fused_kernel(activation, has_bias):
+def test_one_by_one_is_the_fused_kernel(activation, has_bias, is_packed):
+    """From the weights as the CPU kernel packs them, and in the checkpoint's order, as the Triton kernel has them."""
     layer, step = _Layer(activation, has_bias=has_bias), Step()
-    adapted, experts = layer.adapted(step)
+    adapted, experts = layer.adapted(step, is_packed=is_packed)
     experts[0].down.write_slot(1, (_terms(HIDDEN, layer.inner, seed=9, scale=0.0)[0],))  # no change
     tokens = _tokens(50)
     step.set_mapping([1] * 50, {1: 1})
@@ -158,7 +172,7 @@ def test_a_weight_on_the_input_is_used_once():
 def test_products_of_packed_weights(dtype):
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    from flora_vllm.plugin.experts import packing, product, unpacked
+    from flora_vllm.plugin.expert_weights import packing, product, unpacked
 
     weight = _noise(96, HIDDEN, seed=1).to(dtype)
     tile = packing("vec", dtype)
@@ -199,7 +213,10 @@ def settings(tmp_path_factory) -> Iterator[Any]:
 
 
 def _runner(settings: Any, prefix: str, rank: int = 0, ranks: int = 1) -> Any:
-    """A layer of experts of vLLM's own, as one of so many ranks has it, with weights; 40 inner features, padded."""
+    """A layer of experts of vLLM's own, as one of so many ranks has it, with weights; 40 inner features, padded.
+
+    Ranks cut the inner features, or have half of the experts each where `settings` enable expert parallelism.
+    """
     mixture = importlib.import_module("vllm.model_executor.layers.fused_moe")
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(f"{mixture.__name__}.config.get_tensor_model_parallel_rank", lambda: rank)
@@ -212,9 +229,12 @@ def _runner(settings: Any, prefix: str, rank: int = 0, ranks: int = 1) -> Any:
             tp_size=ranks,
         )
     experts, layer = made.routed_experts, _Layer("silu")
-    mine = slice(INNER // ranks * rank, INNER // ranks * (rank + 1))
-    experts.w13_weight.data.copy_(torch.cat([layer.gate[:, mine], layer.up[:, mine]], 1))
-    experts.w2_weight.data.copy_(layer.down[..., mine])
+    has_own = settings.parallel_config.enable_expert_parallel
+    whole = EXPERTS if has_own else INNER
+    part, every = slice(whole // ranks * rank, whole // ranks * (rank + 1)), slice(None)
+    numbers, mine = (part, every) if has_own else (every, part)
+    experts.w13_weight.data.copy_(torch.cat([layer.gate[numbers, mine], layer.up[numbers, mine]], 1))
+    experts.w2_weight.data.copy_(layer.down[numbers, :, mine])
     experts.quant_method.process_weights_after_loading(experts)
     made.settings = settings
     return made
@@ -234,7 +254,7 @@ def _why_not(runner: Any, path: Any = "auto", device: str = "cpu") -> str | None
 def test_what_cannot_be_told_exactly_is_refused(runner, monkeypatch):
     assert _why_not(runner) is None
     experts = runner.routed_experts
-    assert "on a CPU only" in str(_why_not(runner, device="cuda"))
+    assert "on CPUs and NVIDIA GPUs only" in str(_why_not(runner, device="xpu"))
     assert "'modulated'" in str(_why_not(runner, "modulated"))
     for holder, name, value, reason in (
         (experts.moe_config.moe_parallel_config, "tp_size", 2, "this layout"),
@@ -243,6 +263,7 @@ def test_what_cannot_be_told_exactly_is_refused(runner, monkeypatch):
         (experts.moe_config.moe_parallel_config, "enable_eplb", True, "between ranks"),
         (experts, "global_num_experts", EXPERTS + 1, "not all routed experts"),
         (experts, "activation", SimpleNamespace(value="relu2"), "activation relu2"),
+        (experts, "swiglu_limit", 7.0, "activation silu and limits of its own"),
         (experts.moe_config, "hidden_dim_unpadded", HIDDEN - 1, "this layout"),
         (experts.quant_method.moe_kernel.fused_experts, "_use_zentorch", True, "run on CPUUnquantizedExperts"),
         (experts.quant_method.moe_kernel.fused_experts, "isa", "none", "not known"),
@@ -268,7 +289,8 @@ def test_a_layer_of_vllms_is_taken_over(runner):
             return runner(x, logits)
 
     stock, step, layer = run(), Step(), _Layer("silu")
-    taken = take_over("a.experts", runner, step)
+    taken = take_over("a.experts", runner, step, CPU)
+    assert not isinstance(taken, str)
     traced = torch.compile(run, backend="eager")
     assert torch.equal(run(), stock)
     assert torch.equal(traced(), stock)
@@ -285,40 +307,138 @@ def test_a_layer_of_vllms_is_taken_over(runner):
     assert (merged - stock).abs().max() > 0.1
 
 
-def test_ranks_sum_to_the_merged_weights(settings):
-    """Each of two tensor-parallel ranks with its part of the weights and of the adapter's terms."""
+def test_on_a_gpu_only_the_kernel_that_keeps_the_checkpoints_order_can_be_adapted(runner, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    assert "CPUUnquantizedExperts orders" in str(_why_not(runner, device="cuda"))
+    method = runner.routed_experts.quant_method
+    triton = SimpleNamespace(fused_experts=object.__new__(TritonExperts), is_monolithic=False)
+    triton.can_overlap_shared_experts = False
+    monkeypatch.setattr(method, "moe_kernel", triton)
+    assert _why_not(runner, device="cuda") is None
+    triton.is_monolithic = True
+    assert "start the server with --moe-backend triton" in str(_why_not(runner, device="cuda"))
+
+
+def test_experts_that_are_not_what_their_kernel_computes_are_found_out(runner, monkeypatch):
+    """What stands between an unknown order of weights and a wrong answer on a device."""
+    from flora_vllm.plugin.experts import why_unlike
+
+    layer = _Layer("silu")
+    fused, experts = layer.adapted(Step())
+    numbers = [*range(EXPERTS)]
+    assert why_unlike(fused, runner.routed_experts, numbers, CPU) is None
+    layer.packed = layer.packed_with(layer.up, layer.gate, layer.down)  # of the kernel alone
+    assert "away from their kernel" in str(why_unlike(fused, runner.routed_experts, numbers, CPU))
+    monkeypatch.setattr(experts[0].down, "forward", lambda *_: torch.full((1, HIDDEN), float("nan")))
+    assert "away from their kernel" in str(why_unlike(fused, runner.routed_experts, numbers, CPU))
+    layer.packed = SimpleNamespace()
+    assert "could not be tried" in str(why_unlike(fused, runner.routed_experts, numbers, CPU))
+
+
+def test_a_graph_holds_the_base_call_and_no_step_with_terms_of_experts():
+    from flora_vllm.step import GraphSteps
+
+    layer, step = _Layer("silu"), Step()
+    adapted, experts = layer.adapted(step)
+    terms = (_terms(HIDDEN, INNER, seed=9)[0],)
+    experts[0].down.write_slot(1, terms)
+    assert experts[0].down.why_not_captured() is None
+    assert experts[0].down.graph_rows(terms) == NEVER
+    step.graphs = GraphSteps(8, 8, 1, CPU)
+    tokens = _tokens(6)
+    step.set_mapping([1] * 6, {1: 1})
+    assert not torch.equal(adapted.forward(*tokens), layer.fused(*tokens))
+    step.rehearse(6)
+    assert torch.equal(adapted.forward(*tokens), layer.fused(*tokens))
+
+
+def _adapter(layer: _Layer) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Terms of three of the four experts' layers; gate, up and down with them."""
     from flora_vllm.adapter import ModuleTerms
-    from flora_vllm.plugin.experts import take_over
-    from flora_vllm.slots import layer_terms
     from flora_vllm.terms import Added
 
-    shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
-    layer = _Layer("silu")
-    merged = {"gate_proj": layer.gate.clone(), "up_proj": layer.up.clone(), "down_proj": layer.down.clone()}
+    merged = [layer.gate.clone(), layer.up.clone(), layer.down.clone()]
     modules = {}
     for number in (0, 1, 3):
-        for seed, (name, shape) in enumerate(shapes.items()):
-            terms, delta = _terms(*shape, seed=10 * number + 2 * seed)
+        for seed, (name, weight) in enumerate(zip(("gate_proj", "up_proj", "down_proj"), merged, strict=True)):
+            terms, delta = _terms(*weight.shape[1:], seed=10 * number + 2 * seed)
             assert terms.down_RI is not None
             assert terms.up_RO is not None
             added = Added(terms.down_RI, terms.up_RO.T.contiguous(), 1.0)
             modules[f"experts.{number}.{name}"] = ModuleTerms((added,))
-            merged[name][number] += delta
+            weight[number] += delta
+    return modules, merged
+
+
+def _served(runner: Any, modules: Any, ids: list[int], tokens: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any]:
+    """What this rank gives, with its part of the terms in slot 1, and what was taken over."""
+    from flora_vllm.plugin.experts import take_over
+    from flora_vllm.slots import layer_terms
+
+    step = Step()
+    taken = take_over("experts", runner, step, CPU)
+    assert not isinstance(taken, str)
+    for name, made in taken.layers.items():
+        made.write_slot(1, layer_terms(taken.layouts[name], modules, torch.float32))
+    step.set_mapping(ids, {1: 1})
+    return runner.routed_experts.quant_method.apply(runner.routed_experts, *tokens), taken
+
+
+def test_ranks_sum_to_the_merged_weights(settings):
+    """Each of two tensor-parallel ranks with its part of the weights and of the adapter's terms."""
+    layer = _Layer("silu")
+    modules, merged = _adapter(layer)
     x, weights, chosen = _tokens(12)
     tokens = x, weights, chosen.int()
     total, stock = torch.zeros(12, HIDDEN), layer.fused(*tokens)
     for rank in (0, 1):
-        runner, step = _runner(settings, f"{rank}.experts", rank, 2), Step()
-        taken = take_over("experts", runner, step)
-        for name, made in taken.layers.items():
-            made.write_slot(1, layer_terms(taken.layouts[name], modules, torch.float32))
+        served, taken = _served(_runner(settings, f"{rank}.experts", rank, 2), modules, [1, 0] * 6, tokens)
         assert taken.layouts["experts.0.down_proj"].adds_bias == (rank == 0)
-        step.set_mapping([1, 0] * 6, {1: 1})
-        total += runner.routed_experts.quant_method.apply(runner.routed_experts, *tokens)
-    wanted = layer.fused(*tokens, layer.packed_with(*merged.values()))
+        total += served
+    wanted = layer.fused(*tokens, layer.packed_with(*merged))
     assert (wanted - stock).abs().max() > 0.1
     torch.testing.assert_close(total[::2], wanted[::2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(total[1::2], stock[1::2], rtol=1e-4, atol=1e-5)
+
+
+def test_each_rank_serves_its_own_experts(settings, monkeypatch):
+    """Expert parallelism. All rows have terms here: vLLM's CPU kernel, which others take, knows no part of experts."""
+    from flora_vllm.plugin.attach import Attached
+    from flora_vllm.plugin.loader import model_layout
+    from flora_vllm.plugin.probe import EngineBase
+
+    layer = _Layer("silu")
+    modules, merged = _adapter(layer)
+    tokens = _tokens(12)
+    monkeypatch.setattr(settings.parallel_config, "enable_expert_parallel", True)
+    total = torch.zeros(12, HIDDEN)
+    for rank in (0, 1):
+        runner = _runner(settings, f"own.{rank}.experts", rank, 2)
+        assert "--enable-expert-parallel" in str(_why_not(runner))
+        served, taken = _served(runner, modules, [1] * 12, tokens)
+        total += served
+        attached = Attached(
+            layers=dict(taken.layers),
+            layouts=taken.layouts,
+            dtypes=dict.fromkeys(taken.layouts, torch.float32),
+            biases=taken.biases,
+            experts={"experts": taken.names},
+            elsewhere=taken.elsewhere,
+        )
+        model: Any = SimpleNamespace()
+        assert len(model_layout(attached, model).shapes) == 3 * EXPERTS
+        # The base of its own experts is asked of this rank alone: the other waits for nothing.
+        base = EngineBase(attached, CPU, dict)
+        own, other = 2 * rank, 2 - 2 * rank
+        assert base.holds(f"experts.{own}.up_proj")
+        assert not base.holds(f"experts.{other}.up_proj")
+        with monkeypatch.context() as alone:
+            alone.setattr("flora_vllm.plugin.probe.get_tensor_model_parallel_world_size", lambda: 2)
+            alone.setattr("flora_vllm.plugin.probe.tensor_model_parallel_all_reduce", None)
+            weight = base.probe("up", f"experts.{own}.up_proj").weight()
+        torch.testing.assert_close(weight, layer.up[own])
+    torch.testing.assert_close(total, layer.fused(*tokens, layer.packed_with(*merged)), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_are_found_by_the_names_of_checkpoints_and_of_transformers(runner):
@@ -330,7 +450,8 @@ def test_experts_are_found_by_the_names_of_checkpoints_and_of_transformers(runne
     from flora_vllm.plugin.loader import model_layout
 
     path = "model.layers.0.block_sparse_moe.experts"
-    taken = take_over(path, runner, Step())
+    taken = take_over(path, runner, Step(), CPU)
+    assert not isinstance(taken, str)
     attached = Attached(layouts=taken.layouts, experts={path: taken.names})
     model: Any = SimpleNamespace(hf_to_vllm_mapper=GptOssForCausalLM.hf_to_vllm_mapper)
     layout = model_layout(attached, model)
