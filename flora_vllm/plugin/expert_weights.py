@@ -12,9 +12,9 @@ from torch.nn.functional import linear, pad
 
 # Ways to pack W (O, I): tiles of so many outputs, in each the inputs in groups of so many.
 _TILES = ((16, 1), (32, 1), (16, 2), (32, 2))
-# Rows up to which float32 products run on the packed tiles; for more of them W is unpacked first. Half types always
-# are: a product of many small tiles is no faster and may be summed in the half type.
-_FEW_ROWS = 32
+# Rows up to which products run on the packed tiles, without unpacking W first; measured. Sums are float32's either way,
+# but bfloat16 is fast only where the CPU multiplies it, and float16 nowhere.
+_FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16 if torch.cpu._is_avx512_bf16_supported() else 0}
 
 
 class Weights:
@@ -77,7 +77,7 @@ def product(x_NI: torch.Tensor, packed_OI: torch.Tensor, tile: tuple[int, int] |
         return linear(x_NI, packed_OI)
     outputs, inputs = packed_OI.shape
     rows, group = tile
-    if group > 1 or packed_OI.dtype != torch.float32 or len(x_NI) > _FEW_ROWS:
+    if group > 1 or len(x_NI) > _FEW_ROWS.get(packed_OI.dtype, 0):
         return linear(x_NI, unpacked(packed_OI, tile))
     y_BNR = x_NI @ packed_OI.view(outputs // rows, inputs, rows)
     return y_BNR.permute(1, 0, 2).reshape(len(x_NI), outputs)
