@@ -51,7 +51,7 @@ def why_not_adapted(runner: Any, path: PathChoice, device: torch.device) -> str 
     parallel = config.moe_parallel_config
     if parallel.ep_size > 1 and device.type == "cpu":
         return (
-            f"vLLM's CPU kernel cannot run some of the experts (--enable-expert-parallel); start the server without it"
+            "vLLM's CPU kernel cannot run some of the experts (--enable-expert-parallel); start the server without it"
         )
     if max(parallel.dp_size, parallel.pcp_size, parallel.sp_size) > 1 or parallel.enable_eplb:
         return f"MoE experts whose rows or weights move between ranks cannot be adapted yet{_REST}"
