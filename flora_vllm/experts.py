@@ -8,7 +8,7 @@ H hidden size, M inner size of an expert.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,7 @@ class ExpertLinear:
 
     base: x_NI -> y_NO, W x without bias, in memory of its own. sizes: out features of each slice. bias_O: the base's.
     users: slot -> how many of the layer's expert linears have terms in it; kept up to date here.
+    device: where x is, for terms that come from the host.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class ExpertLinear:
         in_features: int,
         bias_O: torch.Tensor | None,
         users: Counter[int],
+        device: torch.device | None = None,
     ) -> None:
         self._base, self._sizes, self._in_features, self._bias_O = base, tuple(sizes), in_features, bias_O
-        self._users = users
+        self._users, self._device = users, device
         self._kernel: OpaqueLinear | None = None
         self._shell: Shell | None = None
         self._slots: set[int] = set()
@@ -65,15 +67,16 @@ class ExpertLinear:
     @property
     def kernel(self) -> OpaqueLinear:
         if self._kernel is None:
-            self._kernel = OpaqueLinear(self._base, self._sizes, DispatchRule("stacked"), self._in_features)
+            rule = DispatchRule("stacked")
+            self._kernel = OpaqueLinear(self._base, self._sizes, rule, self._in_features, self._device)
         return self._kernel
 
     def why_not_captured(self) -> str | None:
-        """Why this layer cannot be part of a CUDA graph that serves adapters."""
-        return "which rows an expert gets is known in the step only"
+        """None: a graph holds the base's own call, which is right for steps without terms of experts."""
+        return None
 
     def graph_rows(self, _terms: LayerTerms) -> int:
-        """Base products that a token needs in a CUDA graph: none can serve it."""
+        """NEVER: which rows an expert gets is known in the step only, so steps with such terms run eager."""
         return NEVER
 
     def write_slot(self, slot: int, terms: LayerTerms | None) -> None:
@@ -81,7 +84,7 @@ class ExpertLinear:
         if terms is None and slot not in self._slots:
             return
         if self._shell is None:
-            self._shell = Shell(self.kernel, self._sizes)
+            self._shell = Shell(self.kernel, self._sizes, device=self._device)
         self._shell.write_slot(slot, terms)
         if slot not in self._slots:
             self._slots.add(slot)
@@ -109,14 +112,15 @@ class Expert:
 class AdaptedExperts:
     """The experts of one layer with their slots.
 
-    stock: the base's own call. users: the one that all linears of `experts` were given.
+    stock: the base's own call. experts: those of this rank, by the number that `stock` is given; what the others say
+    comes from other ranks. users: the one that all linears of `experts` were given.
     weighs_input: a token's weight multiplies what its experts read, not what they say (one expert a token).
     """
 
     def __init__(
         self,
         stock: FusedCall,
-        experts: Sequence[Expert],
+        experts: Mapping[int, Expert],
         activation: Activation,
         step: Step,
         users: Counter[int],
@@ -136,25 +140,36 @@ class AdaptedExperts:
         y_TH = torch.empty_like(x_TH)
         others = [rows for slot, rows in segments if not self._users[slot]]
         if others:
-            rest = torch.cat(others)
+            rest = torch.cat(others).to(x_TH.device)
             y_TH[rest] = self._stock(x_TH[rest], weight_TK[rest], expert_TK[rest])
-        rows = torch.cat([rows for _, rows in mine])
         slots = torch.cat([torch.full_like(rows, slot) for slot, rows in mine])
-        y_TH[rows] = self._by_expert(x_TH[rows], weight_TK[rows].float(), expert_TK[rows].long(), slots).to(y_TH.dtype)
+        rows = torch.cat([rows for _, rows in mine]).to(x_TH.device)
+        y_TH[rows] = self._by_expert(x_TH[rows], weight_TK[rows], expert_TK[rows], slots).to(y_TH.dtype)
         return y_TH
+
+    def error(self, x_TH: torch.Tensor, weight_TK: torch.Tensor, expert_TK: torch.Tensor) -> float:
+        """How far rows without adapter are from the base's own call when computed here, relative to that (norms)."""
+        slot_T = torch.zeros(len(x_TH), dtype=torch.int64)
+        stock_TH = self._stock(x_TH.clone(), weight_TK, expert_TK).float()
+        difference = (self._by_expert(x_TH, weight_TK, expert_TK, slot_T) - stock_TH).norm()
+        return float(difference / stock_TH.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
     def _by_expert(
         self, x_TH: torch.Tensor, weight_TK: torch.Tensor, expert_TK: torch.Tensor, slot_T: torch.Tensor
     ) -> torch.Tensor:
-        """The same in float32, for tokens with adapters, through each expert's own layers."""
+        """The same in float32, for tokens with adapters, through each expert's own layers. `slot_T`: on the host."""
         y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-        expert_P, weight_P = expert_TK.flatten(), weight_TK.flatten()
+        weight_P = weight_TK.float().flatten()
+        expert_P = expert_TK.long().flatten().cpu()  # who gets what is decided on the host, where segments are
         pairs_P = torch.sort(expert_P, stable=True).indices
         used, counts = torch.unique_consecutive(expert_P[pairs_P], return_counts=True)
         for number, pairs_N in zip(used.tolist(), pairs_P.split(counts.tolist()), strict=True):
-            expert = self._experts[number]
-            token_N, weight_N1 = pairs_N // expert_TK.shape[1], weight_P[pairs_N, None]
+            expert = self._experts.get(number)
+            if expert is None:
+                continue
+            token_N = pairs_N // expert_TK.shape[1]
             segments = group_by_slot(slot_T[token_N])
+            token_N, weight_N1 = token_N.to(x_TH.device), weight_P[pairs_N.to(x_TH.device), None]
             x_NH = x_TH[token_N]
             if self._weighs_input:
                 x_NH = x_NH * weight_N1.to(x_NH.dtype)

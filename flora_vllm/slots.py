@@ -35,7 +35,7 @@ class LinearLayout:
     """One linear layer of this rank. `module`: its own path, under which a fused checkpoint tensor may come.
 
     `sums`: its outputs are one rank's part of a sum. `adds_bias`: this rank is the one that adds the bias to the sum.
-    `holds_qkv`: its slices are queries, keys and values.
+    `holds_qkv`: its slices are queries, keys and values. `is_alone`: no other rank has a part of it.
     """
 
     module: str
@@ -47,6 +47,7 @@ class LinearLayout:
     sums: bool = False
     adds_bias: bool = True
     holds_qkv: bool = False
+    is_alone: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:

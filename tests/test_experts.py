@@ -1,131 +1,43 @@
 """Experts computed one by one against vLLM's fused CPU kernel, and the adapted ones against merged weights."""
 
-import importlib
-import warnings
-from collections import Counter
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
-
 import engine_support as support
 import pytest
 import torch
+from experts_support import CPU, HIDDEN, INNER, Layer, low_rank, noise, some_tokens
 
-from flora_vllm.experts import ACTIVATIONS, AdaptedExperts, Expert, ExpertLinear
-from flora_vllm.ops.terms import SliceTerms
-from flora_vllm.step import Step
+from flora_vllm.experts import ACTIVATIONS
+from flora_vllm.ops.dispatch import NEVER
+from flora_vllm.step import GraphSteps, Step
 
 # vLLM and what it imports warn: it is imported where the marks hold.
 pytestmark = support.ENGINE_MARKS
 
-EXPERTS, HIDDEN, INNER, PADDED, CHOSEN = 4, 64, 40, 64, 2
 
-
-def _noise(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class _Layer:
-    """A layer of experts as vLLM's CPU kernel has it: padded with zeros, packed; all on the host."""
-
-    def __init__(self, activation: str, dtype: torch.dtype = torch.float32, *, has_bias: bool = False) -> None:
-        self.activation = activation
-        inner = PADDED if activation == "swigluoai" else INNER  # that one is never padded
-        self.gate = _noise(EXPERTS, inner, HIDDEN, seed=1, scale=HIDDEN**-0.5)
-        self.up = _noise(EXPERTS, inner, HIDDEN, seed=2, scale=HIDDEN**-0.5)
-        self.down = _noise(EXPERTS, HIDDEN, inner, seed=3, scale=inner**-0.5)
-        self.biases = (_noise(EXPERTS, inner, seed=4), _noise(EXPERTS, inner, seed=5), _noise(EXPERTS, HIDDEN, seed=6))
-        self.inner, self.dtype, self.has_bias = inner, dtype, has_bias
-        self.packed = self.packed_with(self.gate, self.up, self.down)
-
-    def packed_with(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> SimpleNamespace:
-        def both(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            if self.activation == "swigluoai":
-                return torch.stack([gate, up], 2).flatten(1, 2)
-            rest = (0, 0) * (gate.ndim - 2) + (0, PADDED - self.inner)
-            return torch.cat([torch.nn.functional.pad(part, rest) for part in (gate, up)], 1)
-
-        w13 = both(gate, up).to(self.dtype)
-        pack = importlib.import_module("vllm._custom_ops").cpu_prepack_moe_weight
-        w2 = torch.nn.functional.pad(down, (0, PADDED - self.inner)).to(self.dtype)
-        found = SimpleNamespace(
-            w13_weight=pack(w13.contiguous(), "vec"),
-            w2_weight=pack(w2.contiguous(), "vec"),
-        )
-        if self.has_bias:
-            found.w13_bias = both(*self.biases[:2]).to(self.dtype)
-            found.w2_bias = self.biases[2].to(self.dtype)
-        return found
-
-    def fused(
-        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, packed: SimpleNamespace | None = None
-    ):
-        packed = packed or self.packed
-        out = torch.empty_like(x)
-        biases = (getattr(packed, "w13_bias", None), getattr(packed, "w2_bias", None))
-        where = (packed.w13_weight, packed.w2_weight, *biases, weights, chosen.int())
-        importlib.import_module("vllm._custom_ops").cpu_fused_moe(out, x, *where, self.activation, "vec", False)
-        return out
-
-    def adapted(self, step: Step, *, weighs_input: bool = False) -> tuple[AdaptedExperts, list[Expert]]:
-        from flora_vllm.plugin.experts import Weights, packing
-
-        users: Counter[int] = Counter()
-        tile = packing("vec", self.dtype)
-        assert tile is not None
-        weights = Weights(self.packed, self.inner, tile, is_interleaved=self.activation == "swigluoai")
-        experts = []
-        for i in range(EXPERTS):
-            gate_up = ExpertLinear(
-                lambda x, i=i: weights.gate_up(i, x), [self.inner] * 2, HIDDEN, weights.gate_up_bias(i), users
-            )
-            down = ExpertLinear(lambda x, i=i: weights.down(i, x), [HIDDEN], self.inner, weights.down_bias(i), users)
-            experts.append(Expert(gate_up, down))
-        activation = ACTIVATIONS[self.activation]
-        layer = AdaptedExperts(self.fused, experts, activation, step, users, weighs_input=weighs_input)
-        return layer, experts
-
-
-def _tokens(count: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    chosen = torch.stack(
-        [torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(i))[:CHOSEN] for i in range(count)]
-    )
-    return (
-        _noise(count, HIDDEN, seed=7).to(dtype),
-        torch.rand(count, CHOSEN, generator=torch.Generator().manual_seed(8)),
-        chosen,
-    )
-
-
-def _terms(outputs: int, inputs: int, seed: int, scale: float = 1.0) -> tuple[SliceTerms, torch.Tensor]:
-    """A low-rank term, and the change of the weight that it is."""
-    down, up = _noise(3, inputs, seed=seed, scale=inputs**-0.5), _noise(3, outputs, seed=seed + 1, scale=scale)
-    return SliceTerms(torch.ones(1), down_RI=down, up_RO=up), up.T @ down
-
-
+@pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_one_by_one_is_the_fused_kernel(activation, has_bias):
-    layer, step = _Layer(activation, has_bias=has_bias), Step()
-    adapted, experts = layer.adapted(step)
-    experts[0].down.write_slot(1, (_terms(HIDDEN, layer.inner, seed=9, scale=0.0)[0],))  # no change
-    tokens = _tokens(50)
+def test_one_by_one_is_the_fused_kernel(activation, has_bias, is_packed):
+    """From the weights as the CPU kernel packs them, and in the checkpoint's order, as the Triton kernel has them."""
+    layer, step = Layer(activation, has_bias=has_bias), Step()
+    adapted, experts = layer.adapted(step, is_packed=is_packed)
+    experts[0].down.write_slot(1, (low_rank(HIDDEN, layer.inner, seed=9, scale=0.0)[0],))  # no change
+    tokens = some_tokens(50)
     step.set_mapping([1] * 50, {1: 1})
     torch.testing.assert_close(adapted.forward(*tokens), layer.fused(*tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_adapted_rows_are_those_of_merged_weights_and_others_the_kernels_own():
-    layer, step = _Layer("silu"), Step()
+    layer, step = Layer("silu"), Step()
     adapted, experts = layer.adapted(step)
     gate, up, down = layer.gate.clone(), layer.up.clone(), layer.down.clone()
     for i in (0, 2):  # two of the four experts, one only in part
-        terms, delta = _terms(INNER, HIDDEN, seed=10 * i)
+        terms, delta = low_rank(INNER, HIDDEN, seed=10 * i)
         experts[i].gate_up.write_slot(2, (terms, None))
         gate[i] += delta
-    terms, delta = _terms(HIDDEN, INNER, seed=50)
+    terms, delta = low_rank(HIDDEN, INNER, seed=50)
     experts[0].down.write_slot(2, (terms,))
     down[0] += delta
-    tokens = _tokens(12)
+    tokens = some_tokens(12)
     merged, stock = layer.fused(*tokens, layer.packed_with(gate, up, down)), layer.fused(*tokens)
     assert (merged - stock).abs().max() > 0.1
     ids = [0, 7, 5] * 4  # adapter 7 has terms in other layers only
@@ -145,10 +57,10 @@ def test_adapted_rows_are_those_of_merged_weights_and_others_the_kernels_own():
 
 
 def test_a_weight_on_the_input_is_used_once():
-    layer, step = _Layer("silu"), Step()
+    layer, step = Layer("silu"), Step()
     adapted, experts = layer.adapted(step, weighs_input=True)
-    experts[1].down.write_slot(1, (_terms(HIDDEN, INNER, seed=9, scale=0.0)[0],))
-    x, weights, chosen = (t[:, :1] if i else t for i, t in enumerate(_tokens(6)))
+    experts[1].down.write_slot(1, (low_rank(HIDDEN, INNER, seed=9, scale=0.0)[0],))
+    x, weights, chosen = (t[:, :1] if i else t for i, t in enumerate(some_tokens(6)))
     step.set_mapping([1] * 6, {1: 1})
     wanted = layer.fused(x * weights, torch.ones_like(weights), chosen)
     torch.testing.assert_close(adapted.forward(x, weights, chosen), wanted, rtol=1e-4, atol=1e-5)
@@ -158,23 +70,26 @@ def test_a_weight_on_the_input_is_used_once():
 def test_products_of_packed_weights(dtype):
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    from flora_vllm.plugin.experts import packing, product, unpacked
+    from flora_vllm.plugin.expert_weights import packing, product, unpacked
 
-    weight = _noise(96, HIDDEN, seed=1).to(dtype)
+    weight = noise(96, HIDDEN, seed=1).to(dtype)
     tile = packing("vec", dtype)
     assert tile is not None
     packed = cpu_prepack_moe_weight(weight[None], "vec")[0]
     assert torch.equal(unpacked(packed, tile), weight)
     assert not torch.equal(packed, weight)
     for rows in (1, 100):
-        x = _noise(rows, HIDDEN, seed=2).to(dtype)
+        x = noise(rows, HIDDEN, seed=2).to(dtype)
         torch.testing.assert_close(product(x, packed, tile), x @ weight.T)
+    # More than what a sum in a half type could count to.
+    ones = cpu_prepack_moe_weight(torch.ones(1, 32, 4096, dtype=dtype), "vec")[0]
+    assert (product(torch.ones(1, 4096, dtype=dtype), ones, tile) == 4096).all()
 
 
 def test_the_op_is_opaque_and_finds_its_layer():
-    layer, step = _Layer("silu"), Step()
+    layer, step = Layer("silu"), Step()
     adapted, _ = layer.adapted(step)
-    tokens = _tokens(3)
+    tokens = some_tokens(3)
     assert torch.equal(torch.ops.flora.experts(*tokens, adapted.handle), layer.fused(*tokens))
     traced = torch.compile(
         lambda *given: torch.ops.flora.experts(*given, adapted.handle), backend="eager", fullgraph=True
@@ -182,104 +97,16 @@ def test_the_op_is_opaque_and_finds_its_layer():
     assert torch.equal(traced(*tokens), layer.fused(*tokens))
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Iterator[Any]:
-    """A layer of experts of vLLM's own, with weights and without an engine; 40 inner features, padded to 64."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = importlib.import_module("vllm.config")
-        parallel = importlib.import_module("vllm.distributed")
-        mixture = importlib.import_module("vllm.model_executor.layers.fused_moe")
-    settings = config.VllmConfig()
-    with config.set_current_vllm_config(settings):
-        place = tmp_path_factory.mktemp("group") / "file"
-        parallel.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
-        parallel.initialize_model_parallel(1, 1)
-        made = mixture.FusedMoEFactory(
-            num_experts=EXPERTS, top_k=CHOSEN, hidden_size=HIDDEN, intermediate_size=INNER, prefix="a.experts"
-        )
-        experts, layer = made.routed_experts, _Layer("silu")
-        experts.w13_weight.data.copy_(torch.cat([layer.gate, layer.up], 1))
-        experts.w2_weight.data.copy_(layer.down)
-        experts.quant_method.process_weights_after_loading(experts)
-        made.settings = settings
-        yield made
-    parallel.cleanup_dist_env_and_memory()
-
-
-def _why_not(runner: Any, path: Any = "auto", device: str = "cpu") -> str | None:
-    from flora_vllm.plugin.experts import why_not_adapted
-
-    return why_not_adapted(runner, path, torch.device(device))
-
-
-def test_what_cannot_be_told_exactly_is_refused(runner, monkeypatch):
-    assert _why_not(runner) is None
-    experts = runner.routed_experts
-    assert "on a CPU only" in str(_why_not(runner, device="cuda"))
-    assert "'modulated'" in str(_why_not(runner, "modulated"))
-    for holder, name, value, reason in (
-        (experts.moe_config.moe_parallel_config, "tp_size", 2, "shared among ranks"),
-        (experts.moe_config.moe_parallel_config, "enable_eplb", True, "shared among ranks"),
-        (experts, "global_num_experts", EXPERTS + 1, "not all routed experts"),
-        (experts, "activation", SimpleNamespace(value="relu2"), "activation relu2"),
-        (experts.moe_config, "hidden_dim_unpadded", HIDDEN - 1, "this layout"),
-        (experts.quant_method.moe_kernel.fused_experts, "_use_zentorch", True, "run on CPUUnquantizedExperts"),
-        (experts.quant_method.moe_kernel.fused_experts, "isa", "none", "not known"),
-    ):
-        with monkeypatch.context() as changed:
-            changed.setattr(holder, name, value)
-            if name == "isa":
-                changed.setattr("flora_vllm.plugin.experts.packing", lambda isa, _dtype: None if isa == "none" else 1)
-            assert reason in str(_why_not(runner)), name
-
-
-def test_a_layer_of_vllms_is_taken_over(runner):
-    """Its own call where no adapter has terms, the merged weights where one has; also traced before any had."""
-    from vllm.forward_context import set_forward_context
-
-    from flora_vllm.plugin.experts import take_over
-
-    logits = _noise(5, EXPERTS, seed=11)
-    x = _noise(5, HIDDEN, seed=7)
-
-    def run() -> torch.Tensor:
-        with set_forward_context(None, runner.settings, num_tokens=5):
-            return runner(x, logits)
-
-    stock, step, layer = run(), Step(), _Layer("silu")
-    taken = take_over("a.experts", runner, step)
-    traced = torch.compile(run, backend="eager")
-    assert torch.equal(run(), stock)
-    assert torch.equal(traced(), stock)
-    terms, delta = _terms(INNER, HIDDEN, seed=20)
-    for number in range(EXPERTS):
-        taken.layers[f"a.experts.{number}.gate_proj+up_proj"].write_slot(1, (None, terms))
-    step.set_mapping([3, 0, 3, 0, 0], {3: 1})
-    weights, chosen = torch.softmax(logits, -1).topk(CHOSEN)
-    weights = weights / weights.sum(-1, keepdim=True)
-    merged = layer.fused(x, weights, chosen, layer.packed_with(layer.gate, layer.up + delta, layer.down))
-    for served in (run(), traced()):
-        assert torch.equal(served[[1, 3, 4]], stock[[1, 3, 4]])
-        torch.testing.assert_close(served[[0, 2]], merged[[0, 2]], rtol=1e-4, atol=1e-5)
-    assert (merged - stock).abs().max() > 0.1
-
-
-def test_experts_are_found_by_the_names_of_checkpoints_and_of_transformers(runner):
-    """A mapper whose names of parameters look like those of an expert's layers (gpt-oss) does not touch these."""
-    from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
-
-    from flora_vllm.plugin.attach import Attached
-    from flora_vllm.plugin.experts import take_over
-    from flora_vllm.plugin.loader import model_layout
-
-    path = "model.layers.0.block_sparse_moe.experts"
-    taken = take_over(path, runner, Step())
-    attached = Attached(layouts=taken.layouts, experts={path: taken.names})
-    model: Any = SimpleNamespace(hf_to_vllm_mapper=GptOssForCausalLM.hf_to_vllm_mapper)
-    layout = model_layout(attached, model)
-    for name in ("block_sparse_moe", "mlp"):
-        assert layout.rename(f"model.layers.0.{name}.experts") == path
-        assert layout.rename(f"layers.0.{name}.experts.2.down_proj") == f"{path}.2.down_proj"
-        assert layout.shape_of(f"model.layers.0.{name}.experts.3.down_proj") == (HIDDEN, INNER)
-    assert layout.shape_of("model.layers.1.mlp.experts.3.down_proj") is None
+def test_a_graph_holds_the_base_call_and_no_step_with_terms_of_experts():
+    layer, step = Layer("silu"), Step()
+    adapted, experts = layer.adapted(step)
+    terms = (low_rank(HIDDEN, INNER, seed=9)[0],)
+    experts[0].down.write_slot(1, terms)
+    assert experts[0].down.why_not_captured() is None
+    assert experts[0].down.graph_rows(terms) == NEVER
+    step.graphs = GraphSteps(8, 8, 1, CPU)
+    tokens = some_tokens(6)
+    step.set_mapping([1] * 6, {1: 1})
+    assert not torch.equal(adapted.forward(*tokens), layer.fused(*tokens))
+    step.rehearse(6)
+    assert torch.equal(adapted.forward(*tokens), layer.fused(*tokens))

@@ -56,6 +56,7 @@ class Attached:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)  # their linear layers are among those above
+    elsewhere: list[LinearLayout] = field(default_factory=list)  # experts of other ranks, which adapters may address
     # Layers of feed-forward blocks that rows may be routed through -> transformers' names of what their activation is.
     blocks: dict[str, frozenset[str]] = field(default_factory=dict)
 
@@ -127,22 +128,29 @@ def attach(
         if name in others:
             attached.refused[name] = others[name]
         else:
-            _take_experts(attached, name, module, steps[name], only)
+            _take_experts(attached, name, module, steps[name], device, only)
     attached.blocks |= dict(feed_forward.take_over(model, attached.layers, device))
     _name_parts(attached, packed_modules)
     attached.refused |= idle_modules(model)
     return attached
 
 
-def _take_experts(attached: Attached, name: str, runner: Any, step: Step, only: Callable[[str], bool]) -> None:
-    taken = experts.take_over(name, runner, step)
+def _take_experts(
+    attached: Attached, name: str, runner: Any, step: Step, device: torch.device, only: Callable[[str], bool]
+) -> None:
+    taken = experts.take_over(name, runner, step, device)
+    if isinstance(taken, str):
+        logger.error("%s: %s; adapters with experts are refused", name, taken)
+        attached.refused[name] = taken
+        return
     attached.layers |= taken.layers
     attached.layouts |= taken.layouts
     attached.biases |= taken.biases
     dtype: torch.dtype = runner.routed_experts.params_dtype
     attached.dtypes |= dict.fromkeys(taken.layers, dtype)
     attached.experts[name] = taken.names
-    for layout in taken.layouts.values():
+    attached.elsewhere += taken.elsewhere
+    for layout in (*taken.layouts.values(), *taken.elsewhere):
         left_out = [part.module for part in layout.slices if not (only(name) or only(part.module))]
         attached.refused |= dict.fromkeys(left_out, LEFT_OUT)
 

@@ -10,6 +10,12 @@ _MANAGER = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
 _LINEAR = "vllm.model_executor.layers.linear"
 _MIXTURE = "vllm.model_executor.layers.fused_moe"
 _UNQUANTISED = f"{_MIXTURE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod"
+_SWIGLU = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+_MIXTURE_SIZES = (
+    "moe_parallel_config", "hidden_dim_unpadded", "experts_per_token", "intermediate_size",
+    "intermediate_size_per_partition_unpadded",
+)  # fmt: skip
+_MIXTURE_RANKS = ("tp_size", "tp_rank", "dp_size", "ep_size", "pcp_size", "sp_size", "enable_eplb")
 _CACHE = "vllm.utils.cache:LRUCache"
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
@@ -188,6 +194,7 @@ _LAYERS = (
             "global_num_experts",
             "apply_router_weight_on_input",
             "quant_method",
+            *_SWIGLU,
         ),
     ),
     Hook(f"{_MIXTURE}.routed_experts:RoutedExperts.expert_map"),
@@ -198,15 +205,11 @@ _LAYERS = (
     ),
     Hook(f"{_UNQUANTISED}.create_weights", ("self", "layer", "num_experts")),
     Hook(f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.__init__", ("self",), sets=("moe_kernel",)),
+    Hook(f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.is_monolithic"),
+    Hook(f"{_MIXTURE}.experts.triton_moe:TritonExperts", device="cuda"),
     Hook(f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.mk_can_overlap_shared_experts"),
-    Hook(f"{_MIXTURE}.config:FusedMoEConfig.moe_parallel_config"),
-    Hook(f"{_MIXTURE}.config:FusedMoEConfig.hidden_dim_unpadded"),
-    Hook(f"{_MIXTURE}.config:FusedMoEConfig.intermediate_size_per_partition_unpadded"),
-    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.tp_size"),
-    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.dp_size"),
-    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.ep_size"),
-    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.pcp_size"),
-    Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.enable_eplb"),
+    *(Hook(f"{_MIXTURE}.config:FusedMoEConfig.{name}") for name in _MIXTURE_SIZES),
+    *(Hook(f"{_MIXTURE}.config:FusedMoEParallelConfig.{name}") for name in _MIXTURE_RANKS),
     Hook(f"{_MIXTURE}.experts.cpu_moe:CPUUnquantizedExperts.isa", device="cpu"),
     Hook(f"{_MIXTURE}.experts.cpu_moe:CPUUnquantizedExperts.__init__", ("self",), "cpu", sets=("_use_zentorch",)),
     Hook("vllm._custom_ops:cpu_prepack_moe_weight", ("weight", "isa"), "cpu"),

@@ -346,9 +346,9 @@ class AdapterLoader:
 
 
 def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
-    """What a checkpoint may address in this model, on whichever pipeline stage, by the names of the checkpoint."""
+    """What a checkpoint may address in this model, on whichever rank, by the names of the checkpoint."""
     shapes: dict[str, tuple[int, int]] = {}
-    for layout in attached.layouts.values():
+    for layout in (*attached.layouts.values(), *attached.elsewhere):
         for part in layout.slices:
             shapes[part.module] = (part.full_size, layout.full_in_features)
     refused, experts = dict(attached.refused), dict(attached.experts)

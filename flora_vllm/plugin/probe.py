@@ -78,7 +78,7 @@ class EngineBase:
         self._places = {name: (layer, parts) for layer, name, parts in _places(attached)}
 
     def holds(self, place: str) -> bool:
-        """Whether this pipeline stage has the module that the engine calls `place`."""
+        """Whether this rank has the module that the engine calls `place`, or a part of it."""
         return place in self._places
 
     def probe(self, module: str, place: str) -> "LayerProbe":
@@ -177,7 +177,8 @@ class LayerProbe:
         for part, begin, start in self._parts:
             whole_NO[:, start : start + part.size] = local_NO[:, begin : begin + part.size]
             held_O[:, start : start + part.size] = 1
-        if get_tensor_model_parallel_world_size() > 1 and (sums or not self._layout.sums):
+        is_shared = get_tensor_model_parallel_world_size() > 1 and not self._layout.is_alone
+        if is_shared and (sums or not self._layout.sums):
             if BESIDE.get() is not None:
                 raise NotBesideStepsError
             whole_NO = tensor_model_parallel_all_reduce(whole_NO)
