@@ -17,9 +17,9 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.pacing import Turns
-from flora_vllm.plugin import install
+from flora_vllm.plugin import install, towers
 from flora_vllm.plugin.activation import follow_positions
-from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.attach import UNKNOWN_ROWS, Attached, attach
 from flora_vllm.plugin.embeddings import attach_embeddings
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
@@ -30,7 +30,7 @@ from flora_vllm.plugin.norms import attach_norms
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
-from flora_vllm.plugin.trial import layers_elsewhere
+from flora_vllm.plugin.trial import layers_elsewhere, layers_unused
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
         if self.rows.has_encoder:
             run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
+        if self.rows.items is not None:
+            towers.follow_items()
         note_on_outputs()
         follow_positions(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
@@ -109,9 +111,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         return super().capacity if self.options.adapter_memory is None else sys.maxsize
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
-        self.rows = row_spaces(self.model)
+        self._why_no_towers = towers.why_not(self.model, vllm_config)
+        self.rows = row_spaces(self.model, towers.ItemRows() if self._why_no_towers is None else None)
         self.supports_mm = hasattr(self.model, "get_mm_mapping")
-        self.supports_tower_connector_lora = self.rows.has_encoder
+        self.supports_tower_connector_lora = any(self.rows.others)
         self.punica_wrapper_mapping = {}
 
     def _create_lora_modules(self) -> None:
@@ -143,7 +146,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         )
         if self.head_rows is not None:
             self._verified_steps.append(self.head_rows.step)
-        layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes
+        if self.supports_mm and self._why_no_towers is not None:
+            towers.say_why_not(self.attached.refused, self.model, UNKNOWN_ROWS, self._why_no_towers)
+        layers = {name: layer for name, layer in self.attached.layers.items() if self.rows.runs_on_tokens(name)}
+        largest, dtypes = self._max_graph_tokens, self.attached.dtypes
         self.rows.tokens.graphs = graph_steps(self.options, layers, dtypes, largest, self.lora_slots, self.device)
         if self.rows.tokens.graphs is not None:
             install.install_replays()
@@ -154,7 +160,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         on tokens alone does not show."""
         if self.rows.has_encoder:
             return {}
-        return layers_elsewhere(layers, self.model, self._vllm_config, self.device)
+        asked = self.model, self._vllm_config, self.device
+        of_tokens = {name: layer for name, layer in layers.items() if self.rows.runs_on_tokens(name)}
+        of_items = {name: layer for name, layer in layers.items() if name not in of_tokens}
+        unused = layers_unused(of_items, *asked) if of_items else {}
+        return layers_elsewhere(of_tokens, *asked) | unused
 
     def step_fits_graph(self) -> bool:
         """Whether a CUDA graph that holds the op may serve the present step."""
@@ -245,7 +255,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
         slots = dict.fromkeys(self._left_out, 0)
         slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
-        self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
+        self.rows.set_mapping(mapping, slots)
         if self.head_rows is not None:  # of models whose rows are all tokens
             slots |= {a.id: slot if a.adapts_head else 0 for slot, a in self._in_slots.items()}
             self.head_rows.set_mapping(mapping.prompt_mapping, mapping.index_mapping, slots)

@@ -1,0 +1,140 @@
+"""Encoder runs of one adapter each, without an engine: whose rows are whose, and what is refused at start."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flora_vllm import ConfigError
+from flora_vllm.plugin import towers
+from flora_vllm.plugin.encoder_rows import row_spaces
+from flora_vllm.step import Step
+
+# vLLM's hooks are looked up, which imports it.
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+KEYS = SimpleNamespace(language_model=["language"], tower_model=["tower"], connector=["connector"])
+SLOTS = {7: 1, 8: 2}
+
+
+def _slots(step: Step, rows: int) -> list[int] | None:
+    """The slot of each of `rows` rows; None if all are the base model's."""
+    segments = step.segments_for(rows)
+    if segments is None:
+        return None
+    slots = [-1] * rows
+    for slot, places in segments:
+        for place in places.tolist():
+            slots[place] = slot
+    return slots
+
+
+def _pairs(items: Any) -> Iterator[list[Any]]:
+    """As vLLM batches: neighbours, two at a time."""
+    yield from (list(items[i : i + 2]) for i in range(0, len(items), 2))
+
+
+def test_a_run_has_items_of_one_adapter_and_all_its_rows_are_that_adapters():
+    rows = towers.ItemRows()
+    rows.set([0, 7, 7, 7, 8, 0, 0], SLOTS)
+    seen = [(run, _slots(rows.step, 3), _slots(rows.step, 2)) for run in rows.runs("abcdefg", _pairs)]
+    assert seen == [
+        (["a"], None, None),
+        (["b", "c"], [1, 1, 1], [1, 1]),
+        (["d"], [1, 1, 1], [1, 1]),
+        (["e"], [2, 2, 2], [2, 2]),
+        (["f", "g"], None, None),
+    ]
+    assert rows.step.take_fault() is None
+
+
+def test_rows_outside_of_the_runs_are_nobodys():
+    rows = towers.ItemRows()
+    rows.set([7], SLOTS)
+    _slots(rows.step, 3)
+    assert "never said whose" in str(rows.step.take_fault())
+    for _ in rows.runs("a", _pairs):
+        assert _slots(rows.step, 3) == [1, 1, 1]
+    _slots(rows.step, 3)
+    assert "never said whose" in str(rows.step.take_fault())
+
+
+def test_items_that_are_not_those_spoken_of_are_nobodys():
+    rows = towers.ItemRows()
+    rows.set([7, 8], SLOTS)
+    for _ in rows.runs("abc", _pairs):
+        _slots(rows.step, 3)
+        assert "never said whose" in str(rows.step.take_fault())
+
+
+def test_an_item_that_is_not_encoded_is_no_fault():
+    """Embeddings in place of an image go past the tower."""
+    rows = towers.ItemRows()
+    rows.set([7], SLOTS)
+    list(rows.runs("a", _pairs))
+    assert rows.step.take_fault() is None
+
+
+def test_the_next_step_forgets_the_items_of_one_that_did_not_run_them():
+    items = towers.ItemRows()
+    spaces = row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS), items)
+    items.set([7], SLOTS)
+    spaces.begin("LANGUAGE")
+    for _ in items.runs("a", _pairs):
+        assert _slots(items.step, 2) is None
+
+
+def test_layers_find_their_rows_by_their_prefix():
+    items = towers.ItemRows()
+    spaces = row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS), items)
+    assert spaces.step_of("tower.q_proj") is spaces.step_of("connector.proj") is items.step
+    assert spaces.step_of("language.q_proj") is spaces.tokens
+    assert not spaces.has_encoder
+    assert [spaces.runs_on_tokens(name) for name in ("tower.q_proj", "language.q_proj", "lm_head")] == [
+        False,
+        True,
+        True,
+    ]
+    assert row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS)).step_of("tower.q_proj") is None
+
+
+def _config(**settings: Any) -> Any:
+    chosen = {"asked": True, "language_only": False, "tp": 1, "mode": "weights", "graphs": False} | settings
+    return SimpleNamespace(
+        lora_config=SimpleNamespace(enable_tower_connector_lora=chosen["asked"]),
+        device_config=SimpleNamespace(device_type="cpu"),
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=chosen["graphs"]),
+        parallel_config=SimpleNamespace(tensor_parallel_size=chosen["tp"]),
+        model_config=SimpleNamespace(
+            multimodal_config=SimpleNamespace(
+                language_model_only=chosen["language_only"], mm_encoder_tp_mode=chosen["mode"]
+            )
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_supported", "reason"),
+    [
+        ({}, True, None),
+        ({"tp": 2}, True, None),
+        ({"asked": False}, True, "--enable-tower-connector-lora"),
+        ({}, False, "vLLM serves no adapters of this model's towers"),
+        ({"language_only": True}, True, "--language-model-only"),
+        ({"tp": 2, "mode": "data"}, True, "--mm-encoder-tp-mode data"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_its_reason(settings, is_supported, reason):
+    model = SimpleNamespace(supports_tower_connector_lora=is_supported, get_mm_mapping=lambda: KEYS)
+    found = towers.why_not(model, _config(**settings))
+    assert found is None if reason is None else reason in str(found)
+    refused = {"tower.q_proj": "?", "connector.proj": "?", "lm_head": "?", "tower.conv": "other"}
+    towers.say_why_not(refused, model, "?", "because")
+    assert refused == {"tower.q_proj": "because", "connector.proj": "because", "lm_head": "?", "tower.conv": "other"}
+
+
+def test_graphs_of_the_encoder_are_refused_at_start():
+    towers.prepare_config(_config())
+    with pytest.raises(ConfigError, match="cudagraph_mm_encoder"):
+        towers.prepare_config(_config(graphs=True))
