@@ -43,7 +43,7 @@ def _refusal(world: World, engine: Engine, label: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def without_option(world: World, plain: list[Answer]) -> tuple[list[Seen], list[Answer], dict[str, str]]:
+def without_option(world: World) -> tuple[list[Seen], list[Answer], dict[str, str]]:
     """Requests and answers of an engine without vLLM's option, and why it refuses which adapters."""
     asks = [BASE[0], Seen((0,), "language"), BASE[1], Seen((1, 2), "language"), BASE[2]]
     with support.running(world.model, **OPTIONS, **LORAS) as engine:
@@ -52,8 +52,8 @@ def without_option(world: World, plain: list[Answer]) -> tuple[list[Seen], list[
 
 
 @pytest.fixture(scope="module")
-def engine(world: World, without_option: Any) -> Iterator[Engine]:
-    # Only one engine can be there at a time: the others come first.
+def engine(world: World) -> Iterator[Engine]:
+    # Only one engine can be there at a time: the tests of the others come first.
     with support.running(world.model, **OPTIONS, **LORAS, enable_tower_connector_lora=True) as engine:
         yield engine
 
@@ -77,7 +77,7 @@ def test_each_adapter_alone_is_its_merged_weights(world, engine):
     assert world.errors(asks, [world.ask(engine, [ask])[0] for ask in asks]) == {}
 
 
-def test_a_mixed_batch_is_the_merged_weights_of_each_and_base_images_are_plain_vllms(world, engine, plain):
+def test_a_mixed_batch_is_the_merged_weights_of_each_and_base_images_are_plain_vllms(world, plain, engine):
     runner = engine._runner()
     asks = [*BASE, *(Seen((seed, seed + 5), label) for label in world.states for seed in (1, 2)), *BASE]
     with mock.patch.object(engine.model(), "embed_multimodal", wraps=engine.model().embed_multimodal) as encoded:

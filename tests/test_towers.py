@@ -138,3 +138,28 @@ def test_graphs_of_the_encoder_are_refused_at_start():
     towers.prepare_config(_config())
     with pytest.raises(ConfigError, match="cudagraph_mm_encoder"):
         towers.prepare_config(_config(graphs=True))
+
+
+def test_what_a_failed_request_had_encoded_is_not_kept_for_the_next():
+    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+    from flora_vllm.plugin.step_faults import drop_encodings
+
+    def request(name: str, *items: str) -> Any:
+        features = [SimpleNamespace(identifier=item) for item in items]
+        return SimpleNamespace(request_id=name, mm_features=features, get_num_encoder_embeds=lambda _: 4)
+
+    cache = EncoderCacheManager(cache_size=20)
+    failed, running, done = request("failed", "mine", "both"), request("running", "both"), request("done", "other")
+    for place, asked in ((0, failed), (1, failed), (0, done)):
+        cache.allocate(asked, place)
+    assert cache.check_and_update_cache(running, 0)
+    cache.free(failed)
+    cache.free(done)
+    drop_encodings(cache, [failed])
+    assert (sorted(cache.cached), cache.num_free_slots, cache.get_freed_mm_hashes()) == (
+        ["both", "other"],
+        12,
+        ["mine"],
+    )
+    assert not cache.check_and_update_cache(failed, 0)

@@ -335,7 +335,6 @@ ENCODER_HOOKS = (
         ("self", "hidden_states", "encoder_hidden_states"),
     ),
     Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_encoder_inputs"),
-    Hook(f"{_RUNNER}._execute_mm_encoder", ("self", "scheduler_output")),
     Hook(f"{_RUNNER}._batch_mm_inputs_from_scheduler", ("self", "scheduler_output"), unless=_ORDERED),
     Hook(
         "vllm.v1.worker.gpu.model_states.encoder_decoder:EncoderDecoderModelState.prepare_inputs_embeds",

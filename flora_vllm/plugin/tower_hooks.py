@@ -29,6 +29,11 @@ TOWER_HOOKS = (
         "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
         ("model", "lora_manager", "encoder_cache", "scheduled_encoder_inputs"),
     ),
+    Hook(
+        "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.__init__",
+        ("self",),
+        sets=("cached", "freeable", "freed", "num_embeds_by_hash", "num_free_slots"),
+    ),
     Hook(f"{_BUDGET}.__init__", ("self", "vllm_config", "mm_registry"), sets=("mm_max_toks_per_item",)),
     Hook(f"{_BUDGET}.get_dummy_encoder_profile_inputs", ("self", "modality", "max_items_per_batch")),
     Hook("vllm.multimodal:MULTIMODAL_REGISTRY"),
