@@ -1,16 +1,20 @@
 """A multimodal model with adapters: of its language model, and where vLLM's option says so of tower and connector."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import engine_support as support
 import pytest
+import torch
 from engine_support import Answer, Engine
-from tiny_models import tiny_idefics3
+from tiny_models import IMAGE_SIDE, WIDTH, tiny_idefics3
 from tower_support import Seen, World
 
 import flora_vllm
+from flora_vllm.plugin import towers
 
 pytestmark = support.ENGINE_MARKS
 
@@ -112,3 +116,55 @@ def test_every_layer_of_the_tower_and_the_connector_is_adapted(engine):
     layers = engine.manager().attached.layers
     assert sum("vision_model" in name for name in layers) == 2 * 4
     assert "model.connector.modality_projection.proj" in layers
+
+
+def test_a_layer_that_no_image_is_run_through_is_found_at_start(engine):
+    from flora_vllm.plugin.trial import layers_unused
+
+    names = ("model.vision_model.encoder.layers.1.mlp.fc1", "model.text_model.layers.1.mlp.down_proj")
+    layers = {name: engine.model().get_submodule(name) for name in names}
+    config = engine.llm.llm_engine.vllm_config
+    assert [*layers_unused(layers, engine.model(), config, torch.device("cpu"))] == [names[1]]
+
+
+def test_a_mix_up_of_items_would_be_seen(world, engine):
+    asks = [Seen((60,), "tower"), Seen((61,), "connector"), Seen((62,))]
+    original = towers.ItemRows.set
+
+    def reversed_items(self, adapter_of_item, slot_of_adapter):
+        original(self, adapter_of_item[::-1], slot_of_adapter)
+
+    with mock.patch.object(towers.ItemRows, "set", reversed_items):
+        answers = world.ask(engine, asks)
+    assert {*world.errors(asks, answers)} == {asks[0], asks[2]}
+
+
+def test_new_files_of_an_adapter_are_new_encodings(world, engine, tmp_path):
+    """Read anew, the adapter of one name is another to whatever keeps an image's encoding, or its keys and values."""
+    path = tmp_path / "mine"
+    for label in ("tower", "all", "tower"):
+        shutil.copytree(world.paths[label], path, dirs_exist_ok=True)
+        request = engine.request_for(path)
+        request.load_inplace = True
+        sampling = {"tokens": 6, "adapters": [path]}
+        with mock.patch.object(engine, "request_for", lambda _, request=request: request):
+            answer = engine.generate([world.prompt(Seen((70,)))], **sampling)[0]
+        assert world.error(Seen((70,), label), answer) < support.LOGPROB_TOLERANCE
+
+
+def test_what_cannot_be_adapted_is_refused_by_name(world, engine, tmp_path):
+    conv = "model.vision_model.embeddings.patch_embedding"
+    pixels = 3 * (IMAGE_SIDE // 4) ** 2
+    support.write_unchecked(tmp_path / "conv", {conv: (torch.ones(2, pixels), torch.ones(WIDTH, 2))})
+    with pytest.raises(flora_vllm.AdapterError, match=conv):
+        engine.llm.llm_engine.add_lora(engine.request_for(tmp_path / "conv"))
+
+
+def test_an_activated_adapter_of_a_tower_is_refused_and_one_of_the_language_model_is_not(world, engine, tmp_path):
+    for label in ("tower", "language"):
+        shutil.copytree(world.paths[label], tmp_path / label)
+        config = tmp_path / label / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"alora_invocation_tokens": [70, 71]}))
+    with pytest.raises(flora_vllm.AdapterError, match=r"vision_model.*alora_invocation_tokens"):
+        engine.llm.llm_engine.add_lora(engine.request_for(tmp_path / "tower"))
+    engine.llm.llm_engine.add_lora(engine.request_for(tmp_path / "language"))

@@ -75,12 +75,15 @@ class World:
     def ask(self, engine: support.Engine, asks: Sequence[Seen], tokens: int = 6) -> list[Answer]:
         return engine.generate([self.prompt(ask) for ask in asks], [self.paths[ask.adapter] for ask in asks], tokens)
 
-    def error(self, ask: Seen, answer: Answer) -> float:
-        """Largest difference of a logprob from the merged model's; infinite where a token differs."""
+    def _inputs(self, ask: Seen) -> Any:
         images = [image_of(seed) for seed in ask.images]
         how = {"input_data_format": "channels_last", "return_tensors": "pt"}
-        inputs = self._processor(text=self._text(ask), images=images, **how)
-        pixels, mask, judge = inputs["pixel_values"].double(), inputs["pixel_attention_mask"], self._judge
+        return self._processor(text=self._text(ask), images=images, **how)
+
+    def oracle(self, ask: Seen) -> Oracle:
+        """transformers looking at a request's images."""
+        inputs, judge = self._inputs(ask), self._judge
+        pixels, mask = inputs["pixel_values"].double(), inputs["pixel_attention_mask"]
 
         class Seeing(torch.nn.Module):
             def forward(self, tokens: torch.Tensor) -> Any:
@@ -90,8 +93,15 @@ class World:
                 return judge.load_state_dict(state)
 
         seeing: Any = Seeing()
-        prompt = tuple(inputs["input_ids"][0].tolist())
-        return Oracle(seeing).error(self.states[ask.adapter], Ask(prompt), answer)
+        return Oracle(seeing)
+
+    def error(self, ask: Seen, answer: Answer, prompt: Sequence[int] | None = None) -> float:
+        """Largest difference of a logprob from the merged model's; infinite where a token differs.
+
+        `prompt`: what was asked about the images, if not `self.prompt`.
+        """
+        tokens = tuple(prompt or self._inputs(ask)["input_ids"][0].tolist())
+        return self.oracle(ask).error(self.states[ask.adapter], Ask(tokens), answer)
 
     def errors(self, asks: Sequence[Seen], answers: Sequence[Answer]) -> dict[Seen, float]:
         """Those beyond the tolerance."""
