@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from flora_vllm import ConfigError
 from flora_vllm.plugin import towers
@@ -129,9 +130,18 @@ def test_what_is_not_served_is_refused_by_its_reason(settings, is_supported, rea
     model = SimpleNamespace(supports_tower_connector_lora=is_supported, get_mm_mapping=lambda: KEYS)
     found = towers.why_not(model, _config(**settings))
     assert found is None if reason is None else reason in str(found)
-    refused = {"tower.q_proj": "?", "connector.proj": "?", "lm_head": "?", "tower.conv": "other"}
-    towers.say_why_not(refused, model, "?", "because")
-    assert refused == {"tower.q_proj": "because", "connector.proj": "because", "lm_head": "?", "tower.conv": "other"}
+
+
+@pytest.mark.parametrize("reason", [None, "because"])
+def test_every_module_of_a_tower_that_is_not_adapted_has_its_reason(reason):
+    model: Any = torch.nn.Module()
+    model.get_mm_mapping = lambda: KEYS
+    model.tower = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(1, 1, 1), "q_proj": torch.nn.Linear(1, 1)})
+    model.connector, model.lm_head = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    refused = {"tower.k_proj": "?", "lm_head": "?", "connector": "other"}
+    towers.name_refused(model, refused, {"tower.q_proj"}, "?", reason)
+    assert "Conv2d" in refused.pop("tower.conv") or reason is not None
+    assert refused == {"tower.k_proj": reason or "?", "lm_head": "?", "connector": "other"}
 
 
 def test_graphs_of_the_encoder_are_refused_at_start():

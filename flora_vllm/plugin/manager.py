@@ -146,8 +146,9 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         )
         if self.head_rows is not None:
             self._verified_steps.append(self.head_rows.step)
-        if self.supports_mm and self._why_no_towers is not None:
-            towers.say_why_not(self.attached.refused, self.model, UNKNOWN_ROWS, self._why_no_towers)
+        if self.supports_mm and not self.rows.has_encoder:
+            refused, adapted = self.attached.refused, self.attached.layouts
+            towers.name_refused(self.model, refused, adapted, UNKNOWN_ROWS, self._why_no_towers)
         layers = {name: layer for name, layer in self.attached.layers.items() if self.rows.runs_on_tokens(name)}
         largest, dtypes = self._max_graph_tokens, self.attached.dtypes
         self.rows.tokens.graphs = graph_steps(self.options, layers, dtypes, largest, self.lora_slots, self.device)

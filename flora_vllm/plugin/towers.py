@@ -11,7 +11,7 @@ Outputs of the encoder are kept by the adapter's identity beside the item's: vLL
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -60,13 +60,20 @@ def why_not(model: Any, vllm_config: Any) -> str | None:
     return None
 
 
-def say_why_not(refused: dict[str, str], model: Any, unknown: str, reason: str) -> None:
-    """Give `reason` for what of the model's towers and connectors is refused as `unknown`."""
+def name_refused(
+    model: Any, refused: dict[str, str], adapted: Collection[str], unknown: str, reason: str | None
+) -> None:
+    """Have `refused` say of all modules of the model's towers and connectors that are not `adapted` why: `reason`, if
+    there is one for all of them, in place of `unknown`."""
     keys = model.get_mm_mapping()
     prefixes = (*keys.tower_model, *keys.connector)
+    for name, module in model.named_modules():
+        if name.startswith(prefixes) and name not in adapted and module._parameters.get("weight") is not None:
+            kind = f"in towers and connectors vLLM's linear layers take adapters, and it is a {type(module).__name__}"
+            refused.setdefault(name, reason or kind)
     for name, given in refused.items():
         if given == unknown and name.startswith(prefixes):
-            refused[name] = reason
+            refused[name] = reason or unknown
 
 
 class ItemRows:
