@@ -173,3 +173,51 @@ def test_what_a_failed_request_had_encoded_is_not_kept_for_the_next():
         ["mine"],
     )
     assert not cache.check_and_update_cache(failed, 0)
+
+
+def test_the_v2_runner_says_whose_the_items_are_that_it_runs():
+    """Of what is scheduled it runs neither what it has nor what has no data."""
+    from vllm.multimodal.inputs import MultiModalFieldElem, MultiModalKwargsItem, MultiModalSharedField
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+    from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
+
+    from flora_vllm.plugin.worker_manager import FloraWorkerManager
+
+    towers.follow_items()
+    rows, seen = towers.ItemRows(), []
+
+    def item(name: str, *, has_data: bool = True) -> Any:
+        field = MultiModalFieldElem(data=torch.zeros(1), field=MultiModalSharedField(batch_size=1))
+        place = SimpleNamespace(get_num_embeds=lambda: 1)
+        data = MultiModalKwargsItem({"pixels": field}) if has_data else None
+        return SimpleNamespace(identifier=name, data=data, modality="image", mm_position=place)
+
+    def embed(**_: Any) -> list[torch.Tensor]:
+        seen.append(_slots(rows.step, 3))
+        return [torch.zeros(1, 1)]
+
+    def take(_: Any, mapping: Any) -> None:
+        if mapping.type.name == "TOWER":
+            rows.set(mapping.prompt_mapping, SLOTS)
+
+    cache: Any = EncoderCache()
+    cache.mm_features = {"a": [item("known"), item("new")], "b": [item("new")], "c": [item("gone", has_data=False)]}
+    cache.encoder_outputs["known"] = torch.zeros(1, 1)
+    manager: Any = object.__new__(FloraWorkerManager)
+    manager.supports_tower_connector_lora = lambda: True
+    manager.set_active_adapters = take
+    model = SimpleNamespace(get_mm_lora_token_counts=lambda **_: (1, None), embed_multimodal=embed)
+    runner: Any = object.__new__(EncoderRunner)
+    runner.model, runner.encoder_cache, runner.device, runner.cudagraph_manager = model, cache, "cpu", None
+    scheduled = {"a": [0, 1], "b": [0], "c": [0]}
+    model_runner.set_active_mm_loras(
+        model=model,
+        lora_manager=manager,
+        encoder_cache=cache,
+        req_id_to_index={"a": 0, "b": 1, "c": 2},
+        lora_state=SimpleNamespace(lora_ids=[8, 0, 7], lora_requests={}),
+        scheduled_encoder_inputs=scheduled,
+    )
+    runner.execute_mm_encoder(runner.prepare_mm_inputs(scheduled)[1])
+    assert seen == [[2, 2, 2], None]
