@@ -101,11 +101,13 @@ def test_layers_find_their_rows_by_their_prefix():
 
 
 def _config(**settings: Any) -> Any:
-    chosen = {"asked": True, "language_only": False, "tp": 1, "mode": "weights", "graphs": False} | settings
+    chosen = {"asked": True, "language_only": False, "tp": 1, "mode": "weights"} | settings
     return SimpleNamespace(
         lora_config=SimpleNamespace(enable_tower_connector_lora=chosen["asked"]),
         device_config=SimpleNamespace(device_type="cpu"),
-        compilation_config=SimpleNamespace(cudagraph_mm_encoder=chosen["graphs"]),
+        compilation_config=SimpleNamespace(
+            cudagraph_mm_encoder=chosen.get("graphs", False), compile_mm_encoder=chosen.get("compiled", False)
+        ),
         parallel_config=SimpleNamespace(tensor_parallel_size=chosen["tp"]),
         model_config=SimpleNamespace(
             multimodal_config=SimpleNamespace(
@@ -144,10 +146,11 @@ def test_every_module_of_a_tower_that_is_not_adapted_has_its_reason(reason):
     assert refused == {"tower.k_proj": reason or "?", "lm_head": "?", "connector": "other"}
 
 
-def test_graphs_of_the_encoder_are_refused_at_start():
+def test_compiled_encoders_and_their_graphs_are_refused_at_start():
     towers.prepare_config(_config())
-    with pytest.raises(ConfigError, match="cudagraph_mm_encoder"):
-        towers.prepare_config(_config(graphs=True))
+    for setting, option in (("graphs", "cudagraph_mm_encoder"), ("compiled", "compile_mm_encoder")):
+        with pytest.raises(ConfigError, match=option):
+            towers.prepare_config(_config(**{setting: True}))
 
 
 def test_what_a_failed_request_had_encoded_is_not_kept_for_the_next():

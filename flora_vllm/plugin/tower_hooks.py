@@ -38,5 +38,6 @@ TOWER_HOOKS = (
     Hook(f"{_BUDGET}.get_dummy_encoder_profile_inputs", ("self", "modality", "max_items_per_batch")),
     Hook("vllm.multimodal:MULTIMODAL_REGISTRY"),
     Hook("vllm.config:CompilationConfig.cudagraph_mm_encoder"),
+    Hook("vllm.config:CompilationConfig.compile_mm_encoder"),
     Hook("vllm.config:ModelConfig.multimodal_config"),
 )

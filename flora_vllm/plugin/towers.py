@@ -31,11 +31,12 @@ NOT_IN_VLLM = (
 def prepare_config(config: Any) -> None:
     """Check an engine that is asked for adapters of towers. Raises ConfigError or HookError."""
     verify(config.device_config.device_type, TOWER_HOOKS)
-    if config.compilation_config.cudagraph_mm_encoder:
-        raise ConfigError(
-            f"cudagraph_mm_encoder cannot be used with {FLAG}: a graph of the encoder replays without adapters; "
-            "leave one of the two out"
-        )
+    for option, why in {
+        "cudagraph_mm_encoder": "a graph of the encoder replays without adapters",
+        "compile_mm_encoder": "which layers images are run through is found by running the encoder uncompiled",
+    }.items():
+        if getattr(config.compilation_config, option):
+            raise ConfigError(f"{option} cannot be used with {FLAG}: {why}; leave one of the two out")
 
 
 def is_asked(vllm_config: Any) -> bool:

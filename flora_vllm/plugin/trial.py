@@ -94,7 +94,9 @@ def layers_unused(layers: Mapping[str, Any], model: Any, vllm_config: Any, devic
     with watched(layers) as rows, torch.inference_mode():
         try:
             budget = budget_class(vllm_config, registry, enable_cache=False)
-            for modality in budget.mm_max_toks_per_item:
+            for modality, _ in sorted(budget.mm_max_toks_per_item.items(), key=lambda size: size[1]):
+                if all(rows.values()):
+                    return {}  # a larger one shows nothing more
                 items = budget.get_dummy_encoder_profile_inputs(modality, 1)
                 for _, _, batch in batches(items, device=device):
                     model.embed_multimodal(**batch)
