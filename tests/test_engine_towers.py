@@ -89,8 +89,11 @@ def test_a_mixed_batch_is_the_merged_weights_of_each_and_base_images_are_plain_v
     assert world.errors(asks, answers) == {}
     for place, wanted in zip((0, 1, 2, -3, -2, -1), [*plain, *plain], strict=True):
         assert support.difference(answers[place], wanted) < support.LOGPROB_TOLERANCE
-    # Neighbours with one adapter are encoded together.
+    # Neighbours with one adapter are encoded together, and with those whose adapter leaves the tower alone.
     assert encoded.call_count < sum(len(set(ask.images)) for ask in asks)
+    with mock.patch.object(engine.model(), "embed_multimodal", wraps=engine.model().embed_multimodal) as encoded:
+        world.ask(engine, [Seen((80,)), Seen((82,), "language"), Seen((84,))])
+    assert encoded.call_count == 1
     assert runner.lora_manager.supports_tower_connector_lora()
 
 

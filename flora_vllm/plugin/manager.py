@@ -69,6 +69,7 @@ class LoadedAdapter:
     layers: Mapping[str, LayerTerms]
     rows: int = 1
     adapts_head: bool = False
+    adapts_towers: bool = False
     is_stand_in: bool = False
     family: str = ""
     nbytes: int = 0
@@ -256,6 +257,9 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
         slots = dict.fromkeys(self._left_out, 0)
         slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
+        if mapping.type.name != "LANGUAGE" and self.rows.items is not None:
+            # Images of others are encoded with those of no adapter.
+            slots |= {a.id: 0 for a in self._in_slots.values() if not a.adapts_towers}
         self.rows.set_mapping(mapping, slots)
         if self.head_rows is not None:  # of models whose rows are all tokens
             slots |= {a.id: slot if a.adapts_head else 0 for slot, a in self._in_slots.items()}

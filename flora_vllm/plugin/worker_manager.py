@@ -125,6 +125,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             adapter.layers,
             rows,
             adapts_head=adapts_head,
+            adapts_towers=not all(map(manager.rows.runs_on_tokens, adapter.layers)),
             family=adapter.family,
             nbytes=adapter.layers.nbytes,
         )
