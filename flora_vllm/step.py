@@ -74,6 +74,7 @@ class Step:
         self._may_pad = may_pad
         self.graphs: GraphSteps | None = None
         self._padded: dict[int, Segments] = {}
+        self._slot_of_all = 0
         self._rehearsed_tokens: int | None = None
         self._written_tokens: int | None = None
         self._fault: str | None = None
@@ -98,6 +99,15 @@ class Step:
         self.words.known = 1
         self.segments = group_by_slot(slot_T) if slot_T.any() else None
 
+    def use_for_all(self, slot: int) -> None:
+        """Every row of what runs next uses `slot` (0: none), however many there are, until the step ends or goes on to
+        something else. Not every run has such rows: that none came is no fault."""
+        self._forget()
+        self._slot_of_all = slot
+        # Compiled code reads segments of a known number of rows.
+        self.words.known = slot == 0
+        self.words.served = 1
+
     def rehearse(self, tokens: int) -> None:
         """The next run stands for steps with adapters (a graph's capture, or what comes before): all rows base rows.
 
@@ -116,6 +126,7 @@ class Step:
     def _forget(self) -> None:
         self.segments = None
         self._padded.clear()
+        self._slot_of_all = 0
         self._rehearsed_tokens = self._written_tokens = None
 
     def expire(self, *, is_base: bool) -> None:
@@ -156,6 +167,10 @@ class Step:
         Where it is not known whose the rows are they are base rows, and `take_fault` says so: to raise in the middle of
         a run would end the engine, where the step's requests with an adapter are all that must fail.
         """
+        if self._slot_of_all:
+            if tokens not in self._padded:
+                self._padded[tokens] = group_by_slot(torch.full((tokens,), self._slot_of_all))
+            return self._padded[tokens]
         if not self.words.known:
             return self._fail(
                 f"an adapted layer was called with {tokens} rows of which this step never said whose they are; "

@@ -137,8 +137,12 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 
 
 def load(model: Path) -> transformers.PreTrainedModel:
-    is_encoder_decoder = transformers.AutoConfig.from_pretrained(model).is_encoder_decoder
-    kind = transformers.AutoModelForSpeechSeq2Seq if is_encoder_decoder else transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(model)
+    kind: Any = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        kind = transformers.AutoModelForSpeechSeq2Seq
+    elif hasattr(config, "vision_config"):
+        kind = transformers.AutoModelForImageTextToText
     return kind.from_pretrained(model, attn_implementation="eager").eval()
 
 

@@ -409,6 +409,7 @@ def main() -> None:
         }
     for runner_version in (1, 2):
         importlib.import_module("flora_vllm.plugin.head").follow_prompts(runner_version)
+    importlib.import_module("flora_vllm.plugin.towers").follow_items()
     vllm = importlib.import_module("vllm")
     report = {
         "vllm": vllm.__file__,

@@ -1,6 +1,6 @@
 """What trainers call the modules of a multimodal model's language model, found in vLLM's own models of them.
 
-An engine cannot be started here: the processors of most such models need torchvision.
+Engines: test_engine_towers.py. The processors of most such models need torchvision, which is not here.
 """
 
 import importlib

@@ -26,7 +26,7 @@ FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
 # layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot, a request's span,
-# loads that hold up no step.
+# loads that hold up no step, encoder runs of one adapter each.
 WITHOUT_DIFF = {
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
@@ -51,6 +51,9 @@ WITHOUT_DIFF = {
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
     "vllm.v1.engine.output_processor:instrument_manual",
     "vllm.v1.metrics.loggers:PrometheusStatLogger.__init__",
+    "vllm.v1.worker.gpu.mm.encoder_runner:group_and_batch_mm_kwargs",
+    "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
+    "vllm.v1.worker.gpu_model_runner:group_and_batch_mm_kwargs",
     "vllm.v1.worker.gpu_worker:Worker.add_lora",
     "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs",
     "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_token_id_logprobs",

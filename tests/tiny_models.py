@@ -15,6 +15,9 @@ from transformers import (
     GenerationConfig,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -30,6 +33,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, POSITIONS = 2, 128, 4, 2, 192, 512, 4096
 LOGIT_STD = 3.0
@@ -47,6 +51,7 @@ WHISPER_SPECIAL = (
     *("<|en|>", "<|fr|>", "<|it|>", "<|ru|>", "<|es|>"),
     *("<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
 )
+IMAGE_SIDE = 32
 WHISPER_CHUNK_S = 2  # instead of Whisper's 30: 100 encoder positions instead of 1,500
 
 
@@ -69,6 +74,38 @@ def tiny_classifier(directory: Path, seed: int = 0) -> Path:
 def tiny_embedder(directory: Path, seed: int = 0) -> Path:
     """A Qwen2 without a head, as embedding models are saved: `layers.0...` without `model.`."""
     return _save(Qwen2Model(Qwen2Config(**_decoder_settings())), directory, seed)
+
+
+def tiny_idefics3(directory: Path, seed: int = 0) -> Path:
+    """Idefics3: a tower of two layers, a projection, a Llama; an image is tiles of IMAGE_SIDE pixels, 4 tokens each."""
+    tokenizer = tiny_tokenizer()
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * IMAGE_SIDE}, max_image_size={"longest_edge": IMAGE_SIDE}, do_image_splitting=True
+        ),
+        tokenizer,
+        image_seq_len=4,
+    )
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE_SIDE,
+        "patch_size": IMAGE_SIDE // 4,
+    }
+    config = Idefics3Config(
+        vision_config=vision,
+        text_config={**_decoder_settings(), "model_type": "llama", "vocab_size": len(tokenizer)},
+        image_token_id=processor.image_token_id,
+        scale_factor=2,
+        pad_token_id=UNKNOWN,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+    )
+    _write(Idefics3ForConditionalGeneration(config), directory, seed)
+    processor.save_pretrained(directory)
+    return directory
 
 
 def tiny_phi3(directory: Path, seed: int = 0) -> Path:

@@ -37,7 +37,7 @@ from flora_vllm.step import Step
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_ROWS = "only the language model of a multimodal model can be adapted; train without its towers and connectors"
+UNKNOWN_ROWS = "vLLM does not count it to this multimodal model's language model, tower or connector; train without it"
 LEFT_OUT = "the server's --lora-target-modules leaves it out"
 POOLED_ROWS = (
     "it runs on pooled rows, one a request, which adapters cannot follow yet; train the layers below the head only"

@@ -20,6 +20,7 @@ from flora_vllm.errors import ConfigError
 from flora_vllm.plugin.hook_table import ENCODER_HOOKS
 from flora_vllm.plugin.hooks import offers, verify
 from flora_vllm.plugin.speech import detect_language_with_adapter
+from flora_vllm.plugin.towers import ItemRows
 from flora_vllm.step import Step
 
 WHISPER = "WhisperForConditionalGeneration"
@@ -65,10 +66,14 @@ def _whisper_rows(_model: Any, *, modality: str, mm_kwargs: Any, num_mm_embeds: 
 
 @dataclass(frozen=True)
 class RowSpaces:
-    """Which layers run on which rows: mapping type of vLLM's (by name) -> step, and layer prefix -> mapping type."""
+    """Which layers run on which rows: mapping type of vLLM's (by name) -> step, and layer prefix -> mapping type.
+
+    `items`: of multimodal models whose towers and connectors can be adapted; the other mappings' rows are theirs.
+    """
 
     steps: Mapping[str, Step]
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    items: ItemRows | None = None
 
     @property
     def tokens(self) -> Step:
@@ -80,7 +85,8 @@ class RowSpaces:
 
     @property
     def has_encoder(self) -> bool:
-        return len(self.steps) > 1
+        """Whether this is an encoder-decoder model, whose encoder's rows follow vLLM's mapping of them."""
+        return len(self.steps) > 1 and self.items is None
 
     def step_of(self, layer: str) -> Step | None:
         """The step of the longest prefix the layer's name has; without prefixes all rows are tokens."""
@@ -89,27 +95,47 @@ class RowSpaces:
         matching = [prefix for prefix in self.prefixes if layer.startswith(prefix)]
         return self.steps[self.prefixes[max(matching, key=len)]] if matching else None
 
+    def runs_on_tokens(self, layer: str) -> bool:
+        """Whether the layer's rows are a step's tokens. Of an output layer that stands beside the model they are."""
+        return self.step_of(layer) not in (*self.others,)
+
     def begin(self, kind: str) -> None:
         """The mapping of this kind was set. A step's first is that of its tokens, with which the others' end."""
         self.steps[kind].begin()
         if kind == "LANGUAGE":
+            if self.items is not None:
+                self.items.forget()
             for step in self.others:
                 step.expire(is_base=self.tokens.segments is None)
+
+    def set_mapping(self, mapping: Any, slot_of_adapter: Mapping[int, int]) -> None:
+        """Take vLLM's mapping of one kind of rows. Of items it counts the rows, which we need not know."""
+        if mapping.type.name == "LANGUAGE" or self.items is None:
+            self.steps[mapping.type.name].set_mapping(mapping.index_mapping, slot_of_adapter)
+        elif mapping.type.name == "TOWER":
+            self.items.set(mapping.prompt_mapping, slot_of_adapter)
 
     def clear(self) -> None:
         for step in self.steps.values():
             step.clear()
 
 
-def row_spaces(model: Any) -> RowSpaces:
-    """The row spaces of a model: tokens alone, but for encoder-decoder models that `prepare_config` let pass."""
+def row_spaces(model: Any, items: ItemRows | None = None) -> RowSpaces:
+    """The row spaces of a model: tokens alone, but for encoder-decoder models that `prepare_config` let pass, and for
+    multimodal ones with `items`."""
     if type(model).__name__ == WHISPER:
         describe_whisper(model)
-        keys = model.get_mm_mapping()
-        kinds = {"LANGUAGE": keys.language_model, "TOWER": keys.tower_model, "CONNECTOR": keys.connector}
-        steps = {kind: Step(may_pad=kind == "LANGUAGE") for kind in kinds}
-        return RowSpaces(steps, {prefix: kind for kind, prefixes in kinds.items() for prefix in prefixes})
-    tokens = {"LANGUAGE": Step()}
-    if hasattr(model, "get_mm_mapping"):
-        return RowSpaces(tokens, dict.fromkeys(model.get_mm_mapping().language_model[:1], "LANGUAGE"))
-    return RowSpaces(tokens)
+        steps = {kind: Step(may_pad=kind == "LANGUAGE") for kind in ("LANGUAGE", "TOWER", "CONNECTOR")}
+        return RowSpaces(steps, _prefixes(model))
+    if not hasattr(model, "get_mm_mapping"):
+        return RowSpaces({"LANGUAGE": Step()})
+    if items is None:
+        return RowSpaces({"LANGUAGE": Step()}, dict.fromkeys(model.get_mm_mapping().language_model[:1], "LANGUAGE"))
+    return RowSpaces({"LANGUAGE": Step(), "TOWER": items.step, "CONNECTOR": items.step}, _prefixes(model), items)
+
+
+def _prefixes(model: Any) -> dict[str, str]:
+    """Prefix of a multimodal model's layers -> the mapping of vLLM's that their rows have."""
+    keys = model.get_mm_mapping()
+    kinds = {"LANGUAGE": keys.language_model, "TOWER": keys.tower_model, "CONNECTOR": keys.connector}
+    return {prefix: kind for kind, prefixes in kinds.items() for prefix in prefixes}

@@ -11,7 +11,7 @@ from typing import Any
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.options import add_flags, flags_of, given
-from flora_vllm.plugin import encoder_rows, mistakes
+from flora_vllm.plugin import encoder_rows, mistakes, towers
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.options import KEY, FloraOptions, options_of
 
@@ -140,6 +140,8 @@ def _after_config(config: Any) -> None:
         config.lora_config.fully_sharded_loras = False
     if config.model_config.is_encoder_decoder:
         encoder_rows.prepare_config(config)
+    elif towers.is_asked(config):
+        towers.prepare_config(config)
     from flora_vllm.plugin import graphs
     from flora_vllm.plugin.carried import carried
 

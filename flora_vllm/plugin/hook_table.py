@@ -2,6 +2,7 @@
 
 from flora_vllm.plugin.hook import Hook
 from flora_vllm.plugin.scheduler_hooks import SCHEDULER_HOOKS
+from flora_vllm.plugin.tower_hooks import TOWER_HOOKS
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
@@ -329,18 +330,8 @@ _SERVER = (
 ENCODER_HOOKS = (
     Hook("vllm.config:ModelConfig.architecture"),
     Hook("vllm.config:VllmConfig.use_v2_model_runner"),
-    Hook("vllm.config.lora:LoRAConfig.enable_tower_connector_lora"),
-    Hook("vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier", ("self", "mm_hash", "lora_request")),
-    Hook(f"{_WORKER}.supports_tower_connector_lora", ("self",)),
-    Hook("vllm.lora.layers:LoRAMappingType.TOWER"),
-    Hook("vllm.lora.layers:LoRAMappingType.CONNECTOR"),
+    *TOWER_HOOKS,
     Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.from_string_field"),
-    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.tower_model"),
-    Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.connector"),
-    Hook(
-        "vllm.model_executor.models.interfaces:SupportsMultiModal.get_mm_lora_token_counts",
-        ("self", "modality", "mm_kwargs", "num_mm_embeds"),
-    ),
     Hook("vllm.model_executor.models.whisper:WhisperForConditionalGeneration.embed_multimodal", ("self",)),
     Hook("vllm.model_executor.models.whisper:WhisperModel.forward", ("self", "positions", "encoder_outputs")),
     Hook(
@@ -348,13 +339,7 @@ ENCODER_HOOKS = (
         ("self", "hidden_states", "encoder_hidden_states"),
     ),
     Hook("vllm.v1.core.sched.output:SchedulerOutput.scheduled_encoder_inputs"),
-    Hook(f"{_RUNNER}._execute_mm_encoder", ("self", "scheduler_output")),
     Hook(f"{_RUNNER}._batch_mm_inputs_from_scheduler", ("self", "scheduler_output"), unless=_ORDERED),
-    Hook(
-        "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
-        ("model", "lora_manager", "scheduled_encoder_inputs"),
-        unless=_ORDERED,
-    ),
     Hook(
         "vllm.v1.worker.gpu.model_states.encoder_decoder:EncoderDecoderModelState.prepare_inputs_embeds",
         ("self", "scheduled_encoder_inputs", "input_batch", "req_states"),

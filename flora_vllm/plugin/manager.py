@@ -5,6 +5,7 @@ is kept (a slot of each adapted layer instead of padded LoRA buffers) and what a
 vLLM's slot index i is our slot i + 1: slot 0 is "no adapter" and is never written.
 """
 
+import functools
 import heapq
 import logging
 import sys
@@ -17,9 +18,9 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.pacing import Turns
-from flora_vllm.plugin import install
+from flora_vllm.plugin import install, towers
 from flora_vllm.plugin.activation import follow_positions
-from flora_vllm.plugin.attach import Attached, attach
+from flora_vllm.plugin.attach import UNKNOWN_ROWS, Attached, attach
 from flora_vllm.plugin.embeddings import attach_embeddings, embeddings_of
 from flora_vllm.plugin.encoder_order import run_encoder_in_batch_order
 from flora_vllm.plugin.encoder_rows import row_spaces
@@ -30,7 +31,7 @@ from flora_vllm.plugin.norms import attach_norms, norms_of
 from flora_vllm.plugin.options import FloraOptions, options_of
 from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
-from flora_vllm.plugin.trial import Trial
+from flora_vllm.plugin.trial import Trial, layers_unused
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class LoadedAdapter:
     layers: Mapping[str, LayerTerms]
     rows: int = 1
     adapts_head: bool = False
+    adapts_towers: bool = False
     is_stand_in: bool = False
     family: str = ""
     nbytes: int = 0
@@ -99,6 +101,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         assert self.rows.has_encoder == vllm_config.model_config.is_encoder_decoder, "others are refused at start"
         if self.rows.has_encoder:
             run_encoder_in_batch_order(2 if vllm_config.use_v2_model_runner else 1)
+        if self.rows.items is not None:
+            towers.follow_items()
         note_on_outputs()
         follow_positions(2 if vllm_config.use_v2_model_runner else 1)
         _managers.add(self)
@@ -109,9 +113,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         return super().capacity if self.options.adapter_memory is None else sys.maxsize
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
-        self.rows = row_spaces(self.model)
+        self._why_no_towers = towers.why_not(self.model, vllm_config)
+        self.rows = row_spaces(self.model, towers.ItemRows() if self._why_no_towers is None else None)
         self.supports_mm = hasattr(self.model, "get_mm_mapping")
-        self.supports_tower_connector_lora = self.rows.has_encoder
+        self.supports_tower_connector_lora = any(self.rows.others)
         self.punica_wrapper_mapping = {}
 
     def _create_lora_modules(self) -> None:
@@ -124,7 +129,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.device,
             SlotLimits(self.lora_slots, self.options.max_rank, self.lora_config.max_lora_rank),
             self._match_target_modules,
-            trial.layers_elsewhere,
+            functools.partial(self._elsewhere, trial),
         )
         attach_embeddings(
             trial,
@@ -145,11 +150,24 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         )
         if self.head_rows is not None:
             self._verified_steps.append(self.head_rows.step)
-        layers, largest, dtypes = self.attached.layers, self._max_graph_tokens, self.attached.dtypes
+        if self.supports_mm and not self.rows.has_encoder:
+            refused, adapted = self.attached.refused, self.attached.layouts
+            towers.name_refused(self.model, refused, adapted, UNKNOWN_ROWS, self._why_no_towers)
+        layers = {name: layer for name, layer in self.attached.layers.items() if self.rows.runs_on_tokens(name)}
+        largest, dtypes = self._max_graph_tokens, self.attached.dtypes
         self.rows.tokens.graphs = graph_steps(self.options, layers, dtypes, largest, self.lora_slots, self.device)
         if self.rows.tokens.graphs is not None:
             install.install_replays()
         logger.info("FLoRA serves %d linear layers of this model", len(self.attached.layers))
+
+    def _elsewhere(self, trial: Trial, layers: Mapping[str, Any]) -> Mapping[str, str]:
+        """Layer name -> why it cannot be adapted, for those that do not run on the rows that are held for theirs."""
+        of_tokens = {name: layer for name, layer in layers.items() if self.rows.runs_on_tokens(name)}
+        of_items = {name: layer for name, layer in layers.items() if name not in of_tokens}
+        found = trial.layers_elsewhere(of_tokens)
+        if of_items and not self.rows.has_encoder:
+            found |= layers_unused(of_items, self.model, self._vllm_config, self.device)
+        return found
 
     def step_fits_graph(self) -> bool:
         """Whether a CUDA graph that holds the op may serve the present step."""
@@ -240,7 +258,10 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
         slots = dict.fromkeys(self._left_out, 0)
         slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
-        self.rows.steps[mapping.type.name].set_mapping(mapping.index_mapping, slots)
+        if mapping.type.name != "LANGUAGE" and self.rows.items is not None:
+            # Images of others are encoded with those of no adapter.
+            slots |= {a.id: 0 for a in self._in_slots.values() if not a.adapts_towers}
+        self.rows.set_mapping(mapping, slots)
         if self.head_rows is not None:  # of models whose rows are all tokens
             slots |= {a.id: slot if a.adapts_head else 0 for slot, a in self._in_slots.items()}
             self.head_rows.set_mapping(mapping.prompt_mapping, mapping.index_mapping, slots)

@@ -14,7 +14,7 @@ SCHEDULER_HOOKS = (
     Hook(
         f"{_SCHEDULER}.__init__",
         ("self",),
-        sets=("requests", "kv_cache_manager", "vllm_config", "policy", "running", "waiting"),
+        sets=("requests", "kv_cache_manager", "encoder_cache_manager", "vllm_config", "policy", "running", "waiting"),
     ),
     Hook(f"{_SCHEDULER}.schedule", ("self",)),
     Hook(f"{_SCHEDULER}.has_requests", ("self",)),
@@ -31,6 +31,7 @@ SCHEDULER_HOOKS = (
         ("self",),
         sets=(
             "lora_request",
+            "mm_features",
             "prompt_token_ids",
             "_block_hasher",
             "arrival_time",

@@ -3,7 +3,7 @@
 vLLM ends its engine when a step raises, and with it everybody's requests. So a fault of ours travels beside the step's
 output: the worker notes it on the output, the scheduler finishes the requests that use an adapter with an error
 instead of the tokens sampled for them, and whoever waits for one of them gets a StepError. What those requests left in
-the prefix cache is evicted: it is not their adapter's.
+the prefix cache and among the encoder's outputs is evicted: it is not their adapter's.
 """
 
 import functools
@@ -142,9 +142,23 @@ def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> lis
     ]
     blocks = {block for name in failing for group in scheduler.kv_cache_manager.get_block_ids(name) for block in group}
     scheduler.kv_cache_manager.evict_blocks(blocks)
+    requests = [scheduler.requests[name] for name in failing]
     failed = scheduler.finish_requests(failing, status)
+    drop_encodings(scheduler.encoder_cache_manager, requests)
     logger.error("%d requests of a step with adapters were ended with an error: %s", len(failed), fault.reason)
     return failed
+
+
+def drop_encodings(cache: Any, requests: Sequence[Any]) -> None:
+    """Forget the encoder's outputs of these requests, which are finished; the worker is told with the next step.
+
+    `cache`: vLLM's manager of them. That of encoder-decoder models keeps nothing for a later request.
+    """
+    for name in {feature.identifier for request in requests for feature in request.mm_features}:
+        if name in getattr(cache, "freeable", ()):
+            cache.num_free_slots += cache.freeable.pop(name)
+            del cache.cached[name], cache.num_embeds_by_hash[name]
+            cache.freed.append(name)
 
 
 def _deliver(outputs: dict[int, Any], request: Any, reason: str) -> None:

@@ -7,6 +7,7 @@ zeros, everything else is computed.
 """
 
 import copy
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -121,3 +122,26 @@ class Trial:
             elif set(counts) != {TOKENS}:
                 found[name] = "it runs on other rows than a step's tokens, where adapters cannot follow"
         return found
+
+
+def layers_unused(layers: Mapping[str, Any], model: Any, vllm_config: Any, device: torch.device) -> dict[str, str]:
+    """Layer name -> why it cannot be adapted, for those that no item of any modality is run through in a trial."""
+    budget_class = importlib.import_module("vllm.multimodal.encoder_budget").MultiModalBudget
+    registry = importlib.import_module("vllm.multimodal").MULTIMODAL_REGISTRY
+    batches = importlib.import_module("vllm.v1.worker.gpu_model_runner").group_and_batch_mm_kwargs
+    with watched(layers) as rows, torch.inference_mode():
+        try:
+            budget = budget_class(vllm_config, registry, enable_cache=False)
+            for modality, _ in sorted(budget.mm_max_toks_per_item.items(), key=lambda size: size[1]):
+                if all(rows.values()):
+                    return {}  # a larger one shows nothing more
+                items = budget.get_dummy_encoder_profile_inputs(modality, 1)
+                for _, _, batch in batches(items, device=device):
+                    model.embed_multimodal(**batch)
+        except Exception as error:  # noqa: BLE001 - models differ in what they take
+            return dict.fromkeys(layers, f"the model's encoder could not be tried at start ({error})")
+    return {
+        name: "no image or sound is run through it in a trial at start: its weight is used in another way, or never"
+        for name, counts in rows.items()
+        if not counts
+    }

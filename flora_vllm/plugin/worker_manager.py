@@ -100,6 +100,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
 
             def check(found: CutAdapter) -> None:
                 self._memory.check(number, plain_name(name), found.layers.nbytes)
+                self._check_activated(name, found)
                 self.base_rows.learn(number, found.invocation_tokens, name, announced=not again)
 
             try:
@@ -124,9 +125,17 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             adapter.layers,
             rows,
             adapts_head=adapts_head,
+            adapts_towers=not all(map(manager.rows.runs_on_tokens, adapter.layers)),
             family=adapter.family,
             nbytes=adapter.layers.nbytes,
         )
+
+    def _check_activated(self, name: str, found: CutAdapter) -> None:
+        rows = self._adapter_manager.rows
+        elsewhere = [layer for layer in found.layers if not rows.runs_on_tokens(layer)]
+        if found.invocation_tokens is not None and elsewhere:
+            reason = "alora_invocation_tokens: rows of a tower or connector have no place before or after them"
+            raise adapter_error(plain_name(name), [f"{elsewhere[0]}: {reason}; leave them or this layer out"])
 
     def report(self, most: int | None) -> dict[str, Any]:
         """See FloraModelManager.report."""
