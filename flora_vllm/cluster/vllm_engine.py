@@ -31,12 +31,15 @@ class VllmEngineAdapters:
         """Puts the adapter into the engine, where requests find it under `entry.id`. Raises AdapterError."""
         from vllm.lora.request import LoRARequest
 
-        from flora_vllm.formats import content_digest
+        from flora_vllm.formats import digest_and_family
         from flora_vllm.plugin.identity import identity
         from flora_vllm.plugin.preload import identified
         from flora_vllm.plugin.refusals import our_message
+        from flora_vllm.plugin.traffic import FAMILIES
 
-        known = identity(entry.name, await asyncio.to_thread(content_digest, path))
+        digest, family = await asyncio.to_thread(digest_and_family, path)
+        known = identity(entry.name, digest)
+        FAMILIES[known] = family
         if known not in self._ids:
             self._ids[known] = self._models.lora_id_counter.inc(1)
         request = LoRARequest(lora_name=known, lora_int_id=self._ids[known], lora_path=str(path))
