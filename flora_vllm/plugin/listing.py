@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR
@@ -133,14 +133,26 @@ class AddedMetrics:
 
     async def _text(self, state: Any, engine: Any) -> bytes:
         table: Any = _table(state)
-        TRAFFIC.forget_all_but(functools.partial(dict.__contains__, table))
-        text = traffic_exposition(PUBLISHED.values(), None if _sees_all() else table.__contains__)
-        try:
-            report = await self._reports.ask(engine, _FRESH_S)
-        except Exception as error:  # noqa: BLE001 - a dead engine's metrics are still worth a scrape
-            logger.warning("the engine does not tell its adapters: %s", error)
-            return text
-        return text if report is None else text + exposition(report, _names(state))
+        may_see = None if _sees_all() else table.__contains__
+        return await added(self._reports, engine, _names(state), functools.partial(dict.__contains__, table), may_see)
+
+
+async def added(
+    reports: Reports,
+    engine: Any,
+    names: Mapping[int, str],
+    is_there: Callable[[str], bool],
+    may_see: Callable[[str], bool] | None = None,
+) -> bytes:
+    """Our series of an engine. `names`: the engine's id -> name; `is_there`: of names; `may_see`: see series.py."""
+    TRAFFIC.forget_all_but(is_there)
+    text = traffic_exposition(PUBLISHED.values(), may_see)
+    try:
+        report = await reports.ask(engine, _FRESH_S)
+    except Exception as error:  # noqa: BLE001 - a dead engine's metrics are still worth a scrape
+        logger.warning("the engine does not tell its adapters: %s", error)
+        return text
+    return text if report is None else text + exposition(report, names)
 
 
 def _sees_all() -> bool:
