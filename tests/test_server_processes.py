@@ -43,7 +43,7 @@ def test_two_servers_over_two_engines_serve_every_adapter(world: World) -> None:
         answers = client.ask_all([(model, ask.prompt) for model, ask in asks])
         assert set(models) <= client.names()
         # Whichever server is asked: what both have counted, once each has written it down.
-        expected = {name: (4.0, 32.0) for name in world.adapters}
+        expected = dict.fromkeys(world.adapters, (4.0, 32.0))
         deadline = time.monotonic() + 20
         while (counted := [_counted(client.url) for _ in range(6)]) != [expected] * 6 and time.monotonic() < deadline:
             time.sleep(1)
