@@ -273,6 +273,13 @@ def test_what_loads_wait_for_and_which_way_products_go(client: Client, world: Wo
     assert waiting == {"slot": 0, "loading": 0, "memory": 0}
 
 
+def test_operators_of_other_apis_are_told_that_mixes_are_not_served_there(client: Client) -> None:
+    asked = {"model": "lora", "max_tokens": 2, "messages": [{"role": "user", "content": "hello there"}]}
+    assert client.post("messages", asked)[0] == 200
+    refused = client.post("messages", {**asked, "model": BASE, "flora": {"mix": {"lora": 1.0}}})
+    assert (refused[0], 'takes no "flora"' in refused[1]) == (400, True)
+
+
 def test_load_use_unload(client: Client, world: World) -> None:
     ask = make_ask(72)
     assert client.load("again", world.adapters["flora5"])[0] == 200

@@ -67,9 +67,11 @@ def attach(app: Any) -> None:
     async def adapters(request: Any) -> Any:
         responses = importlib.import_module("starlette.responses")
         state = request.app.state
-        report = await reports.ask(state.engine_client)
+        engine = getattr(state, "engine_client", None)
+        report = None if engine is None else await reports.ask(engine)
         if report is None:
             message = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
+            message = "this server has no engine" if engine is None else message
             error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
             return responses.JSONResponse({"error": error}, status_code=503)
         return responses.JSONResponse({"object": "list", "data": entries(state, report)})
