@@ -171,13 +171,14 @@ def test_a_tenant_sees_its_own_traffic_and_nothing_is_left_of_what_is_gone(monke
     traffic = Traffic()
     monkeypatch.setattr(listing, "TRAFFIC", traffic)
     monkeypatch.setattr(listing, "PUBLISHED", Published(traffic))
-    for name in ("acme/a", "other/b", "gone"):
+    for name in ("acme/a", "other/b", "gone", "other"):
         traffic.of((name, "FLORA"), 5, now=0.0).prompt += 5
     app = _app(_full_report())
     series = "flora_prompt_tokens_total{"
     shown = [line.split('"')[1] for line in _get(app, "/metrics").text.splitlines() if line.startswith(series)]
-    assert shown == ["acme/a", "other/b"]
-    token = CURRENT.set(Tenant("acme", ("acme/*",)))
+    assert shown == ["acme/a", "other/b", "other"]
+    app.state.openai_serving_models.lora_requests["other"] = SimpleNamespace(lora_int_id=9, lora_name="other")
+    token = CURRENT.set(Tenant("acme", ("acme/*", "other")))
     try:
         shown = [line.split('"')[1] for line in _get(app, "/metrics").text.splitlines() if line.startswith(series)]
     finally:

@@ -53,6 +53,16 @@ def test_an_idle_adapter_makes_room_for_a_single_busy_one() -> None:
     assert {key[0] for key in found.values()} == {"busy", OTHER}
 
 
+def test_an_adapter_that_was_chosen_and_then_silent_may_lose_its_place() -> None:
+    found = Traffic(most=1)
+    _count(found, "a", 1)
+    _count(found, "b", 100, now=1.0)
+    _count(found, "a", 1, now=CHOOSE_S + 1)  # b is chosen
+    for turn in range(2, 12):
+        _count(found, "a", 100, now=turn * (CHOOSE_S + 1))
+    assert found.values()["a", "LORA"][PROMPT] > 100
+
+
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "MOST_REMEMBERED", 100)
     found = Traffic(most=2)

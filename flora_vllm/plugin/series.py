@@ -20,8 +20,9 @@ def exposition(report: Mapping[str, Any], names: Mapping[int, str]) -> bytes:
 
 def traffic_exposition(values: Mapping[Key, list[float]], may_see: Callable[[str], bool] | None) -> bytes:
     """The traffic in Prometheus' text format: series -> FIELDS. `may_see`: of names, for a tenant; None: everything."""
-    seen = {key: counts for key, counts in values.items() if may_see is None or may_see(key[0])}
-    return _text(_traffic(seen))
+    if may_see is not None:
+        values = {key: counts for key, counts in values.items() if key[0] != OTHER and may_see(key[0])}
+    return _text(_traffic(values))
 
 
 def _text(families: Iterable[Any]) -> bytes:

@@ -8,6 +8,7 @@ own library once a second, and whoever is asked adds them up.
 """
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import json
@@ -82,7 +83,7 @@ class Traffic:
         if asking - self._named:
             ranked = sorted(asking | self._named, key=lambda key: (-self._recent[key], key not in self._named))
             for key in self._named.difference(ranked[: self._most]):
-                del self._series[key]
+                self._series.pop(key, None)  # it may have had no output since it was chosen
             self._named = set(ranked[: self._most])
         self._recent = Counter({key: count // 2 for key, count in self._recent.items() if count > 1})
 
@@ -119,8 +120,9 @@ class Published:
     def _write(self, file: Path) -> None:
         self._is_due = False
         unfinished = file.with_suffix(".new")
-        unfinished.write_text(json.dumps([[*key, *values] for key, values in self._own.values().items()]))
-        unfinished.rename(file)  # whoever reads it sees all or nothing
+        with contextlib.suppress(OSError):  # a full disk; the next one has all
+            unfinished.write_text(json.dumps([[*key, *values] for key, values in self._own.values().items()]))
+            unfinished.rename(file)  # whoever reads it sees all or nothing
 
     def values(self) -> dict[Key, list[float]]:
         """Series -> its FIELDS, summed over the processes."""

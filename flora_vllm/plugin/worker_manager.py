@@ -160,7 +160,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             adapter = manager.get_adapter(request.lora_int_id)
-            if request.lora_int_id in begin:
+            if request.lora_int_id in begin and not (adapter is not None and adapter.is_stand_in):
                 manager.loads.look_up("cpu", adapter is not None)
                 manager.loads.look_up("gpu", request.lora_int_id in manager._active_adapters)
             try:
