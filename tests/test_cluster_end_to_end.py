@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -19,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import cluster_fleet as fleets
 
 from flora_vllm.cluster.config import ClusterConfig, parse
+from flora_vllm.commands.top import look, parse_metrics, table
 
 with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
@@ -133,6 +135,48 @@ def test_every_family_and_the_base_through_one_endpoint(client, world):
     for (name, prompt), answer in zip(asks, client.ask_all(asks), strict=True):
         tokens = oracle.greedy(world.states[name], prompt, len(answer.tokens))
         assert answer.tokens == tokens, f"{name} in a mixed batch"
+
+
+def _series(client):
+    text = httpx.get(client.url.removesuffix("/v1") + "/metrics", timeout=60).raise_for_status().text
+    return parse_metrics(text)
+
+
+def test_the_ingress_tells_all_replicas_series_and_adapters(client, world):
+    before = _series(client)
+    asks = [(name, make_ask(i).prompt) for i, name in enumerate(["lora"] * 8 + ["flora1"] * 8)]
+    client.ask_all(asks, new=4)
+
+    def more(metric, **labels):
+        """How much the sum of a metric has grown."""
+        then, now = (
+            sum(v for name, found, v in series if name == metric and labels.items() <= found.items())
+            for series in (before, _series(client))
+        )
+        return now - then
+
+    for name, family in (("lora", "LORA"), ("flora1", "FLORA")):
+        assert more("flora_requests_total", adapter_name=name, family=family, model_name=BASE) == 8
+        assert more("flora_generation_tokens_total", adapter_name=name) == 32
+        assert more("flora_time_to_first_token_seconds_count", adapter_name=name) == 8
+    assert more("vllm:generation_tokens_total", model_name=BASE) == 64
+    samples = _series(client)
+    loaded = {labels["adapter_name"]: 0.0 for name, labels, _ in samples if name == "vllm:lora_adapter_loaded"}
+    for name, labels, value in samples:
+        if name == "vllm:lora_adapter_loaded":
+            loaded[labels["adapter_name"]] += value
+    assert (loaded["lora"], loaded["flora1"]) == (2, 2), "one in each replica"
+    usage = [labels["replica"] for name, labels, _ in samples if name == "vllm:kv_cache_usage_perc"]
+    assert len({*usage}) == len(usage) == 2, "a ratio has no sum"
+    seen = look(client.url.removesuffix("/v1"))
+    assert {*seen.adapters} == {*world.adapters}
+    assert [*seen.details["lora"]["replicas"].values()] == ["resident"] * 2
+    assert (seen.details["lora"]["family"], seen.details["lora"]["rank"], seen.details["lora"]["parent"]) == (
+        "LORA",
+        8,
+        BASE,
+    )
+    assert table(client.url, None, seen)
 
 
 def test_names_long_short_and_unknown(client):

@@ -5,6 +5,7 @@ v1alpha1 ModelAdapter, llm-d-modelservice's values, Kubernetes' Deployment and G
 all others: a misspelt field fails here rather than being dropped there.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from flora_vllm import __version__
 from flora_vllm.commands.cli import main
 from flora_vllm.commands.deploy import FILES, text_of
 from flora_vllm.options import fields_of
+from flora_vllm.plugin import series
 from flora_vllm.plugin.options import FloraOptions
 
 
@@ -267,11 +269,13 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     assert package is not None
     assert package.origin is not None
     sources = "\n".join(path.read_text() for path in (Path(package.origin).parent / "v1" / "metrics").rglob("*.py"))
-    there = set(re.findall(r'"(vllm:\w+)"', sources))
+    sources += inspect.getsource(series)
+    there = set(re.findall(r'"((?:vllm:|flora_)\w+)"', sources))
     assert len(there) > 30
     dashboard = json.loads(text_of("grafana"))
-    asked = set(re.findall(r"vllm:\w+", json.dumps(dashboard)))
-    assert len(asked) > 8
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set(re.findall(r"(?:vllm:|flora_)\w+", " ".join(queries)))
+    assert len(asked) > 16
     # The exposition adds these to a counter's and a histogram's name.
     assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked} <= there
     labels = set(re.findall(r"by \((\w+)\)", json.dumps(dashboard))) - {"le"}

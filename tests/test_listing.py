@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flora_vllm.plugin import listing
 from flora_vllm.plugin.access import CURRENT, ScopedRequests, Tenant
-from flora_vllm.plugin.listing import MOST_NAMED, Reports, exposition
+from flora_vllm.plugin.listing import Reports
 from flora_vllm.plugin.loads import LOAD_BOUNDS_S, Loads
+from flora_vllm.plugin.series import exposition
+from flora_vllm.plugin.traffic import MOST_NAMED, Published, Traffic
 
 
 def _report(on_gpu: int, on_cpu: int, shown: int) -> dict[str, Any]:
@@ -22,9 +24,10 @@ def _report(on_gpu: int, on_cpu: int, shown: int) -> dict[str, Any]:
         for i in range(min(shown, on_cpu))
     ]
     sizes = {"gpu": 100 * on_gpu, "cpu": 100 * on_cpu}
-    turns = {"starved": 1, "drained": 3}
+    turns = {"starved": 1, "drained": 3, "waiting": {"slot": 2, "loading": 1, "memory": 0}}
     return Loads().counts() | turns | {
         "slots": 8, "on_gpu": on_gpu, "on_cpu": on_cpu, "adapters": adapters, "bytes": sizes,
+        "paths": {"stacked": 5, "modulated": 7},
     }  # fmt: skip
 
 
@@ -57,6 +60,10 @@ def test_bytes_and_waiting_have_their_series():
     assert samples["flora_adapter_bytes", "cpu"] == 500
     assert samples["flora_adapters_starved",] == 1
     assert samples["flora_slots_drained_total",] == 3
+    assert samples["flora_requests_waiting", "slot"] == 2
+    assert samples["flora_segments_total", "modulated"] == 7
+    assert samples["flora_adapter_lookups_total", "cpu", "miss"] == 0
+    assert samples["flora_adapter_load_phase_seconds_total", "cut"] == 0
 
 
 def test_adapters_without_a_name_here_are_in_the_rest():
@@ -70,9 +77,12 @@ def test_loads_are_counted_by_what_came_of_them():
     for again in (False, True, True):
         with loads.counted(again=again):
             pass
-    with pytest.raises(ValueError, match="refused"), loads.counted(again=False):
+    with pytest.raises(ValueError, match="refused"), loads.counted(again=False), loads.phase("check"):
         raise ValueError("refused")
+    loads.look_up("gpu", True)
     counts = loads.counts()
+    assert [name for name, seconds in counts["phase_s"].items() if seconds > 0] == ["check"]
+    assert counts["lookups"] == {"gpu": {"hit": 1, "miss": 0}, "cpu": {"hit": 0, "miss": 0}}
     assert counts["results"] == {"loaded": 1, "reloaded": 2, "refused": 1}
     assert len(counts["loads_by_bound"]) == len(LOAD_BOUNDS_S) + 1
     assert sum(counts["loads_by_bound"]) == 3
@@ -155,6 +165,25 @@ def test_a_dead_engine_leaves_vllms_own_series():
     assert answer.status_code == 200
     assert "vllm:num_requests_running 3.0" in answer.text
     assert "lora_adapter_loaded" not in answer.text
+
+
+def test_a_tenant_sees_its_own_traffic_and_nothing_is_left_of_what_is_gone(monkeypatch):
+    traffic = Traffic()
+    monkeypatch.setattr(listing, "TRAFFIC", traffic)
+    monkeypatch.setattr(listing, "PUBLISHED", Published(traffic))
+    for name in ("acme/a", "other/b", "gone", "other"):
+        traffic.of((name, "FLORA"), 5, now=0.0).prompt += 5
+    app = _app(_full_report())
+    series = "flora_prompt_tokens_total{"
+    shown = [line.split('"')[1] for line in _get(app, "/metrics").text.splitlines() if line.startswith(series)]
+    assert shown == ["acme/a", "other/b", "other"]
+    app.state.openai_serving_models.lora_requests["other"] = SimpleNamespace(lora_int_id=9, lora_name="other")
+    token = CURRENT.set(Tenant("acme", ("acme/*", "other")))
+    try:
+        shown = [line.split('"')[1] for line in _get(app, "/metrics").text.splitlines() if line.startswith(series)]
+    finally:
+        CURRENT.reset(token)
+    assert shown == ["acme/a"]
 
 
 def test_the_list_is_the_tenants_own_and_says_where_each_is():

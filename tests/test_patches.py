@@ -26,7 +26,7 @@ FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
 # layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot, a request's span,
-# loads that hold up no step, encoder runs of one adapter each.
+# its tokens by adapter, loads that hold up no step, encoder runs of one adapter each.
 WITHOUT_DIFF = {
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
@@ -47,6 +47,8 @@ WITHOUT_DIFF = {
     "vllm.v1.executor.abstract:Executor.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.llm_engine:LLMEngine.sleep",
+    "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_finished",
+    "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_output",
     "vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
     "vllm.v1.engine.output_processor:instrument_manual",

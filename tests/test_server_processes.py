@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from engine_support import LOGPROB_TOLERANCE
 from server_support import BASE, TINY_OPTIONS, World, make_ask, make_world, serving
+
+from flora_vllm.commands.top import parse_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -20,6 +24,16 @@ def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return make_world(tiny_model("llama"), tmp_path_factory.mktemp("adapters"))
 
 
+def _counted(url: str) -> dict[str, tuple[float, float]]:
+    """Adapter -> requests and generated tokens, as one of the servers tells over a connection of its own."""
+    samples = parse_metrics(httpx.get(url.removesuffix("/v1") + "/metrics").raise_for_status().text)
+    found: dict[str, dict[str, float]] = {}
+    for name, labels, value in samples:
+        if name in ("flora_requests_total", "flora_generation_tokens_total"):
+            found.setdefault(labels["adapter_name"], {})[name] = value
+    return {name: (of["flora_requests_total"], of["flora_generation_tokens_total"]) for name, of in found.items()}
+
+
 def test_two_servers_over_two_engines_serve_every_adapter(world: World) -> None:
     models = [BASE, *world.adapters]
     asks = [(model, make_ask(seed)) for seed, model in enumerate(models * 4)]
@@ -28,6 +42,12 @@ def test_two_servers_over_two_engines_serve_every_adapter(world: World) -> None:
         # Many connections: both servers and both engines get some of them.
         answers = client.ask_all([(model, ask.prompt) for model, ask in asks])
         assert set(models) <= client.names()
+        # Whichever server is asked: what both have counted, once each has written it down.
+        expected = dict.fromkeys(world.adapters, (4.0, 32.0))
+        deadline = time.monotonic() + 20
+        while (counted := [_counted(client.url) for _ in range(6)]) != [expected] * 6 and time.monotonic() < deadline:
+            time.sleep(1)
+        assert counted == [expected] * 6
     oracle = world.oracle()
     for (model, ask), answer in zip(asks, answers, strict=True):
         assert oracle.error(world.states[model], ask, answer) < LOGPROB_TOLERANCE, model

@@ -227,6 +227,59 @@ def test_series_of_adapters(client: Client, world: World) -> None:
     assert not any(key[1] == "gone" for key in after if key[0] == "vllm:lora_adapter_loaded")
 
 
+def _traffic(client: Client) -> dict[tuple[str, ...], float]:
+    """(series, adapter, family) -> value."""
+    names = ("flora_prompt_", "flora_generation_", "flora_requests_total", "flora_time_")
+    return {key: value for key, value in _series(client).items() if key[0].startswith(names)}
+
+
+def test_tokens_and_first_tokens_by_adapter(client: Client, world: World) -> None:
+    before, total = _traffic(client), client.metric("vllm:generation_tokens_total")
+    prompt = make_ask(77).prompt
+    for model in (BASE, "flora5", "flora5", "lora"):
+        client.ask(model, prompt, new=5)
+    after = _traffic(client)
+    assert not any(name == BASE or "@" in name for _, name, _ in after)
+
+    def more(series: str, adapter: str, family: str) -> float:
+        return after[series, adapter, family] - before.get((series, adapter, family), 0)
+
+    for adapter, family, asks in (("flora5", "FLORA", 2), ("lora", "LORA", 1)):
+        assert more("flora_prompt_tokens_total", adapter, family) == asks * len(prompt)
+        assert more("flora_generation_tokens_total", adapter, family) == asks * 5
+        assert more("flora_requests_total", adapter, family) == asks
+        assert more("flora_time_to_first_token_seconds_count", adapter, family) == asks
+        assert 0 < more("flora_time_to_first_token_seconds_sum", adapter, family) < 60
+    assert client.metric("vllm:generation_tokens_total") - total == 20, "our counts are a part of vLLM's"
+
+
+def test_what_loads_wait_for_and_which_way_products_go(client: Client, world: World) -> None:
+    for model in [*world.adapters, *world.adapters]:
+        client.ask(model, make_ask(78, length=100).prompt, new=2)
+    time.sleep(1.1)
+    series = _series(client)
+    for level in ("gpu", "cpu"):
+        assert series["flora_adapter_lookups_total", level, "miss"] > 0
+        assert sum(series["flora_adapter_lookups_total", level, result] for result in ("hit", "miss")) >= 12
+    phases = {key[1]: value for key, value in series.items() if key[0] == "flora_adapter_load_phase_seconds_total"}
+    assert phases.keys() == {"read", "check", "cut", "keep", "write"}
+    assert all(value > 0 for value in phases.values())
+    loads = sum(phases[phase] for phase in ("read", "check", "cut", "keep"))
+    assert 0 < loads <= series["vllm:lora_adapter_load_seconds_sum",] * 1.01
+    # Two tokens a step are stacked, and in prompts of 100 the ranks 2 and 5 modulated.
+    assert series["flora_segments_total", "stacked"] > 0
+    assert series["flora_segments_total", "modulated"] > 0
+    waiting = {key[1]: value for key, value in series.items() if key[0] == "flora_requests_waiting"}
+    assert waiting == {"slot": 0, "loading": 0, "memory": 0}
+
+
+def test_operators_of_other_apis_are_told_that_mixes_are_not_served_there(client: Client) -> None:
+    asked = {"model": "lora", "max_tokens": 2, "messages": [{"role": "user", "content": "hello there"}]}
+    assert client.post("messages", asked)[0] == 200
+    refused = client.post("messages", {**asked, "model": BASE, "flora": {"mix": {"lora": 1.0}}})
+    assert (refused[0], 'takes no "flora"' in refused[1]) == (400, True)
+
+
 def test_load_use_unload(client: Client, world: World) -> None:
     ask = make_ask(72)
     assert client.load("again", world.adapters["flora5"])[0] == 200

@@ -1,16 +1,18 @@
 """What `flora-vllm top` says of what a server publishes."""
 
+import contextlib
 import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, generate_latest
 from rich.console import Console
 
+from flora_vllm.commands import top
 from flora_vllm.commands.cli import main
-from flora_vllm.commands.top import Snapshot, look, parse_metrics, summary, table
+from flora_vllm.commands.top import Snapshot, look, parse_metrics, summary, table, traffic
 from flora_vllm.errors import ConfigError
 
 
@@ -26,6 +28,12 @@ def published(tokens: int, report: float = 5.0) -> str:
     info = Gauge("vllm:lora_requests_info", "", ["running_lora_adapters", "waiting_lora_adapters"], registry=registry)
     info.labels("old", "").set(report - 1)
     info.labels("poems@abc,odd \"name'", "legal").set(report)
+    labels = ["adapter_name", "family"]
+    generated = Counter("flora_generation_tokens", "", labels, registry=registry)
+    first = Summary("flora_time_to_first_token_seconds", "", labels, registry=registry)
+    generated.labels("poems", "LORA").inc(tokens)
+    generated.labels("other", "LORA").inc(8)
+    first.labels("poems", "LORA").observe(tokens / 100)
     return generate_latest(registry).decode()
 
 
@@ -44,6 +52,41 @@ def test_rates_are_between_two_looks() -> None:
     assert "30.0 generated, 0.0 of prompts" in text
     assert "25% of the KV cache in use, prefix hits 25%" in text
     assert "0.0 generated" in "\n".join(summary(snapshot(10, 100), snapshot(12, 5))), "a restarted server"
+
+
+def test_tokens_and_first_tokens_are_by_adapter() -> None:
+    rows = traffic(snapshot(10, 100), snapshot(12, 160))
+    assert rows["poems"] == ("30.0", "1.60 s"), "no first token since: the mean of all"
+    assert rows["other"] == ("0.0", "")
+    assert traffic(None, snapshot(10, 100))["poems"] == ("…", "1.00 s")
+    assert traffic(snapshot(10, 100), snapshot(12, 6))["poems"][0] == "3.0", "a restarted server"
+
+
+def test_each_replica_behind_an_ingress_has_a_latest_report() -> None:
+    def report(replica: str, at: float, running: str) -> tuple[str, dict[str, str], float]:
+        return ("vllm:lora_requests_info", {"replica": replica, "running_lora_adapters": running}, at)
+
+    found = Snapshot(0, (report("x", 9, "a"), report("y", 3, "b"), report("y", 2, "c")), ("a", "b", "c"), {})
+    assert found.states() == {"a": "running", "b": "running", "c": "idle"}
+
+
+def test_into_a_file_there_is_a_table_at_once_and_then_one_an_interval(server: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    printed: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 5
+        printed.append(capsys.readouterr().out)
+        if len(printed) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(top.time, "sleep", sleep)
+    with contextlib.suppress(KeyboardInterrupt):
+        main(["top", server, "--every", "5"])
+    assert len(printed) == 3
+    assert all("poems" in text and "tokens/s" in text for text in printed)
+    assert "…" in printed[0]
+    assert "…" not in printed[1]
 
 
 def test_the_table_has_busy_adapters_first_and_what_else_is_known() -> None:

@@ -3,6 +3,7 @@
     policy      decides copies and places; pure numpy, no Ray
     controller  keeps the plan in a Serve deployment actor     agent   carries it out inside each replica
     router      sends a request to a warm replica              serve_llm   server and ingress for ray.serve.llm
+    merged      all replicas' series and adapters, as one
     ray_hooks   the only module that uses alpha or internal names of Ray
 
 Importing this package imports neither Ray nor vLLM.

@@ -109,8 +109,8 @@ def build_app(config: ClusterConfig) -> Any:
     """
     import ray
 
-    from flora_vllm.cluster.ray_hooks import build_openai_app, check_hooks
-    from flora_vllm.cluster.serve_llm import FloraIngress
+    from flora_vllm.cluster.ray_hooks import build_openai_app, check_hooks, more_endpoints
+    from flora_vllm.cluster.serve_llm import ROUTES, FloraIngress
 
     check_hooks()
     if not ray.is_initialized():
@@ -122,20 +122,21 @@ def build_app(config: ClusterConfig) -> Any:
         llm_configs = [_llm_config(config, model) for model in config.models]
     except ValueError as error:
         raise ConfigError(f"ray.serve.llm refuses the configuration: {error}") from error
-    return build_openai_app(
-        {
-            "llm_configs": llm_configs,
-            "ingress_cls_config": {
-                "ingress_cls": FloraIngress,
-                "ingress_extra_kwargs": {"retry_s": config.ingress.retry_s, "refresh_s": config.timing.plan_s},
-            },
-            "ingress_deployment_config": {
-                "num_replicas": config.ingress.replicas,
-                "ray_actor_options": {"num_cpus": config.ingress.cpus},
-                "max_ongoing_requests": 10_000,
-            },
-        }
-    )
+    with more_endpoints(ROUTES):
+        return build_openai_app(
+            {
+                "llm_configs": llm_configs,
+                "ingress_cls_config": {
+                    "ingress_cls": FloraIngress,
+                    "ingress_extra_kwargs": {"retry_s": config.ingress.retry_s, "refresh_s": config.timing.plan_s},
+                },
+                "ingress_deployment_config": {
+                    "num_replicas": config.ingress.replicas,
+                    "ray_actor_options": {"num_cpus": config.ingress.cpus},
+                    "max_ongoing_requests": 10_000,
+                },
+            }
+        )
 
 
 def build_from_data(args: dict[str, Any]) -> Any:

@@ -5,10 +5,12 @@ Names of ray.serve.llm import vLLM, so this module imports them when somebody as
 """
 
 import asyncio
+import contextlib
+import functools
 import importlib
 import inspect
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ __all__ = [
     "RequestRouter",
     "RequestRouterConfig",
     "RunningReplica",
+    "ask_replicas",
     "call_controller",
     "check_hooks",
     "controller_link",
@@ -45,6 +48,7 @@ __all__ = [
     "find_controller",
     "find_local_ray",
     "logs_directory",
+    "more_endpoints",
     "own_controller",
     "redirect_llm_logs",
     "replica_identity",
@@ -53,6 +57,7 @@ __all__ = [
     "until_lost",
 ]
 
+_logger = logging.getLogger("ray.serve")
 CONTROLLER = "flora_placement"
 
 # (module, attribute path, parameters that must be there, what for)
@@ -68,6 +73,8 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("ray.serve._private.client", "ServeControllerClient.record_request_routing_info", ("info",), "tell the routers"),
     ("ray.serve._private.client", "ServeControllerClient.http_config", (), "where Serve listens"),
     ("ray.serve.exceptions", "DeploymentUnavailableError", (), "retry"),
+    ("ray.serve.handle", "DeploymentHandle.broadcast", ("method_name",), "all replicas' metrics"),
+    ("ray.serve.handle", "DeploymentBroadcastResponse.results_async", ("timeout_s", "return_exceptions"), "the same"),
     ("ray.serve.config", "DeploymentActorConfig", ("name", "actor_class", "init_kwargs"), "the controller"),
     ("ray.serve.config", "AutoscalingContext.total_num_requests", (), "scaling by requests"),
     ("ray.serve.config", "AutoscalingContext.aggregated_metrics", (), "scaling by adapters"),
@@ -78,6 +85,7 @@ LLM_HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("ray.serve.llm.deployment", "LLMServer._maybe_resolve_lora_from_multiplex", (), "we resolve adapters"),
     ("ray.serve.llm.deployment", "LLMServer._init_multiplex_loader", (), "we load adapters"),
     ("ray.serve.llm.ingress", "OpenAiIngress._get_response", ("body", "call_method", "raw_request"), "retry, errors"),
+    ("ray.llm._internal.serve.core.ingress.ingress", "DEFAULT_ENDPOINTS", (), "routes of our own"),
     ("ray.serve.llm.ingress", "OpenAiIngress.models", (), "the catalogue in /v1/models"),
     ("ray.llm._internal.serve.observability", "setup_observability", (), "it takes the root logger when imported"),
     ("ray.llm._internal.serve.core.protocol", "RawRequestInfo.from_starlette_request", ("request",), "headers"),
@@ -243,6 +251,35 @@ def find_controller(app: str, deployment: str) -> Any:
 
 def controller_link(app: str, deployment: str) -> _ControllerLink:
     return _ControllerLink(lambda: find_controller(app, deployment))
+
+
+async def ask_replicas(handle: Any, method: str, timeout_s: float) -> list[Any]:
+    """What a method of every replica behind a handle answers, of those that do in time."""
+    try:
+        found = await handle.broadcast(method).results_async(timeout_s=timeout_s, return_exceptions=True)
+    except (exceptions.RayError, DeploymentUnavailableError, TimeoutError) as error:
+        _logger.info("replicas do not answer: %s", error)
+        return []
+    for error in (one for one in found if isinstance(one, BaseException)):
+        _logger.info("a replica does not answer: %s", error)
+    return [one for one in found if not isinstance(one, BaseException)]
+
+
+@contextlib.contextmanager
+def more_endpoints(routes: Mapping[str, str]) -> Iterator[None]:
+    """Ingresses built within answer GET at these routes, too. `routes`: method of the ingress class -> path."""
+    there = importlib.import_module("ray.llm._internal.serve.core.ingress.ingress").DEFAULT_ENDPOINTS
+    before = dict(there)
+    there.update({method: functools.partial(_get, path) for method, path in routes.items()})
+    try:
+        yield
+    finally:
+        there.clear()
+        there.update(before)
+
+
+def _get(path: str, app: Any) -> Any:
+    return app.get(path)
 
 
 async def until_lost(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:

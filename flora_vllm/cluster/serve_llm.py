@@ -1,12 +1,16 @@
 """Server and ingress for ray.serve.llm: its engine and endpoints, our adapters. Importing it imports vLLM."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from starlette.responses import Response
+
 from flora_vllm.cluster.ingress import Directory, Target, UnknownModelError, answer
 from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.merged import MergedMetrics, merged_adapters
 from flora_vllm.cluster.ray_hooks import (
     CallbackBase,
     ErrorInfo,
@@ -18,6 +22,7 @@ from flora_vllm.cluster.ray_hooks import (
     OpenAiIngress,
     RawRequestInfo,
     _sanitize_chat_completion_request,
+    ask_replicas,
 )
 from flora_vllm.cluster.replica import ReplicaRuntime
 from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
@@ -27,6 +32,10 @@ from flora_vllm.errors import AdapterError, ConfigError
 
 # Key of our settings among LLMConfig.experimental_configs.
 SETTINGS = "flora_cluster"
+# Of the ingress, beside those of ray.serve.llm: method -> route.
+ROUTES = {"metrics": "/metrics", "adapters": "/v1/flora/adapters"}
+# A replica that takes longer to answer is not waited for.
+WAIT_S = 10.0
 _STATUS = {AdapterError: 400, StaleVersionError: 409, StoreError: 503, NoRoomError: 503}
 
 
@@ -51,8 +60,8 @@ class FloraLLMServer(LLMServer):
         if Path(source).is_absolute() and not Path(source).is_dir():
             raise ConfigError(f"model {settings['model']['name']}: {source} is not a directory on this node")
         await super().__init__(llm_config, **options)
-        engine = VllmEngineAdapters(self.engine)
-        self._runtime = ReplicaRuntime(settings, engine, engine.is_dead)
+        self._adapters = VllmEngineAdapters(self.engine)
+        self._runtime = ReplicaRuntime(settings, self._adapters, self._adapters.is_dead)
         await self._runtime.start()
 
     def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
@@ -103,6 +112,14 @@ class FloraLLMServer(LLMServer):
     async def detokenize(self, request: Any, raw_request_info: Any = None, adapter: Entry | None = None) -> Any:
         return self._with_adapter(super().detokenize, request, raw_request_info, adapter)
 
+    async def flora_metrics(self) -> tuple[str, str]:
+        """(this replica, its series)."""
+        return self._runtime.replica, await self._adapters.metrics()
+
+    async def flora_adapters(self) -> tuple[str, list[dict[str, Any]]]:
+        """(this replica, its adapters)."""
+        return self._runtime.replica, await self._adapters.adapters()
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook for custom scaling signals."""
         return self._runtime.signals()
@@ -130,6 +147,7 @@ class FloraIngress(OpenAiIngress):
         self._cards = dict(model_cards)
         self._handles, self._refresh_s, self._retry_s = dict(llm_deployments), refresh_s, retry_s
         self._directory: Directory | None = None
+        self._merged = MergedMetrics()
 
     def _names(self) -> Directory:
         # Not in the constructor: it needs the event loop that serves requests.
@@ -180,3 +198,18 @@ class FloraIngress(OpenAiIngress):
     async def models(self) -> Any:
         listing = await self._names().listing()
         return ModelList(data=[*self._cards.values(), *(self._card(*row) for row in listing)])
+
+    async def _ask_replicas(self, method: str) -> list[tuple[str, str, Any]]:
+        """(base model, replica, what its method answers) of every replica that answers."""
+        answers = await asyncio.gather(*(ask_replicas(handle, method, WAIT_S) for handle in self._handles.values()))
+        return [(base, *answer) for base, found in zip(self._handles, answers, strict=True) for answer in found]
+
+    async def metrics(self) -> Response:
+        """All replicas' series as one."""
+        text = self._merged.merge(await self._ask_replicas("flora_metrics"))
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def adapters(self) -> dict[str, Any]:
+        """All replicas' adapters as one list."""
+        listing, answers = await asyncio.gather(self._names().listing(), self._ask_replicas("flora_adapters"))
+        return {"object": "list", "data": merged_adapters(listing, answers)}

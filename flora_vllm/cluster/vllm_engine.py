@@ -5,11 +5,16 @@ two live ids ends vLLM's engine. Two catalogue versions with equal content share
 """
 
 import asyncio
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flora_vllm.cluster.store import Entry
 from flora_vllm.errors import AdapterError, HookError, adapter_error
+from flora_vllm.plugin.identity import identity, plain_name
+from flora_vllm.plugin.listing import Reports, added, entries
+from flora_vllm.plugin.traffic import FAMILIES, MOST_NAMED
 
 
 class VllmEngineAdapters:
@@ -23,6 +28,20 @@ class VllmEngineAdapters:
         self._ids: dict[str, int] = {}
         # Identity -> catalogue ids that use it now.
         self._users: dict[str, set[str]] = {}
+        self._reports = Reports(None), Reports(MOST_NAMED)
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """Entries as at /v1/flora/adapters, named by catalogue id; none if the engine takes too long."""
+        report = await self._reports[0].ask(self._client)
+        return [] if report is None else entries(SimpleNamespace(openai_serving_models=self._models), report)
+
+    async def metrics(self) -> str:
+        """vLLM's series of this process and ours, in Prometheus' text format."""
+        client: Any = importlib.import_module("prometheus_client")
+        requests = self._models.lora_requests.values()
+        names = {request.lora_int_id: plain_name(request.lora_name) for request in requests}
+        ours = await added(self._reports[1], self._client, names, set(names.values()).__contains__)
+        return (client.generate_latest() + ours).decode()
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)
@@ -31,12 +50,13 @@ class VllmEngineAdapters:
         """Puts the adapter into the engine, where requests find it under `entry.id`. Raises AdapterError."""
         from vllm.lora.request import LoRARequest
 
-        from flora_vllm.formats import content_digest
-        from flora_vllm.plugin.identity import identity
+        from flora_vllm.formats import digest_and_family
         from flora_vllm.plugin.preload import identified
         from flora_vllm.plugin.refusals import our_message
 
-        known = identity(entry.name, await asyncio.to_thread(content_digest, path))
+        digest, family = await asyncio.to_thread(digest_and_family, path)
+        known = identity(entry.name, digest)
+        FAMILIES[known] = family
         if known not in self._ids:
             self._ids[known] = self._models.lora_id_counter.inc(1)
         request = LoRARequest(lora_name=known, lora_int_id=self._ids[known], lora_path=str(path))

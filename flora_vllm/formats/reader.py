@@ -21,7 +21,7 @@ from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faul
 from flora_vllm.formats.families.biases import BIAS_NAMES
 from flora_vllm.formats.families.family import FLOATS, Family, ModuleFile
 from flora_vllm.formats.families.table import FAMILIES, REFUSED, family_of
-from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of
+from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME, collect_files, digest_of, read_files
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.module_faults import (
     Records,
@@ -35,6 +35,7 @@ from flora_vllm.formats.module_faults import (
 )
 from flora_vllm.formats.names import not_understood, saved_part, split_name
 from flora_vllm.formats.ranks import Limits, built_faults, stated_faults, stated_rank
+from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, load_json_object, parse_records, tensor_view
 from flora_vllm.formats.token_rows import KEY, TokenRows, module_of_rows, terms_of, token_rows
 from flora_vllm.formats.trainer_names import as_peft_names, looks_wrapped
@@ -97,6 +98,17 @@ def read_adapter(
     if found.adapter is None:
         raise adapter_error(os.fspath(path), found.faults)
     return found.adapter
+
+
+def digest_and_family(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> tuple[str, str]:
+    """`content_digest`, and the family that the config names; "" if it names none. Raises AdapterError."""
+    directory, task = split_task(os.fspath(path))
+    files = read_files(directory, root)
+    try:
+        family = family_of(load_json_object(files.config))[0]
+    except AdapterError:
+        family = None
+    return digest_of_task(files.digest, task), family or ""
 
 
 def warn_of(family: str, where: str) -> None:

@@ -2,7 +2,7 @@
 
     options.py        what the user may set: one field an option
     carried.py        how the options reach every process
-    hook.py, hook_table.py, scheduler_hooks.py  the vLLM symbols we rely on
+    hook.py, hook_table.py, scheduler_hooks.py, metrics_hooks.py  the vLLM symbols we rely on
     hooks.py          versions, and the check of the table before anything is replaced
     install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
     flags.py          command-line flags and their way into the engine's config
@@ -23,6 +23,7 @@
     activation.py     activated adapters: whose a request's first tokens and cached blocks are
     mixes.py          how clients write a mix, and how the engine is told of it
     mix_requests.py   server side: the mix of a request
+    dropped.py        server side: routes that would lose it
     choosers.py       server side: DLP-LoRA's folders, of which each prompt gets a mix
     told.py           headers that an answer gets
     identity.py       the name under which the engine knows one content
@@ -33,7 +34,11 @@
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see
     gate.py           the server's door: which requests need a key
-    listing.py        the list of adapters and their series at /metrics
+    listing.py        the list of adapters, and the answer at /metrics
+    series.py         our series there
+    traffic.py        tokens, first tokens and requests by adapter
+    path_counts.py    which way products took
+    waiting.py        why requests wait
     handed.py         adapters given as tensors or files instead of by a path
     sleeping.py       the sleep that would lose adapters
     uploads.py        the route that takes an adapter's files

@@ -7,6 +7,7 @@ go through it (found out by running each class once) is left alone, and adapters
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from flora_vllm.adapter import ExpertsLayout
 from flora_vllm.embedding import AdaptedEmbedding
 from flora_vllm.layers import Adapted, AdaptedLinear
 from flora_vllm.norms import AdaptedNorm
-from flora_vllm.ops.dispatch import NEVER, PathChoice
+from flora_vllm.ops.dispatch import NEVER, DispatchRule, PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import experts, feed_forward
@@ -54,6 +55,7 @@ class Attached:
     layouts: dict[str, LinearLayout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    rules: dict[str, DispatchRule] = field(default_factory=dict)  # of layers that can be modulated
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)  # this rank's, also where the caller adds it
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)  # their linear layers are among those above
     elsewhere: list[LinearLayout] = field(default_factory=list)  # experts of other ranks, which adapters may address
@@ -64,10 +66,23 @@ class Attached:
         """Base products that a token with these terms of layer `name` needs in a CUDA graph; NEVER if none has it."""
         return self.layers[name].graph_rows(terms) if name in self.layers else NEVER
 
-    def write_slot(self, slot: int, layers: Mapping[str, LayerTerms]) -> None:
-        """Slot `slot` (>= 1) has these contents from now on, layer by layer; the empty one clears it."""
+    def write_slot(self, slot: int, layers: Mapping[str, LayerTerms]) -> Counter[int]:
+        """Slot `slot` (>= 1) has these contents from now on, layer by layer; the empty one clears it.
+
+        Tokens from which a segment of that slot is modulated -> in how many of its layers that multiply weights.
+        """
+        modulated_from: Counter[int] = Counter()
         for name, layer in (*self.layers.items(), *self.embeddings.items(), *self.norms.items()):
-            layer.write_slot(slot, layers.get(name))
+            terms = layers.get(name)
+            layer.write_slot(slot, terms)
+            parts = [part for part in terms or () if part is not None]
+            scaled = [(part.products, len(part.a_RI)) for part in parts if part.a_RI is not None]
+            if scaled:
+                rule = self.rules.get(name)
+                # Of slices that are modulated from different numbers on, the first.
+                first = NEVER if rule is None else min(rule.modulate_from(*numbers) for numbers in scaled)
+                modulated_from[first] += 1
+        return modulated_from
 
 
 def attach(
@@ -120,7 +135,9 @@ def attach(
             attached.layouts[name] = layout
             attached.dtypes[name] = module.params_dtype
             attached.biases[name] = getattr(module, "bias", None)
-            attached.layers[name] = _take_over(module, layout, steps[name], path, device, limits)
+            attached.layers[name], rule = _take_over(module, layout, steps[name], path, device, limits)
+            if rule is not None:
+                attached.rules[name] = rule
         else:
             attached.refused[name] = layout if isinstance(layout, str) else bypassing[kind]
             _give_back(module)
@@ -273,7 +290,8 @@ def _outputs(module: Any) -> tuple[list[int], list[int], list[int]]:
 
 def _take_over(
     module: Any, layout: LinearLayout, step: Step, path: PathChoice, device: torch.device, limits: SlotLimits
-) -> AdaptedLinear:
+) -> tuple[AdaptedLinear, DispatchRule | None]:
+    """The layer, and its rule if it can be modulated."""
     method = module.quant_method
     stock_apply = method.apply
     readable = isinstance(method, UnquantizedLinearMethod) and module.weight.ndim == 2 and module.weight.numel() > 0
@@ -295,7 +313,7 @@ def _take_over(
     module._flora_out_features = layer.out_features  # pyright: ignore[reportArgumentType]
     module.quant_method = copy.copy(method)
     module.quant_method.apply = _apply
-    return layer
+    return layer, rule if readable else None
 
 
 def _apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats import content_digest, resolve_under, split_task
+from flora_vllm.formats import digest_and_family, resolve_under, split_task
 from flora_vllm.formats.dlp import read_chooser
 from flora_vllm.formats.files import CONFIG_NAME
-from flora_vllm.plugin import choosers, mixes, preload, sleeping, uploads
+from flora_vllm.plugin import choosers, mixes, preload, sleeping, traffic, uploads
 from flora_vllm.plugin.access import CHOICE, root_of_request
 from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
@@ -264,11 +264,11 @@ async def _identify(
     root = _adapter_root(self) if confined else None
     name, path = request.lora_name, request.lora_path
     allowed = _checked_options(self).adapter_digests
-    chooser = None
+    chooser, family = None, mixes.MIX
     if mix is None and mixes.is_mix(path):
         mix = mixes.mix_of(mixes.asked_in(path), self.lora_requests)
     if mix is not None:
-        request.lora_path, digest = mixes.encoded(mix), mixes.digest_of_mix(mix)
+        request.lora_path, digest, family = mixes.encoded(mix), mixes.digest_of_mix(mix), mixes.family_of(mix)
     elif choosers.is_chooser(path):
         folder = await asyncio.to_thread(_resolve, path.removeprefix(mixes.CHOOSER_PREFIX), root)
         chooser = await asyncio.to_thread(read_chooser, folder, root)
@@ -277,7 +277,7 @@ async def _identify(
         request.lora_path, digest = mixes.CHOOSER_PREFIX + folder, chooser.digest
     else:
         request.lora_path = await asyncio.to_thread(_resolve, path, root)
-        digest = await asyncio.to_thread(content_digest, request.lora_path, root)
+        digest, family = await asyncio.to_thread(digest_and_family, request.lora_path, root)
         await asyncio.to_thread(check_digest, allowed, name, digest)
     # Servers of one engine load what the command line names in one order, and count alike; not what requests mix. So
     # each has mixes of its own: two ids of one name, or two names of one id, would be served as one.
@@ -289,6 +289,7 @@ async def _identify(
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:
         ids[known] = self.lora_id_counter.inc(1) if is_shared else id_of_own(self.lora_id_counter.inc(1), rank, servers)
+    traffic.FAMILIES[known] = family
     _retired(self).pop(known, None)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
     if offers(NAMED):
@@ -341,6 +342,7 @@ def _retire(self: Any, known: str) -> None:
     while len(_retired(self)) > MOST_RETIRED:
         oldest, _ = _retired(self).popitem(last=False)
         self._flora_ids.pop(oldest, None)
+        traffic.FAMILIES.pop(oldest, None)
 
 
 def _in_flight(engine: Any, lora_name: str) -> bool:

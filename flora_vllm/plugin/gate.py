@@ -13,6 +13,7 @@ from typing import Any
 
 from flora_vllm.plugin import listing
 from flora_vllm.plugin.access import CURRENT, NOBODY, AccessRules
+from flora_vllm.plugin.dropped import DroppedField
 from flora_vllm.plugin.flags import options_from
 from flora_vllm.plugin.told import ToldHeaders
 
@@ -49,6 +50,7 @@ def install() -> None:
             app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
         listing.attach(app)
         app.add_middleware(ToldHeaders)
+        app.add_middleware(DroppedField)
         app.add_middleware(Gate, rules=rules)
         app.add_exception_handler(RecursionError, _refuse_nested)
 

@@ -1,6 +1,7 @@
 """The table of vLLM's symbols that we rely on, with the parameters and attributes of each."""
 
 from flora_vllm.plugin.hook import Hook
+from flora_vllm.plugin.metrics_hooks import METRICS_HOOKS
 from flora_vllm.plugin.scheduler_hooks import SCHEDULER_HOOKS
 from flora_vllm.plugin.tower_hooks import TOWER_HOOKS
 
@@ -21,7 +22,6 @@ _CACHE = "vllm.utils.cache:LRUCache"
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _SYNC = "vllm.v1.engine.llm_engine:LLMEngine"
-_OUTPUT = "vllm.v1.engine.output_processor"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 _WRAPPER = "vllm.compilation.cuda_graph:CUDAGraphWrapper"
 _ADMISSION = f"{_SERVING}.admit_lora"
@@ -255,13 +255,6 @@ _ENGINES = (
     Hook(f"{_SYNC}.remove_lora", ("self", "lora_id")),
     Hook(f"{_SYNC}.__init__", ("self", "vllm_config"), sets=("vllm_config",)),
     Hook("vllm.v1.engine:EngineCoreRequest.lora_request"),
-    Hook(f"{_OUTPUT}:OutputProcessor.__init__", ("self",), sets=("request_states",)),
-    Hook(f"{_OUTPUT}:RequestState.__init__", ("self",), sets=("lora_name", "lora_request", "queue", "detokenizer")),
-    Hook("vllm.v1.metrics.loggers:PrometheusStatLogger.__init__", ("self", "vllm_config"), sets=("gauge_lora_info",)),
-    Hook(f"{_OUTPUT}:OutputProcessor.process_outputs", ("self", "engine_core_outputs")),
-    Hook(f"{_OUTPUT}:OutputProcessor.do_tracing", ("self", "engine_core_output", "req_state", "iteration_stats")),
-    Hook(f"{_OUTPUT}:instrument_manual", ("attributes",)),
-    Hook(f"{_OUTPUT}:RequestOutputCollector.put", ("self", "output")),
     Hook("vllm.entrypoints.llm:LLM._run_engine", ("self",)),
     Hook("vllm.entrypoints.llm:LLM._run_tiling_engine", ("self",)),
     Hook("vllm.v1.engine:EngineCoreOutput.stop_reason"),
@@ -424,6 +417,6 @@ _CORE = (
     Hook("vllm.v1.engine:EngineCoreRequest.prompt_embeds"),
     Hook("vllm.v1.engine:EngineCoreRequest.resumable"),
 )
-COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE + SCHEDULER_HOOKS
+COMMON_HOOKS = _CONFIG + _WORKER_SIDE + _LAYERS + _ENGINES + _SERVER + _CORE + METRICS_HOOKS + SCHEDULER_HOOKS
 HOOKS = COMMON_HOOKS + ENCODER_HOOKS + POOLER_HOOKS + NORM_HOOKS
 HOOKS += RUNNER_HOOKS[1] + RUNNER_HOOKS[2] + PROMPT_HOOKS[1] + PROMPT_HOOKS[2]

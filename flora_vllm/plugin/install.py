@@ -22,6 +22,7 @@ from flora_vllm.plugin import (
     refusals,
     step_faults,
     traces,
+    traffic,
     turns,
 )
 from flora_vllm.plugin.options import options_of
@@ -45,6 +46,7 @@ def install_all() -> None:
     _once("mixes", mix_requests.install)
     _once("published names", published.name_metrics)
     _once("traces", traces.install)
+    _once("traffic", traffic.install)
     _once("failed requests", step_faults.install_request_side)
     install_worker_side()
 

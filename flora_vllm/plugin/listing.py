@@ -1,30 +1,29 @@
 """What operators see of a server's adapters: `GET /v1/flora/adapters`, and series at /metrics.
 
 The engine is asked on demand (loads.py), one question at a time and for scrapes at most one a second; it answers
-between steps, and nobody waits for it longer than WAIT_S. The series are added to what vLLM answers at /metrics, so
-they are the same whether one or several server processes do, and none is left over from an adapter that is gone. Their
-number is bounded: adapters beyond the MOST_NAMED used last are summed as `adapter_name="other"`.
+between steps, and nobody waits for it longer than WAIT_S. The series (series.py) are added to what vLLM answers at
+/metrics, so they are the same whichever of several server processes does, and none is left over from an adapter that is
+gone.
 """
 
 import asyncio
+import functools
 import importlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.loads import LOAD_BOUNDS_S, REPORT
+from flora_vllm.plugin.loads import REPORT
+from flora_vllm.plugin.series import exposition, traffic_exposition
+from flora_vllm.plugin.traffic import MOST_NAMED, PUBLISHED, TRAFFIC
 
 logger = logging.getLogger(__name__)
 
 ROUTE = "/v1/flora/adapters"
 METRICS = "/metrics"
-MOST_NAMED = 64
-OTHER = "other"
 WAIT_S = 5.0
 _FRESH_S = 1.0
 # Place in the engine -> what the route calls it: in a slot, or in host memory only.
@@ -62,14 +61,17 @@ class Reports:
 
 def attach(app: Any) -> None:
     """Give a server's app the route and the series."""
+    PUBLISHED.begin()
     reports = Reports(None)
 
     async def adapters(request: Any) -> Any:
         responses = importlib.import_module("starlette.responses")
         state = request.app.state
-        report = await reports.ask(state.engine_client)
+        engine = getattr(state, "engine_client", None)
+        report = None if engine is None else await reports.ask(engine)
         if report is None:
             message = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
+            message = "this server has no engine" if engine is None else message
             error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
             return responses.JSONResponse({"error": error}, status_code=503)
         return responses.JSONResponse({"object": "list", "data": entries(state, report)})
@@ -132,83 +134,38 @@ class AddedMetrics:
         await send({"type": "http.response.body", "body": body})
 
     async def _text(self, state: Any, engine: Any) -> bytes:
-        try:
-            report = await self._reports.ask(engine, _FRESH_S)
-        except Exception as error:  # noqa: BLE001 - a dead engine's metrics are still worth a scrape
-            logger.warning("the engine does not tell its adapters: %s", error)
-            return b""
-        return b"" if report is None else exposition(report, _names(state))
+        table: Any = _table(state)
+        may_see = None if _sees_all() else table.__contains__
+        return await added(self._reports, engine, _names(state), functools.partial(dict.__contains__, table), may_see)
+
+
+async def added(
+    reports: Reports,
+    engine: Any,
+    names: Mapping[int, str],
+    is_there: Callable[[str], bool],
+    may_see: Callable[[str], bool] | None = None,
+) -> bytes:
+    """Our series of an engine. `names`: the engine's id -> name; `is_there`: of names; `may_see`: see series.py."""
+    TRAFFIC.forget_all_but(is_there)
+    text = traffic_exposition(PUBLISHED.values(), may_see)
+    try:
+        report = await reports.ask(engine, _FRESH_S)
+    except Exception as error:  # noqa: BLE001 - a dead engine's metrics are still worth a scrape
+        logger.warning("the engine does not tell its adapters: %s", error)
+        return text
+    return text if report is None else text + exposition(report, names)
+
+
+def _sees_all() -> bool:
+    """Who needs no key to scrape sees what vLLM's own series tell everybody."""
+    return CURRENT.get() in (OPERATOR, NOBODY)
 
 
 def _names(state: Any) -> dict[int, str]:
-    """Engine's id -> name. Who needs no key to scrape sees what vLLM's own series tell everybody."""
-    token = CURRENT.set(OPERATOR if CURRENT.get() is NOBODY else CURRENT.get())
+    """Engine's id -> name, of what the present request may see."""
+    token = CURRENT.set(OPERATOR if _sees_all() else CURRENT.get())
     try:
         return {request.lora_int_id: name for name, request in _table(state).items()}
     finally:
         CURRENT.reset(token)
-
-
-def exposition(report: Mapping[str, Any], names: Mapping[int, str]) -> bytes:
-    """The report in Prometheus' text format."""
-    client: Any = importlib.import_module("prometheus_client")
-    registry = client.CollectorRegistry()
-
-    class Collector:
-        def collect(self) -> Iterator[Any]:
-            return _families(report, names)
-
-    registry.register(Collector())
-    return client.generate_latest(registry)
-
-
-def _families(report: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[Any]:
-    core: Any = importlib.import_module("prometheus_client.core")
-    loaded = core.GaugeMetricFamily(
-        "vllm:lora_adapter_loaded",
-        "Adapters in a slot (gpu) or in host memory only (cpu); those used least recently summed as 'other'.",
-        labels=["adapter_name", "level", "pinned", "rank"],
-    )
-    rest = Counter({"gpu": report["on_gpu"], "cpu": report["on_cpu"] - report["on_gpu"]})
-    for adapter in report["adapters"]:
-        name = names.get(adapter["id"], OTHER)
-        if name != OTHER:
-            rest[adapter["level"]] -= 1
-            loaded.add_metric([name, adapter["level"], str(adapter["pinned"]).lower(), str(adapter["rank"])], 1)
-    for level, number in rest.items():
-        if number:
-            loaded.add_metric([OTHER, level, "", ""], number)
-    yield loaded
-    for name, value, text in (
-        ("vllm:num_gpu_loaded_lora_adapters", report["on_gpu"], "Adapters in slots."),
-        ("vllm:num_cpu_loaded_lora_adapters", report["on_cpu"], "Adapters in host memory, those in slots among them."),
-        ("vllm:max_gpu_lora_adapters", report["slots"], "Slots."),
-    ):
-        yield core.GaugeMetricFamily(name, text, value=value)
-    size = core.GaugeMetricFamily(
-        "flora_adapter_bytes", "Bytes of adapters in slots, in host memory.", labels=["level"]
-    )
-    for level, value in report["bytes"].items():
-        size.add_metric([level], value)
-    yield size
-    yield core.GaugeMetricFamily(
-        "flora_adapters_starved", "Adapters that have waited for a slot for too long.", value=report["starved"]
-    )
-    yield core.CounterMetricFamily(
-        "flora_slots_drained", "Slots drained for adapters that had waited too long.", value=report["drained"]
-    )
-    bounds = [*map(str, LOAD_BOUNDS_S), "+Inf"]
-    yield core.HistogramMetricFamily(
-        "vllm:lora_adapter_load_seconds",
-        "Seconds from an adapter's files to host memory, in the worker.",
-        buckets=[*zip(bounds, accumulate(report["loads_by_bound"]), strict=True)],
-        sum_value=report["load_s"],
-    )
-    for name, key, label, text in (
-        ("flora_adapter_loads", "results", "result", "Loads: asked for, after an eviction, refused."),
-        ("flora_adapter_evictions", "evictions", "level", "Adapters that made room for others in slots, host memory."),
-    ):
-        family = core.CounterMetricFamily(name, text, labels=[label])
-        for value, count in report[key].items():
-            family.add_metric([value], count)
-        yield family

@@ -39,7 +39,8 @@ from flora_vllm.plugin import scratch
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.plugin.feed_forward import routed_faults
 from flora_vllm.plugin.identity import split_identity
-from flora_vllm.plugin.mixes import Mix, Part, decoded
+from flora_vllm.plugin.loads import Loads
+from flora_vllm.plugin.mixes import MIX, Mix, Part, decoded
 from flora_vllm.plugin.module_names import renamer
 from flora_vllm.plugin.planned import Plans
 from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
@@ -50,7 +51,6 @@ from flora_vllm.terms import Arena, FromBase, kind_of, resolve
 logger = logging.getLogger(__name__)
 
 ANOTHER_RANK = "another rank of this engine refused it; its log says why"
-MIX = "MIX"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
@@ -77,8 +77,10 @@ class AdapterLoader:
         base: EngineBase,
         *,
         has_encoder: bool,
+        loads: Loads,
         adapter_root: str | None = None,
     ) -> None:
+        self._phase = loads.phase
         self._attached = attached
         self._model = model
         self._limits = limits
@@ -136,7 +138,8 @@ class AdapterLoader:
         is_kept = stages_agree(error is None) if is_asked else error is None
         if not is_kept:
             raise error or adapter_error(f"{name!r} ({path})", [ANOTHER_RANK])
-        self._keep(copy, files, name)
+        with self._phase("keep"):
+            self._keep(copy, files, name)
         self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
         return adapter
@@ -153,7 +156,8 @@ class AdapterLoader:
     def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
         where = f"{name!r} ({shown})"
         files, faults = self._collected(path, digest, task)
-        planned = None if faults else self._plans.load(files, task)
+        with self._phase("cut"):
+            planned = None if faults else self._plans.load(files, task)
         if planned is None:
             return files, self._cut_together(where, files, self._examined(where, files, faults, task), task)
         known, layers = planned
@@ -164,14 +168,16 @@ class AdapterLoader:
         return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
 
     def _collected(self, path: Path, digest: str | None, task: str | None) -> tuple[dict[str, bytearray], list[str]]:
-        files, faults = collect_files(path, self._root_of(path))
-        if digest is not None and not faults and not digest_of_task(digest_of(dict(files)), task).startswith(digest):
+        with self._phase("read"):
+            files, faults = collect_files(path, self._root_of(path))
+            if faults or digest is None or digest_of_task(digest_of(dict(files)), task).startswith(digest):
+                return files, [*faults]
             return files, ["the directory changed after the server read it; load it again"]
-        return files, [*faults]
 
     def _examined(self, where: str, files: Mapping[str, bytearray], faults: Sequence[str], task: str | None) -> Adapter:
         """The adapter in the files; ranks refuse one together."""
-        found = examine_files(files, self._layout, self._limits, task)
+        with self._phase("check"):
+            found = examine_files(files, self._layout, self._limits, task)
         faults = [*faults, *found.faults]
         adapter = found.adapter
         if adapter is not None:
@@ -190,8 +196,9 @@ class AdapterLoader:
     ) -> CutAdapter:
         layers, error = CompactLayers({}), None
         try:
-            layers, arenas = self._cut(where, adapter)
-            self._plans.learn(files, task, adapter, arenas, layers)
+            with self._phase("cut"):
+                layers, arenas = self._cut(where, adapter)
+                self._plans.learn(files, task, adapter, arenas, layers)
         except AdapterError as failure:
             error = failure
         if not all_agree(error is None, self._device):

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.pacing import NotBesideStepsError
-from flora_vllm.plugin import turns
+from flora_vllm.plugin import prefetch, turns, waiting
 
 # Upper bounds of the load histogram, seconds; one more counts what took longer.
 LOAD_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# What a load spends its time on: files are read, checked, cut to slot contents and kept as a copy on disk; the contents
+# are written into a slot, each time there is one for it.
+PHASES = ("read", "check", "cut", "keep", "write")
 # The engine's utility call.
 REPORT = "flora_adapters"
 
@@ -40,6 +43,9 @@ class Loads:
         self.evictions: Counter[str] = Counter(gpu=0, cpu=0)
         self._by_bound = [0] * (len(LOAD_BOUNDS_S) + 1)
         self._sum_s = 0.0
+        self._phase_s: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        # Of adapters that began to run: whether they had a slot, and were in host memory.
+        self.lookups = {level: {"hit": 0, "miss": 0} for level in ("gpu", "cpu")}
         self._lock = threading.Lock()  # a step may load while the thread beside it does
 
     @contextlib.contextmanager
@@ -60,8 +66,25 @@ class Loads:
             self._by_bound[bisect_left(LOAD_BOUNDS_S, took_s)] += 1
             self._sum_s += took_s
 
+    def look_up(self, level: str, found: bool) -> None:
+        """An adapter that did not run in the step before begins to: whether it is in a slot (gpu), in memory (cpu)."""
+        self.lookups[level]["hit" if found else "miss"] += 1
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around one of PHASES."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            took_s = time.perf_counter() - begin
+            with self._lock:
+                self._phase_s[name] += took_s
+
     def counts(self) -> dict[str, Any]:
         return {
+            "phase_s": dict(self._phase_s),
+            "lookups": {level: dict(found) for level, found in self.lookups.items()},
             "results": dict(self.results),
             "evictions": dict(self.evictions),
             "load_s": self._sum_s,
@@ -78,7 +101,11 @@ def offer_report() -> None:
 def _report(core: Any, most: int | None = None) -> dict[str, Any]:
     """What the first worker and the scheduler say; all ranks hold the same adapters. Plain values: it crosses a
     process border."""
-    return core.collective_rpc(_report_of, args=(most,))[0] | turns.counts(core.scheduler)
+    report = core.collective_rpc(_report_of, args=(most,))[0]
+    report |= turns.counts(core.scheduler) | {"waiting": waiting.counts(core.scheduler, report["slots"])}
+    if (loading := prefetch.loading_in(core.scheduler)) is not None:  # then steps find what requests had to wait for
+        report["lookups"]["cpu"] = dict(loading.lookups)
+    return report
 
 
 def _report_of(worker: Any, most: int | None) -> dict[str, Any]:

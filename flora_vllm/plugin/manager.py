@@ -29,6 +29,7 @@ from flora_vllm.plugin.head import attach_heads
 from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.norms import attach_norms, norms_of
 from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.plugin.path_counts import PathCounts
 from flora_vllm.plugin.pooled import attach_classifier
 from flora_vllm.plugin.step_faults import StepFault, note_on_outputs
 from flora_vllm.plugin.trial import Trial, layers_unused
@@ -92,6 +93,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # Slot -> adapter, for what every step asks. vLLM's cache answers without a touch of its order only by copying
         # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
+        self._paths = PathCounts()
         self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
         self.loads = Loads()
         self.turns = Turns()
@@ -206,7 +208,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
         index = self.lora_index_to_id.index(None)
-        self.attached.write_slot(index + 1, adapter.layers)
+        with self.loads.phase("write"):
+            self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, adapter.layers))
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
         self._in_slots[index + 1] = adapter
@@ -237,7 +240,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             index = self.lora_index_to_id.index(lora_id)
             self.lora_index_to_id[index] = None
             del self._in_slots[index + 1]
-            self.attached.write_slot(index + 1, {})
+            self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, {}))
 
     def _add_adapter(self, lora: LoadedAdapter) -> None:
         self._registered_adapters[lora.id] = lora
@@ -245,6 +248,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
     def set_adapter_mapping(self, mapping: Any) -> None:
         super().set_adapter_mapping(mapping)
         self.rows.begin(mapping.type.name)
+        self._paths.count(self.rows.steps[mapping.type.name].segments)
         if self.head_rows is not None:
             self.head_rows.begin()
 
@@ -272,6 +276,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         pinned, on_gpu = self._registered_adapters.pinned_items, {adapter.id for adapter in self._in_slots.values()}
         shown = loaded if most is None else heapq.nlargest(most, loaded, key=lambda adapter: adapter.last_used or 0.0)
         return self.loads.counts() | {
+            "paths": {"stacked": self._paths.stacked, "modulated": self._paths.modulated},
             "slots": self.lora_slots,
             "on_gpu": sum(adapter.id in on_gpu for adapter in loaded),
             "on_cpu": len(loaded),

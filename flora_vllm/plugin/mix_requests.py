@@ -96,6 +96,8 @@ def _load_mixes() -> None:
 async def choose(serving: Any, request: Any) -> Any:
     """Have a request with a mix, or one for a chooser, name its mix as its model; an error response if it cannot."""
     extra = getattr(request, "model_extra", None) or {}
+    if not hasattr(serving.models, "engine_client"):  # it only renders prompts, and knows no adapters
+        return _error(f'this server has no engine, so none for "{KEY}"; leave it out here') if KEY in extra else None
     if KEY not in extra and not choosers.choosers_of(serving.models):
         return None
     if options_of(serving.models.engine_client.vllm_config.additional_config) is None:

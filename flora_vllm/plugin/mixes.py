@@ -21,6 +21,7 @@ from flora_vllm.formats.limits import shown
 from flora_vllm.formats.merge_methods import Method, method_of
 from flora_vllm.plugin.identity import split_identity
 
+MIX = "MIX"  # the family of a sum
 PREFIX, ARROW_PREFIX = "mix:", "arrow:"
 MOST_PARTS = 8
 MOST_ROUTED = 64
@@ -186,6 +187,11 @@ def decoded(path: str) -> Mix | None:
     written = json.loads(path.removeprefix(PREFIX))
     method = _method_in(written.pop()) if isinstance(written[-1], dict) else None
     return Mix(tuple(Part(*part) for part in written), method)
+
+
+def family_of(mix: Mix) -> str:
+    """What its family is called where adapters are listed: merges are LoRAs, or an Arrow."""
+    return MIX if mix.method is None else "ARROW" if isinstance(mix.method, Routing) else "LORA"
 
 
 def _method_in(options: dict[str, Any]) -> Method | Routing:

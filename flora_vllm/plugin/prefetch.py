@@ -39,6 +39,7 @@ class _Load:
     again: bool
     answer: Future | None = None
     is_given: bool = False  # to the workers
+    lacks_room: bool = False  # it is loaded, and waits for room in host memory
     is_cancelled: bool = False
 
 
@@ -52,6 +53,19 @@ class Loading:
         self._held: set[int] = set()
         self._promised: set[int] = set()  # loaded for a waiting request: they stay until it runs
         self._last_poll = 0.0
+        self.lookups = {"hit": 0, "miss": 0}  # of adapters in host memory, by requests that arrived
+
+    def arrive(self, request: Any) -> None:
+        """A request with this adapter has arrived; if workers do not hold it, they will be asked to load it."""
+        self.lookups["hit" if self.is_ready(request) else "miss"] += 1
+
+    def why_waits(self, adapter: int) -> str | None:
+        """For what requests of an adapter wait that is not held: "loading", or "memory"; None of one that is."""
+        if adapter in self._held:
+            return None
+        load = self._load_of(adapter)
+        lacking = any(other.lacks_room for other in self._loads.values()) if load is None else load.lacks_room
+        return "memory" if lacking else "loading"
 
     def add(self, request: Any) -> bool | Future:
         """What `add_lora` answers: at once of an adapter that is held, or later."""
@@ -152,6 +166,7 @@ class Loading:
                 self._promised.add(adapter)
         elif load.answer is None:
             if keep and self._core.scheduler.has_requests():
+                load.lacks_room = True
                 return False  # these end some time
             self._forget(ticket)
             if not keep:
@@ -166,11 +181,11 @@ class Loading:
     def _in_use(self) -> frozenset[int]:
         """Adapters of running requests, and those that were loaded for requests which have not run yet."""
         scheduler = self._core.scheduler
-        running = _adapters_of(scheduler.running)
+        running = adapters_of(scheduler.running)
         if not scheduler.running:
             self._promised.clear()  # there was a step since, and it could not run those requests for other reasons
         elif self._promised:
-            self._promised &= _adapters_of(scheduler.waiting)
+            self._promised &= adapters_of(scheduler.waiting)
         return frozenset(running | self._promised)
 
     def _forget(self, ticket: int) -> None:
@@ -186,7 +201,8 @@ class Loading:
             load.answer.set_exception(as_vllm_says(error))
 
 
-def _adapters_of(requests: Any) -> set[int]:
+def adapters_of(requests: Any) -> set[int]:
+    """The ids of the adapters of these requests of vLLM's."""
     return {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}
 
 
@@ -227,7 +243,7 @@ def install() -> None:
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         arrive(self, request, *args, **kwargs)
         if request.lora_request is not None and (loading := _loading_of(self)) is not None:
-            loading.is_ready(request.lora_request)
+            loading.arrive(request.lora_request)
 
     def is_loading(core: Any) -> bool:
         loading = core.__dict__.get(_LOADING)
@@ -268,6 +284,11 @@ def _pass_over() -> None:
         return original(self, request)
 
     scheduler._handle_blocked_waiting_request = handle_blocked_waiting_request
+
+
+def loading_in(scheduler: Any) -> Loading | None:
+    """Of an engine that loads beside its steps and has been asked to, or has had a request with an adapter."""
+    return scheduler.__dict__.get(_LOADING)
 
 
 def _loading_of(core: Any) -> Loading | None:

@@ -101,6 +101,12 @@ def install() -> None:
     scheduler.schedule, scheduler._handle_blocked_waiting_request = schedule_in_turn, is_ready_in_turn
 
 
+def holds(scheduler: Any, request: Any) -> bool:
+    """Whether a waiting request was passed by in the last step for others that have waited longer."""
+    turns = scheduler.__dict__.get("_flora_turns")
+    return turns is not None and turns.holds(request)
+
+
 def counts(scheduler: Any) -> dict[str, int]:
     """For the report of an engine (loads.py)."""
     turns = scheduler.__dict__.get("_flora_turns")

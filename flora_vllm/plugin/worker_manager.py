@@ -50,8 +50,10 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             base,
             has_encoder=manager.rows.has_encoder,
             adapter_root=manager.options.adapter_root,
+            loads=manager.loads,
         )
         self._memory = MemoryBudget(manager.options.adapter_memory, manager.lora_slots)
+        self._ran: set[int] = set()  # ids of the last step's adapters
         self.beside = LoadsBeside(self, manager.turns, manager.device)
         return model
 
@@ -162,10 +164,14 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         if len({r.lora_int_id for r in lora_requests}) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(lora_requests)} adapters in one step, {self._adapter_manager.lora_slots} slots")
         needed = {request.lora_int_id for request in lora_requests}
-        manager, done = self._adapter_manager, set[int]()
+        manager, done, begin = self._adapter_manager, set[int](), needed - self._ran
+        self._ran = needed
         # Every rank in the same order: those that load may have to ask the base together.
         for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             adapter = manager.get_adapter(request.lora_int_id)
+            if request.lora_int_id in begin and not (adapter is not None and adapter.is_stand_in):
+                manager.loads.look_up("cpu", adapter is not None)
+                manager.loads.look_up("gpu", request.lora_int_id in manager._active_adapters)
             try:
                 self._check_pins(request.lora_int_id)
                 if adapter is None:

@@ -1,0 +1,51 @@
+"""Routes whose requests vLLM turns into others without fields that it does not know: "flora" is refused there.
+
+Otherwise a request for a mix would be answered by the base model.
+"""
+
+import importlib
+import json
+from typing import Any
+
+from flora_vllm.plugin.mix_requests import KEY
+
+# Anthropic's, Cohere's, and the one that takes tokens. Elsewhere unknown fields are kept (mix_requests.py).
+ROUTES = ("/v1/messages", "/cohere/", "/v2/embed", "/inference/")
+
+
+class DroppedField:
+    """ASGI middleware."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or not path.startswith(ROUTES):
+            await self._app(scope, receive, send)
+            return
+        messages = [await receive()]
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        if _names_mix(b"".join(message.get("body", b"") for message in messages)):
+            text = f'{path} takes no "{KEY}"; ask /v1/chat/completions or /v1/completions, or load the mix under a name'
+            error = {"message": text, "type": "BadRequestError", "param": KEY, "code": 400}
+            answer = importlib.import_module("starlette.responses").JSONResponse({"error": error}, status_code=400)
+            await answer(scope, receive, send)
+            return
+
+        async def again() -> Any:
+            return messages.pop(0) if messages else await receive()
+
+        await self._app(scope, again, send)
+
+
+def _names_mix(body: bytes) -> bool:
+    """Whether a JSON object has the key; what is no JSON is vLLM's to refuse."""
+    if KEY.encode() not in body and b"\\u" not in body:
+        return False
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and KEY in found
