@@ -1,6 +1,7 @@
 """vLLM's own scheduler, flooded by one tenant: when the others' requests run."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,18 @@ def test_requests_without_an_adapter_are_one_tenant_or_their_keys(make: Callable
     assert waited_s(run, run.ask(0, key="quiet")) <= ONE_ENDS_S
 
 
+def test_places_that_are_free_at_once_are_shared(make: Callable[..., Run]) -> None:
+    run = make("key")
+    for key in ("first", "second"):
+        for _ in range(20):
+            run.ask(0, key=key)
+    run.step()
+    assert Counter(request.trace_headers["x-flora-share"] for request in run.scheduler.running) == {
+        "first": 4,
+        "second": 4,
+    }
+
+
 def test_among_several_tenants_it_waits_for_one_end_each(make: Callable[..., Run]) -> None:
     run = make("key")
     for tenant in "abcde":
@@ -177,14 +190,14 @@ def test_what_is_passed_by_costs_its_tenant_nothing(make: Callable[..., Run], mo
         lambda self, request: not request.request_id.startswith("9") and ready(self, request),
     )
     run = make("key")
-    blocked = [run.ask(9, key="held") for _ in range(50)]
+    blocked = [run.ask(9, key="held", prompt=40) for _ in range(300)]
     held, other = ([run.ask(0, key=key) for _ in range(100)] for key in ("held", "other"))
     for _ in range(100):
         run.step()
     served = sum(run.done[name] for name in held), sum(run.done[name] for name in other)
     assert min(served) / sum(served) >= 0.4
     assert not any(name in run.started for name in blocked)
-    assert len(run.scheduler.waiting) == 50 + sum(name not in run.started for name in held + other)
+    assert len(run.scheduler.waiting) == 300 + sum(name not in run.started for name in held + other)
 
 
 def test_priorities_alone_count(make: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:

@@ -264,6 +264,7 @@ _ENGINES = (
     Hook("vllm.v1.engine:EngineCoreOutputs.outputs"),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output")),
     Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self",)),
+    Hook("vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch", ("self",)),
     Hook("vllm.v1.worker.gpu_worker:Worker.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.remove_lora", ("self", "lora_id")),
