@@ -120,6 +120,7 @@ _WORKER_SIDE = (
     Hook("vllm.distributed.parallel_state:get_tensor_model_parallel_world_size", ()),
     Hook("vllm.distributed.communication_op:tensor_model_parallel_all_reduce", ("input_",)),
     Hook("vllm.config:ModelConfig.uses_mrope"),
+    Hook("vllm.config:ModelConfig.hf_text_config"),
     Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.language_model"),
     Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
 )
