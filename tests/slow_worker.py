@@ -11,6 +11,7 @@ class SlowReads:
     """Mixed into vLLM's Worker."""
 
     model_runner: Any
+    rank: int
 
     def slow_reads(self, seconds: float) -> None:
         """From now on each reading of an adapter's files takes so much longer."""
@@ -23,6 +24,16 @@ class SlowReads:
             return read(*args)
 
         loader.collect_files = read_slowly
+
+    def fail_reads(self, ranks: list[int]) -> None:
+        """From now on these ranks, and no others, run out of memory when they read an adapter's files."""
+        loader: Any = importlib.import_module("flora_vllm.plugin.loader")
+        read = self.__dict__.setdefault("_read", loader.collect_files)
+
+        def fail(*_: Any) -> Any:
+            raise MemoryError("of a test")
+
+        loader.collect_files = fail if self.rank in ranks else read
 
     def readers(self) -> list[str]:
         """Names of the threads that have read since this was asked last."""

@@ -1,5 +1,6 @@
 """What comes of a load beside the steps, on each rank."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,41 @@ def test_what_another_rank_could_not_load_is_let_in_nowhere(monkeypatch: pytest.
     assert worker.held == ["a"]
 
 
+def test_whatever_one_rank_meets_the_others_do_not_wait(monkeypatch: pytest.MonkeyPatch):
+    """Two ranks as two threads; who asks for the other's word and gets none fails after two seconds."""
+    from flora_vllm.plugin import probe
+
+    meeting, words = threading.Barrier(2, timeout=2), dict[int, bool]()
+
+    def all_agree(fine: bool, _device: Any) -> bool:
+        words[threading.get_ident()] = fine
+        meeting.wait()
+        agreed = all(words.values())
+        meeting.wait()
+        return agreed
+
+    def run(rank: int, fault: Exception | None) -> Any:
+        def make() -> int:
+            if rank == 0 and fault is not None:
+                raise fault
+            return rank
+
+        try:
+            return probe.together("'a'", torch.device("cpu"), make)
+        except Exception as error:
+            return error
+
+    monkeypatch.setattr(probe, "all_agree", all_agree)
+    with ThreadPoolExecutor(2) as ranks:
+        assert [*ranks.map(run, (0, 1), (None, None))] == [0, 1]
+        for fault in (AdapterError("no"), MemoryError(), OSError("disk"), NotBesideStepsError()):
+            words.clear()
+            found = [*ranks.map(run, (0, 1), (fault, fault))]
+            assert found[0] is fault
+            assert isinstance(found[1], AdapterError)
+            assert "another rank" in str(found[1])
+
+
 def test_what_has_to_be_loaded_between_steps_is_loaded_beside_nothing(monkeypatch: pytest.MonkeyPatch):
     worker = Worker()
     worker.results = [NotBesideStepsError(), lambda worker: "a" if worker.turns.between_steps().locked() else "raced"]
@@ -83,4 +119,5 @@ def test_what_has_to_be_loaded_between_steps_is_loaded_beside_nothing(monkeypatc
     assert _finish(worker, monkeypatch, waits=True)[0].is_held
     worker.results = [NotBesideStepsError(), AdapterError("no")]
     found, said = _finish(worker, monkeypatch)
-    assert (str(found.error), said) == ("no", [False])
+    # It is fine so far; it needs the base; it could not be had.
+    assert (str(found.error), said) == ("no", [True, False, False])

@@ -142,7 +142,11 @@ def test_the_plugins_options_reach_every_engine():
     config = parse(ClusterConfig, {"models": [data]})
     made = _llm_config(config, config.models[0])
     assert made.engine_kwargs["additional_config"] == {"flora": asdict(FloraOptions(max_rank=32, path="stacked"))}
-    for bad, words in (({"max_rank": 3}, "unknown keys max_rank"), ({"path": "fast"}, "--flora-path")):
+    for bad, words in (
+        ({"max_rank": 3}, "unknown keys max_rank"),
+        ({"path": "fast"}, "--flora-path"),
+        ({"adapter_shares": "key"}, "use prefix"),
+    ):
         with pytest.raises(ConfigError, match=words):
             parse(ClusterConfig, {"models": [{**data, "flora": bad}]})
 

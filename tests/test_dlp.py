@@ -1,11 +1,13 @@
 """DLP-LoRA folders: what the classifier keeps is the authors' code's, what is served is their equation in float64."""
 
+import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -23,7 +25,18 @@ from flora_vllm.ops.dispatch import DispatchRule
 from flora_vllm.ops.shell import Shell
 from flora_vllm.ops.terms import group_by_slot
 from flora_vllm.ops.torch_linear import TorchLinear
-from flora_vllm.plugin.choosers import key_of, mix_of_choice, named, prompt_of, trials, weights_of
+from flora_vllm.plugin.choosers import (
+    MOST_CHOOSERS,
+    check_room,
+    choice_of,
+    choosers_of,
+    key_of,
+    mix_of_choice,
+    named,
+    prompt_of,
+    trials,
+    weights_of,
+)
 from flora_vllm.terms import Cut, fold
 
 torch.set_num_threads(1)
@@ -239,6 +252,51 @@ def test_the_text_to_choose_by() -> None:
     for given in ({"prompt": [1, 2]}, {"prompt": ["x", "y"]}, {"prompt": [[1]]}, {"messages": [other]}, {}):
         with pytest.raises(AdapterError, match="give one prompt as text"):
             prompt_of(SimpleNamespace(**given))
+
+
+def test_what_a_tokenizer_cannot_read_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A word that is not in its vocabulary, nor is one for such; and text that is none."""
+    copy(folder, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "[NONE]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    chooser = read_chooser(tmp_path)
+    assert chooser.choose("w1 w2")
+    for prompt in ("w1 unknown", "w1 \ud800"):
+        with pytest.raises(AdapterError, match="makes no tokens of the prompt"):
+            chooser.choose(prompt)
+
+
+def test_a_server_keeps_so_many_choosers(folder: Path) -> None:
+    models: Any = SimpleNamespace()
+    for number in range(MOST_CHOOSERS):
+        check_room(models, f"tasks{number}")
+        choosers_of(models)[f"tasks{number}@{number:016x}"] = read_chooser(folder)
+    check_room(models, "tasks0")  # the one that it replaces goes
+    with pytest.raises(AdapterError, match=f"at most {MOST_CHOOSERS}; unload one"):
+        check_room(models, "one-more")
+
+
+def test_prompts_wait_for_each_other_and_hold_up_nothing_else() -> None:
+    """However many are read at once, two threads do it, and none of those that loads use."""
+    seen, ends = set[str](), threading.Event()
+
+    class Slow:
+        def choose(self, _prompt: str) -> list[Any]:
+            seen.add(threading.current_thread().name)
+            ends.wait(10)
+            return []
+
+    async def ask() -> None:
+        asked = [asyncio.ensure_future(choice_of(cast("Chooser", Slow()), "p")) for _ in range(64)]
+        await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "a load"), 5) == "a load"
+        ends.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(ask())
+    assert {name.rpartition("_")[0] for name in seen} == {"flora-choosers"}
+    assert len(seen) == 2
 
 
 def test_a_prompt_without_tokens_is_refused(folder: Path) -> None:

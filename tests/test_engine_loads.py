@@ -250,6 +250,26 @@ def test_a_copy_that_is_gone_fails_its_requests_alone(served, adapters, alone, t
     served(test)
 
 
+def test_no_memory_to_bring_an_adapter_back_fails_its_requests_alone(served, adapters, alone):
+    async def test(engine: Running) -> None:
+        names = ("ia3", "flora-1", "lora", "flora-8")
+        requests = {name: engine.request(f"short-{name}", adapters[name]) for name in names}
+        for request in requests.values():  # one more than there are places
+            await engine.engine.add_lora(request)
+        await engine.engine.collective_rpc("fail_reads", args=([0],))
+        try:
+            asked = (engine.ask(requests["ia3"]), engine.ask(), engine.ask(requests["flora-8"]))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        finally:
+            await engine.engine.collective_rpc("fail_reads", args=([],))
+        assert isinstance(_cause(answers[0]), StepError)
+        assert same(answers[1], alone[None])
+        assert same(answers[2], alone["flora-8"])
+        assert same(await engine.ask(requests["ia3"]), alone["ia3"])
+
+    served(test)
+
+
 @pytest.mark.slow
 def test_two_ranks_load_beside_their_steps(tiny_model, adapters):
     async def test() -> None:
@@ -262,6 +282,14 @@ def test_two_ranks_load_beside_their_steps(tiny_model, adapters):
             assert same(answer, alone["lora"])
             assert await engine.readers() == {BESIDE}
             await engine.slow(0)
+            # One rank has no memory for it: none waits for the other.
+            for rank in (0, 1):
+                short = engine.request(f"short-{rank}", adapters["lora"])
+                await engine.engine.collective_rpc("fail_reads", args=([rank],))
+                with pytest.raises(Exception, match=r"another rank of this engine|of a test"):
+                    await asyncio.wait_for(engine.engine.add_lora(short), 60)
+                await engine.engine.collective_rpc("fail_reads", args=([],))
+                assert same(await engine.ask(short), alone["lora"])
             # DoRA asks the base, of which each rank has a part: between steps.
             names = [*NAMES, "dora", None, "lora", "flora-8"]
             requests = {name: None if name is None else engine.request(f"two-{name}", adapters[name]) for name in names}

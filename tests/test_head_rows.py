@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flora_vllm.errors import StepError
+from flora_vllm.step import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn
 
@@ -70,3 +71,21 @@ def test_a_step_that_never_samples_through_the_layer_is_a_fault() -> None:
         rows.step.verify()
     for sampled in ((0, 0, 8), ()):
         rows_with(sampled).step.verify()
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_head_that_is_normalised_when_it_is_read_is_refused(normalised: bool) -> None:
+    """Bailing: merged weights would be normalised with the adapter's change in them."""
+    from types import SimpleNamespace
+
+    from flora_vllm.plugin import head
+
+    layer = SimpleNamespace(num_embeddings_per_partition=8, num_added_embeddings=0, tp_size=1, org_vocab_size=8)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(norm_head=normalised)),
+        use_v2_model_runner=False,
+        speculative_config=None,
+        parallel_config=SimpleNamespace(),
+    )
+    reason = head._refusal("lm_head", layer, object(), lambda _: Step(may_pad=False), lambda _: True, config)
+    assert (reason is not None and "norm_head" in reason) == normalised

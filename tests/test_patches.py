@@ -25,8 +25,8 @@ LORA_OPS = "vllm/lora/ops/torch_ops/lora_ops.py"
 FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
-# layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot, a request's span,
-# its tokens by adapter, loads that hold up no step, encoder runs of one adapter each.
+# layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot and of tenants, a
+# request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each.
 WITHOUT_DIFF = {
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
@@ -36,6 +36,7 @@ WITHOUT_DIFF = {
     "vllm.entrypoints.serve.exception_handling.handlers.http:sanitize_message",
     "vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message",
     "vllm.entrypoints.serve.lora.api_router:attach_router",
+    "vllm.v1.core.sched.scheduler:Scheduler.__init__",
     "vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request",
     "vllm.v1.core.sched.scheduler:Scheduler.schedule",
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
@@ -46,6 +47,7 @@ WITHOUT_DIFF = {
     "vllm.v1.engine.core:EngineCoreProc.remove_lora",
     "vllm.v1.executor.abstract:Executor.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
+    "vllm.v1.engine.input_processor:InputProcessor.assign_request_id",
     "vllm.v1.engine.llm_engine:LLMEngine.sleep",
     "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_finished",
     "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_output",

@@ -4,11 +4,16 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 from engine_support import LOGPROB_TOLERANCE, Answer, Ask
 from server_support import BASE, Client, World, make_ask, make_world, regret, serving, under_load
+
+from flora_vllm.formats import content_digest
+from flora_vllm.plugin.identity import identity
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -111,3 +116,37 @@ def test_one_content_under_two_names(client: Client, world: World) -> None:
     assert client.unload("x")[0] == 200
     assert oracle.error(world.states["flora2"], ask, client.ask("y", ask.prompt)) < LOGPROB_TOLERANCE
     client.unload("y")
+
+
+def test_nobody_passes_for_another_by_an_identity(client: Client, world: World) -> None:
+    """What the engine calls `own` is nobody's name; and as a name it is another adapter's, which changes nothing."""
+    ask, oracle = make_ask(6), world.oracle()
+    assert client.load("own", world.adapters["flora1"])[0] == 200
+    inner = identity("own", content_digest(world.adapters["flora1"]))
+    with pytest.raises(openai.NotFoundError):
+        client.ask(inner, ask.prompt)
+    assert client.unload(inner)[0] == 404
+    assert client.load(inner, world.adapters["hira"])[0] == 200
+    for name, wanted in (("own", "flora1"), (inner, "hira")):
+        assert oracle.error(world.states[wanted], ask, client.ask(name, ask.prompt)) < LOGPROB_TOLERANCE
+        assert name in client.names()
+    assert client.unload(inner)[0] == 200
+    assert oracle.error(world.states["flora1"], ask, client.ask("own", ask.prompt)) < LOGPROB_TOLERANCE
+    assert client.unload("own")[0] == 200
+
+
+def test_fifty_loads_at_once(client: Client, world: World) -> None:
+    """Into two places in memory, beside traffic; then all of them go at once, one while it answers."""
+    ask, oracle = make_ask(7), world.oracle()
+    contents = {f"many{i}": ("flora1", "flora2", "lora", "ia3", "hira")[i % 5] for i in range(50)}
+    with under_load(client, world, [BASE]), ThreadPoolExecutor(50) as pool:
+        loads = pool.map(lambda one: client.load(one[0], world.adapters[one[1]])[0], contents.items())
+        assert [*loads] == [200] * 50
+        assert client.names() >= {*contents}
+        for name in list(contents)[:6]:
+            answer = client.ask(name, ask.prompt)
+            assert oracle.error(world.states[contents[name]], ask, answer) < LOGPROB_TOLERANCE
+        running = Running(client, "many3", ask)
+        assert [*pool.map(lambda name: client.unload(name)[0], contents)] == [200] * 50
+        assert regret(oracle, world.states["ia3"], ask, running.answer()) < 1e-3
+    assert client.names() == {BASE}

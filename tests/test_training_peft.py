@@ -290,6 +290,8 @@ def test_adapters_of_a_half_precision_base_are_kept_in_float32():
         ({"init_weights": "gaussian"}, "init_weights"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern"),
+        ({"alora_invocation_tokens": [5], "modules_to_save": ["lm_head"]}, r"\['lm_head'\].*train without one of both"),
+        ({"alora_invocation_tokens": [5], "task_type": "SEQ_CLS"}, "'score'.*train without one of both"),
     ],
 )
 def test_config_names_what_is_wrong(fields, words):

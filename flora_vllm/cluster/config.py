@@ -132,7 +132,10 @@ class ModelConfig:
         }
         faults += [f"engine: {key} is set from other keys of this file" for key in sorted(reserved & set(self.engine))]
         try:
-            _ = self.flora_options
+            if self.flora_options.adapter_shares == "key":
+                faults.append(
+                    "flora: adapter_shares: key needs the requests' keys, which replicas never see; use prefix"
+                )
         except ConfigError as error:
             faults.append(str(error))
         if faults:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flora_vllm.errors import AdapterError
+from flora_vllm.errors import AdapterError, bounded
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, parse_records, tensor_view
 
@@ -70,10 +70,19 @@ class Classifier:
     @torch.inference_mode()
     def logits(self, prompt: str) -> torch.Tensor:
         """(classes,) float32. Raises AdapterError for a prompt without tokens."""
-        tokens = self._tokenizer.encode(prompt).ids[-self._max_tokens :]
+        tokens = self._tokens(prompt)[-self._max_tokens :]
         if not tokens:
             raise AdapterError("the prompt has no text to choose adapters by")
         return self._network(torch.tensor([tokens]))
+
+    def _tokens(self, prompt: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(prompt).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library's panics are no Exceptions
+            reason = f"{type(error).__name__}: {error}"
+            raise AdapterError(f"its tokenizer.json makes no tokens of the prompt ({bounded(reason, 512)})") from error
 
 
 def _network(config: Mapping[str, Any], classes: int) -> _Network:

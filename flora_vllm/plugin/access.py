@@ -50,6 +50,8 @@ class Tenant:
 OPERATOR = Tenant("operator")
 NOBODY = Tenant("nobody", adapters=(), may_load=False)
 CURRENT: ContextVar[Tenant] = ContextVar("flora_tenant", default=OPERATOR)
+# Whose share of the engine the present request takes (shares.py); "" if nobody's key asked for it.
+SHARE: ContextVar[str] = ContextVar("flora_share", default="")
 
 
 def root_of_request(adapter_root: str | None) -> str | None:
@@ -71,13 +73,24 @@ class Keys:
         """Whose request this is by its Authorization header; None if the key is missing or unknown."""
         if not self.tenants:
             return OPERATOR
-        scheme, _, key = (authorization or "").partition(" ")
-        given = hashlib.sha256(key.encode("latin-1")).digest()
+        scheme, given = _given(authorization)
         found = None
         for known, tenant in self.tenants.items():
             if secrets.compare_digest(given, known):  # all of them, in the same time
                 found = tenant
         return found if scheme.lower() == "bearer" else None
+
+    def share(self, holder: Tenant | None, authorization: str | None) -> str:
+        """By whom the engine is shared: tenants, and the operator's keys, each for itself."""
+        if holder is None or not self.tenants:
+            return ""
+        return f"key {_given(authorization)[1].hex()[:16]}" if holder is OPERATOR else f"tenant {holder.name}"
+
+
+def _given(authorization: str | None) -> tuple[str, bytes]:
+    """The scheme and the SHA-256 of the key of an Authorization header."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return scheme, hashlib.sha256(key.encode("latin-1")).digest()
 
 
 class AccessRules:

@@ -6,6 +6,7 @@ ranks is loaded between steps (`NotBesideStepsError`). When to load what is the 
 """
 
 import ctypes
+import functools
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +14,9 @@ from typing import Any
 
 import torch
 
-from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.errors import AdapterError
 from flora_vllm.pacing import NotBesideStepsError, Turns, leave_bound_core, pace_while
 from flora_vllm.plugin import probe
-from flora_vllm.plugin.loader import ANOTHER_RANK
 from flora_vllm.plugin.loads import Finished
 
 logger = logging.getLogger(__name__)
@@ -77,22 +77,25 @@ class LoadsBeside:
 
         A rank that let it in alone would evict what others keep, and load that in a step, where nobody answers it.
         """
-        given, adapter, fault = self._given[ticket], None, None
-        try:
-            adapter = given.call.result(timeout=0)
-        except NotBesideStepsError:
+        given, name = self._given[ticket], repr(self._given[ticket].request.lora_name)
+        needs_base = False
+
+        def from_thread() -> Any:
+            nonlocal needs_base
             try:
-                with self._turns.between_steps():  # nor beside the thread, which may be at the next one
-                    adapter = self._worker.load(given.request, given.again)
-                call = Future()
-                call.set_result(adapter)
-                self._given[ticket] = Given(given.request, given.again, call)  # once, however long it waits for room
-            except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer
-                fault = error
-        except Exception as error:  # noqa: BLE001 - they wait for this one, too
-            fault = error
-        if not probe.all_agree(fault is None, self._device):
-            raise fault or adapter_error(repr(given.request.lora_name), [ANOTHER_RANK])
+                return given.call.result(timeout=0)
+            except NotBesideStepsError:
+                needs_base = True
+
+        adapter = probe.together(name, self._device, from_thread)
+        if probe.all_agree(not needs_base, self._device):
+            return adapter
+        with self._turns.between_steps():  # nor beside the thread, which may be at the next one
+            load = functools.partial(self._worker.load, given.request, given.again)
+            adapter = probe.together(name, self._device, load)
+        call = Future()
+        call.set_result(adapter)
+        self._given[ticket] = Given(given.request, given.again, call)  # once, however long it waits for room
         return adapter
 
     def forget(self, ticket: int) -> None:

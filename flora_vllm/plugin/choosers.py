@@ -4,7 +4,10 @@
 never hears of the folder, only of the mixes: what is in the table of adapters under its name is no adapter.
 """
 
+import asyncio
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,11 @@ from flora_vllm.formats.dlp import Choice, Chooser
 from flora_vllm.plugin.access import CHOICE
 from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.mixes import CHOOSER_PREFIX, PREFIX, Mix, Part, text_of
+
+# Each keeps its classifier in every server process.
+MOST_CHOOSERS = 16
+# Prompts that are read at a time: others wait here, and not before what loads adapters.
+_THREADS = 2
 
 
 def is_chooser(path: str) -> bool:
@@ -30,6 +38,27 @@ class Named:
 def choosers_of(models: Any) -> dict[str, Chooser]:
     """Identity -> chooser, of all that are loaded."""
     return models.__dict__.setdefault("_flora_choosers", {})
+
+
+def check_room(models: Any, name: str) -> None:
+    """Whether one more can be loaded, as `name`. Raises AdapterError."""
+    others = [known for known in choosers_of(models) if plain_name(known) != name]
+    if len(others) >= MOST_CHOOSERS:
+        raise AdapterError(
+            f"{name!r}: {len(others)} folders with a classifier are loaded, a server keeps at most {MOST_CHOOSERS}; "
+            "unload one"
+        )
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, "flora-choosers")
+
+
+async def choice_of(chooser: Chooser, prompt: str) -> Mix:
+    """What the classifier chooses for this prompt. Raises AdapterError."""
+    found = await asyncio.get_running_loop().run_in_executor(_threads(), chooser.choose, prompt)
+    return mix_of_choice(found)
 
 
 def named(models: Any, model: str | None) -> Named | None:

@@ -271,6 +271,7 @@ async def _identify(
         request.lora_path, digest, family = mixes.encoded(mix), mixes.digest_of_mix(mix), mixes.family_of(mix)
     elif choosers.is_chooser(path):
         folder = await asyncio.to_thread(_resolve, path.removeprefix(mixes.CHOOSER_PREFIX), root)
+        choosers.check_room(self, name)
         chooser = await asyncio.to_thread(read_chooser, folder, root)
         for choice in chooser.choices:
             await asyncio.to_thread(check_digest, allowed, f"{name}: {choice.name}", choice.digest)
@@ -285,6 +286,7 @@ async def _identify(
     is_shared = servers == 1
     known = identity(name, digest if is_shared else hashlib.sha256(f"{digest} {rank}".encode()).hexdigest())
     if chooser is not None:
+        choosers.check_room(self, name)  # others were read meanwhile
         choosers.choosers_of(self)[known] = chooser
     ids = self.__dict__.setdefault("_flora_ids", {})
     if known not in ids:

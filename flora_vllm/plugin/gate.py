@@ -11,8 +11,9 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from flora_vllm.errors import ConfigError
 from flora_vllm.plugin import listing
-from flora_vllm.plugin.access import CURRENT, NOBODY, AccessRules
+from flora_vllm.plugin.access import CURRENT, NOBODY, SHARE, AccessRules
 from flora_vllm.plugin.dropped import DroppedField
 from flora_vllm.plugin.flags import options_from
 from flora_vllm.plugin.told import ToldHeaders
@@ -45,6 +46,10 @@ def install() -> None:
             return
         keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         rules = AccessRules(keys, options.adapter_acl, has_root=options.adapter_root is not None)
+        if options.adapter_shares == "key" and not rules.keys().tenants:
+            raise ConfigError(
+                "adapter_shares (--adapter-shares) key: there are no keys; give --api-key or --adapter-acl"
+            )
         if rules.has_tenants:
             # It knows the operator's keys only and would turn tenants away; the gate asks for a key wherever it does.
             app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
@@ -67,14 +72,16 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        holder = self._rules.keys().holder(_authorization(scope))
+        keys, given = self._rules.keys(), _authorization(scope)
+        holder = keys.holder(given)
         if holder is None and self._needs_key(scope):
             return await _refuse(scope, receive, send)
-        token = CURRENT.set(holder or NOBODY)
+        tokens = CURRENT.set(holder or NOBODY), SHARE.set(keys.share(holder, given))
         try:
             return await self._app(scope, receive, send)
         finally:
-            CURRENT.reset(token)
+            CURRENT.reset(tokens[0])
+            SHARE.reset(tokens[1])
 
     def _needs_key(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

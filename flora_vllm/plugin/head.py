@@ -144,6 +144,8 @@ def _refusal(
         return UNKNOWN_ROWS
     if not only(name):
         return LEFT_OUT
+    if getattr(config.model_config.hf_text_config, "norm_head", False):  # Bailing: columns of length one
+        return "this model's norm_head normalises its weight when it is read, and would an adapter's change with it"
     if config.use_v2_model_runner and config.speculative_config is not None:
         return "with speculative decoding this model runner does not say whose the rows of its output layer are"
     if getattr(config.parallel_config, "enable_batch_sharded_sampling", False):

@@ -127,6 +127,7 @@ _WORKER_SIDE = (
     Hook("vllm.distributed.parallel_state:get_tensor_model_parallel_world_size", ()),
     Hook("vllm.distributed.communication_op:tensor_model_parallel_all_reduce", ("input_",)),
     Hook("vllm.config:ModelConfig.uses_mrope"),
+    Hook("vllm.config:ModelConfig.hf_text_config"),
     Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.language_model"),
     Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
 )
@@ -262,6 +263,7 @@ _ENGINES = (
     Hook("vllm.v1.engine:EngineCoreOutputs.outputs"),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output")),
     Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self",)),
+    Hook("vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch", ("self",)),
     Hook("vllm.v1.worker.gpu_worker:Worker.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.remove_lora", ("self", "lora_id")),

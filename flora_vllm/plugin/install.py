@@ -20,6 +20,7 @@ from flora_vllm.plugin import (
     prefetch,
     published,
     refusals,
+    shares,
     step_faults,
     traces,
     traffic,
@@ -47,6 +48,7 @@ def install_all() -> None:
     _once("published names", published.name_metrics)
     _once("traces", traces.install)
     _once("traffic", traffic.install)
+    _once("marked requests", shares.install_request_side)
     _once("failed requests", step_faults.install_request_side)
     install_worker_side()
 
@@ -64,6 +66,7 @@ def install_worker_side() -> None:
     _once("refusals", refusals.answer_with_refusals)
     _once("reports", loads.offer_report)
     _once("turns", turns.install)
+    _once("shares", shares.install)
     _once("block keys", activation.key_blocks_by_first_token)
     _once("loads beside steps", prefetch.install)
     if device_type() == "cpu":

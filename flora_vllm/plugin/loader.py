@@ -30,7 +30,7 @@ from flora_vllm.formats.files import collect_files, digest_of
 from flora_vllm.formats.lora_merges import LoraPart, merged_lora
 from flora_vllm.formats.lora_writer import lora_files
 from flora_vllm.formats.ranks import Limits
-from flora_vllm.formats.reader import Examination, examine_files, warn_of
+from flora_vllm.formats.reader import examine_files, warn_of
 from flora_vllm.formats.tasks import digest_of_task, split_task
 from flora_vllm.mixing import mix_faults, mixed
 from flora_vllm.ops.terms import LayerTerms
@@ -43,14 +43,13 @@ from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.mixes import MIX, Mix, Part, decoded
 from flora_vllm.plugin.module_names import renamer
 from flora_vllm.plugin.planned import Plans
-from flora_vllm.plugin.probe import EngineBase, all_agree, stages_agree
+from flora_vllm.plugin.probe import ANOTHER_RANK, EngineBase, stages_agree, together
 from flora_vllm.plugin.saved import with_saved
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, kind_of, resolve
 
 logger = logging.getLogger(__name__)
 
-ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
 
@@ -123,7 +122,7 @@ class AdapterLoader:
             if mix is not None and not has_copy:
                 return self._read_merge(name, mix)
             directory, task = (path, None) if mix is not None else split_task(path)
-            place, expected = (copy, None) if has_copy else (_local(directory), digest)
+            place, expected = (copy, None) if has_copy else (directory, digest)
             return self._read(name, place, expected, path, task)
 
         if has_copy and again:
@@ -131,7 +130,7 @@ class AdapterLoader:
         try:
             (files, adapter), error = read(), None
             check(adapter)
-        except AdapterError as failure:
+        except Exception as failure:  # noqa: BLE001 - raised below; the other stages wait for this one's word
             files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
         # What was only evicted here other pipeline stages may have, and they would not be asked.
         is_asked = not again and (not has_copy or adapter_id in self._retired)
@@ -153,29 +152,35 @@ class AdapterLoader:
             self._names.pop(oldest, None)
             shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
-    def _read(self, name: str, path: Path, digest: str | None, shown: str, task: str | None):
+    def _read(self, name: str, place: Path | str, digest: str | None, shown: str, task: str | None):
         where = f"{name!r} ({shown})"
-        files, faults = self._collected(path, digest, task)
-        with self._phase("cut"):
-            planned = None if faults else self._plans.load(files, task)
-        if planned is None:
-            return files, self._cut_together(where, files, self._examined(where, files, faults, task), task)
-        known, layers = planned
-        for _ in ("examined", "cut"):  # ranks that have no plan ask twice
-            if not all_agree(True, self._device):
-                raise adapter_error(where, [ANOTHER_RANK])
-        warn_of(known.family, where)
-        return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
 
-    def _collected(self, path: Path, digest: str | None, task: str | None) -> tuple[dict[str, bytearray], list[str]]:
+        def examined() -> tuple[dict[str, bytearray], CutAdapter | Adapter]:
+            files, faults = self._collected(place, digest, task)
+            with self._phase("cut"):
+                planned = None if faults else self._plans.load(files, task)
+            if planned is None:
+                return files, self._examined(where, files, faults, task)
+            known, layers = planned
+            return files, CutAdapter(known.family, known.rank, layers, known.invocation_tokens)
+
+        files, found = together(where, self._device, examined)
+        warn_of(found.family, where)
+        return files, together(where, self._device, lambda: self._cut_once(where, files, found, task))
+
+    def _collected(
+        self, place: Path | str, digest: str | None, task: str | None
+    ) -> tuple[dict[str, bytearray], list[str]]:
+        """`place`: a copy of ours, or what a request names, maybe on the hub."""
         with self._phase("read"):
+            path = place if isinstance(place, Path) else _local(place)
             files, faults = collect_files(path, self._root_of(path))
             if faults or digest is None or digest_of_task(digest_of(dict(files)), task).startswith(digest):
                 return files, [*faults]
             return files, ["the directory changed after the server read it; load it again"]
 
     def _examined(self, where: str, files: Mapping[str, bytearray], faults: Sequence[str], task: str | None) -> Adapter:
-        """The adapter in the files; ranks refuse one together."""
+        """The adapter in the files."""
         with self._phase("check"):
             found = examine_files(files, self._layout, self._limits, task)
         faults = [*faults, *found.faults]
@@ -185,47 +190,47 @@ class AdapterLoader:
             faults += more
         if self._has_encoder and adapter is not None and adapter.invocation_tokens is not None:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
-        # Ranks ask the base together, and keep an adapter together or not at all.
-        if not all_agree(not faults, self._device) or adapter is None:
-            raise adapter_error(where, faults or [ANOTHER_RANK])
-        warn_of(adapter.family, where)
+        if faults or adapter is None:
+            raise adapter_error(where, faults)
         return adapter
 
-    def _cut_together(
-        self, where: str, files: Mapping[str, bytearray], adapter: Adapter, task: str | None
+    def _cut_once(
+        self, where: str, files: Mapping[str, bytearray], found: CutAdapter | Adapter, task: str | None
     ) -> CutAdapter:
-        layers, error = CompactLayers({}), None
-        try:
-            with self._phase("cut"):
-                layers, arenas = self._cut(where, adapter)
-                self._plans.learn(files, task, adapter, arenas, layers)
-        except AdapterError as failure:
-            error = failure
-        if not all_agree(error is None, self._device):
-            raise error or adapter_error(where, [ANOTHER_RANK])
-        return CutAdapter(adapter.family, adapter.rank, layers, adapter.invocation_tokens)
+        if isinstance(found, CutAdapter):
+            return found
+        with self._phase("cut"):
+            layers, arenas = self._cut(where, found)
+            self._plans.learn(files, task, found, arenas, layers)
+        return CutAdapter(found.family, found.rank, layers, found.invocation_tokens)
 
     def _read_merge(self, name: str, mix: Mix) -> tuple[dict[str, bytearray], CutAdapter]:
         """The adapter that the parts become, as `flora-vllm merge` would write it: files of its own, read like any."""
-        assert mix.method is not None, "the sum of parts is no merge"
-        parts = []
-        for part in mix.parts:
-            plain, digest = split_identity(part.name)
-            directory, task = split_task(part.path)
-            files, faults = self._collected(_local(directory), digest, task)
-            adapter = self._examined(f"{plain!r} ({part.path})", files, faults, task)
-            parts.append(LoraPart(part.weight, repr(plain), files, adapter))
-        try:
-            if isinstance(mix.method, Routing):
-                merged = arrow_files(parts, (), mix.method)
+        method = mix.method
+        assert method is not None, "the sum of parts is no merge"
+        parts = [together(repr(name), self._device, functools.partial(self._part, part)) for part in mix.parts]
+
+        def merge() -> tuple[dict[str, bytearray], Adapter]:
+            if isinstance(method, Routing):
+                merged = arrow_files(parts, (), method)
             else:
-                merged = lora_files(merged_lora(parts, mix.method), parts[0].adapter.base_model)
-            found, error = examine_files(merged, self._layout, self._limits), None
-        except AdapterError as failure:
-            merged, found, error = {}, Examination(None, ()), failure
-        if not all_agree(found.adapter is not None, self._device) or found.adapter is None:
-            raise error or adapter_error(repr(name), found.faults or [ANOTHER_RANK])
-        return merged, self._cut_together(repr(name), merged, found.adapter, None)
+                merged = lora_files(merged_lora(parts, method), parts[0].adapter.base_model)
+            found = examine_files(merged, self._layout, self._limits)
+            if found.adapter is None:
+                raise adapter_error(repr(name), found.faults)
+            return merged, found.adapter
+
+        merged, adapter = together(repr(name), self._device, merge)
+        return merged, together(repr(name), self._device, lambda: self._cut_once(repr(name), merged, adapter, None))
+
+    def _part(self, part: Part) -> LoraPart:
+        plain, digest = split_identity(part.name)
+        directory, task = split_task(part.path)
+        files, faults = self._collected(directory, digest, task)
+        where = f"{plain!r} ({part.path})"
+        adapter = self._examined(where, files, faults, task)
+        warn_of(adapter.family, where)
+        return LoraPart(part.weight, repr(plain), files, adapter)
 
     def _read_mix(self, name: str, parts: Sequence[Part], copy: Path | None) -> tuple[dict[str, bytearray], CutAdapter]:
         """Every part's files, by part, and the mix as one adapter; from the mix's own `copy` if it has one."""
@@ -234,17 +239,11 @@ class AdapterLoader:
         for number, part in enumerate(parts):
             plain, digest = split_identity(part.name)
             directory, task = split_task(part.path)
-            place, digest = (_local(directory), digest) if copy is None else (copy / str(number), None)
+            place, digest = (directory, digest) if copy is None else (copy / str(number), None)
             part_files, adapter = self._read(plain, place, digest, part.path, task)
             files |= {f"{number}/{file}": content for file, content in part_files.items()}
             cut.append(adapter)
-        try:
-            adapter, error = self._mix(name, parts, cut), None
-        except AdapterError as failure:
-            adapter, error = cut[0], failure
-        if not all_agree(error is None, self._device):
-            raise error or adapter_error(repr(name), [ANOTHER_RANK])
-        return files, adapter
+        return files, together(repr(name), self._device, lambda: self._mix(name, parts, cut))
 
     def _mix(self, name: str, parts: Sequence[Part], cut: Sequence[CutAdapter]) -> CutAdapter:
         faults = []

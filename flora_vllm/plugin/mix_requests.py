@@ -5,7 +5,6 @@ names it; so everything behind sees an adapter like any other. So is the mix tha
 answer has the chooser's name. The least recently asked for is unloaded. HEADER of the answer has the weights.
 """
 
-import asyncio
 import functools
 import importlib
 import json
@@ -120,7 +119,7 @@ async def choose(serving: Any, request: Any) -> Any:
 async def _choose_by_prompt(models: Any, named: choosers.Named, request: Any) -> Any:
     try:
         prompt = choosers.prompt_of(request)
-        mix = choosers.mix_of_choice(await asyncio.to_thread(named.chooser.choose, prompt))
+        mix = await choosers.choice_of(named.chooser, prompt)
     except AdapterError as error:
         return _error(f"{named.name!r}: {error}")
     weights, key = choosers.weights_of(mix), choosers.key_of(named.name, mix)

@@ -64,6 +64,12 @@ def text_of(weights: Mapping[str, float]) -> str:
     return PREFIX + "+".join(f"{name}*{weight!r}" for name, weight in weights.items())
 
 
+def first_part(name: str) -> str:
+    """Of the name of a mix that was given none, the first adapter in it; any other name as it is."""
+    match = _PART.fullmatch(name.removeprefix(PREFIX).split("+")[0]) if name.startswith(PREFIX) else None
+    return name if match is None else match["name"]
+
+
 def asked_in(text: str) -> Asked:
     """Of `mix:a*0.7+b*0.3`, `mix:{"a": 0.7, "b": 0.3}` or `mix:{"mix": {...}, "method": ...}`, and of `arrow:a+b` or
     `arrow:{"adapters": [...], "top_k": ...}`. Raises AdapterError."""

@@ -83,6 +83,14 @@ class FloraOptions:
         "one of those gets no further requests until its slot is free. Not with --scheduling-policy priority.",
         metavar="SECONDS",
     )
+    adapter_shares: str = option(
+        "none",
+        "--adapter-shares",
+        one_of(("none", "prefix", "key")),
+        "Fair shares of the engine: the next waiting request is of the tenant that fewest tokens were computed for. "
+        "Tenants are told by the part of an adapter's name before the first / (prefix), or by the API key, with "
+        "--adapter-acl its tenants (key). Not with --scheduling-policy priority.",
+    )
     adapter_names: str = option(
         names.DEFAULT,
         "--flora-adapter-names",

@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_world_size, get_tp_group
 
+from flora_vllm.errors import adapter_error
 from flora_vllm.pacing import NotBesideStepsError, Turns
 from flora_vllm.plugin.attach import Attached
 from flora_vllm.slots import SliceLayout
 
+T = TypeVar("T")
+ANOTHER_RANK = "another rank of this engine refused it; its log says why"
 # Rows of one base call: enough for a product, little beside a step's.
 CHUNK = 256
 
@@ -53,6 +56,22 @@ def all_agree(is_fine: bool, device: torch.device) -> bool:
         return not bool(bad.item())
     bad = torch.tensor([0.0 if is_fine else 1.0], device=device)
     return not bool(tensor_model_parallel_all_reduce(bad).item())
+
+
+def together(where: str, device: torch.device, make: Callable[[], T]) -> T:
+    """What `make` gives, on every rank or on none; raises what kept this rank from it, or that another was.
+
+    Whatever that was, out of memory or a fault of ours: the others wait for this rank's word. `make` asks no rank
+    anything, or all ranks alike.
+    """
+    made, error = None, None
+    try:
+        made = make()
+    except Exception as failure:  # noqa: BLE001 - raised below
+        error = failure
+    if not all_agree(error is None, device):
+        raise error or adapter_error(where, [ANOTHER_RANK])
+    return cast("T", made)
 
 
 def stages_agree(is_fine: bool) -> bool:

@@ -20,10 +20,28 @@ SCHEDULER_HOOKS = (
     Hook(f"{_SCHEDULER}.has_requests", ("self",)),
     Hook(f"{_SCHEDULER}._handle_blocked_waiting_request", ("self", "request")),
     Hook("vllm.v1.core.sched.request_queue:SchedulingPolicy.FCFS"),
+    *(
+        Hook(f"vllm.v1.core.sched.request_queue:RequestQueue.{name}", ("self", *given))
+        for name, given in {
+            "add_request": ("request",),
+            "prepend_request": ("request",),
+            "prepend_requests": ("requests",),
+            "peek_request": (),
+            "pop_request": (),
+            "remove_request": ("request",),
+            "remove_requests": ("requests",),
+        }.items()
+    ),
+    Hook("vllm.v1.core.sched.output:SchedulerOutput.num_scheduled_tokens"),
+    Hook("vllm.v1.engine.input_processor:InputProcessor.__init__", ("self", "vllm_config"), sets=("vllm_config",)),
+    Hook("vllm.v1.engine.input_processor:InputProcessor.assign_request_id", ("request",)),
+    Hook("vllm.v1.engine:EngineCoreRequest.trace_headers"),
     Hook(f"{_REQUEST}:RequestStatus.FINISHED_ERROR"),
     Hook(f"{_REQUEST}:RequestStatus.WAITING"),
     Hook(f"{_REQUEST}:RequestStatus.PREEMPTED"),
+    Hook(f"{_REQUEST}:RequestStatus.RUNNING"),
     Hook(f"{_REQUEST}:Request.num_output_tokens"),
+    Hook(f"{_REQUEST}:Request.num_tokens"),
     Hook(f"{_REQUEST}:Request.get_finished_reason", ("self",)),
     Hook(f"{_REQUEST}:Request.take_events", ("self",)),
     Hook(
@@ -35,6 +53,7 @@ SCHEDULER_HOOKS = (
             "prompt_token_ids",
             "_block_hasher",
             "arrival_time",
+            "trace_headers",
             "max_tokens",
             "num_computed_tokens",
             "status",

@@ -6,6 +6,7 @@ instead of the tokens sampled for them, and whoever waits for one of them gets a
 the prefix cache and among the encoder's outputs is evicted: it is not their adapter's.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -60,6 +61,16 @@ def note_on_outputs() -> None:
         return run
 
     worker.execute_model, worker.sample_tokens = noting(worker.execute_model), noting(worker.sample_tokens)
+    dummy = worker.execute_dummy_batch
+
+    @functools.wraps(dummy)
+    def execute_dummy_batch(self: Any) -> None:
+        """A step without requests, beside other data-parallel ranks' steps."""
+        manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
+        with manager.turns.step() if hasattr(manager, "turns") else contextlib.nullcontext():
+            dummy(self)
+
+    worker.execute_dummy_batch = execute_dummy_batch
 
 
 def _note(output: Any, fault: StepFault) -> None:

@@ -9,11 +9,13 @@ slot's worth of adapters that waited before it. Requests without an adapter need
 
 import functools
 import importlib
+import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from flora_vllm.plugin.options import options_of
+from flora_vllm.plugin.shares import FairQueue
 
 # A request in one of these states could run now if it had a slot.
 _READY = ("WAITING", "PREEMPTED")
@@ -37,8 +39,10 @@ class SlotTurns:
         """Adapters that have waited too long and have no slot yet, at most as many as there are slots."""
         return len(self._starved)
 
-    def begin(self, running: Iterable[Any], waiting: Iterable[Any], now: float) -> None:
-        """A step begins with these vLLM requests, those that wait in the order of their arrival; `now`: Unix time."""
+    def begin(self, running: Iterable[Any], waiting: Sequence[Iterable[Any]], now: float) -> None:
+        """A step begins with these vLLM requests. `waiting`: those of each tenant, if there are any, in the order of
+        their arrival, and those tenants first whose turn it is. `now`: Unix time.
+        """
         left: dict[int, int] = {}  # adapter that runs -> the most tokens that a request of it may still make
         for request in running:
             if adapter := _adapter_of(request):
@@ -62,16 +66,24 @@ class SlotTurns:
             return adapter in self._draining
         return adapter not in self._starved and self._slots - len(self._running) <= len(self._starved)
 
-    def _longest_waiting(self, waiting: Iterable[Any], now: float) -> list[int]:
-        """Adapters without a slot that have waited `wait_s`, as many as there are slots."""
-        found: dict[int, None] = {}
+    def _longest_waiting(self, waiting: Sequence[Iterable[Any]], now: float) -> list[int]:
+        """Adapters without a slot that have waited `wait_s`, as many as there are slots: one of each tenant, then
+        another of each, so that none has them all."""
+        rounds = itertools.zip_longest(*(self._starved_among(requests, now) for requests in waiting))
+        found = dict.fromkeys(adapter for one_each in rounds for adapter in one_each if adapter)
+        return list(found)[: self._slots]
+
+    def _starved_among(self, waiting: Iterable[Any], now: float) -> Iterator[int]:
+        """Adapters, each once, that wait too long."""
+        found: set[int] = set()
         for request in waiting:
             if now - request.arrival_time < self._wait_s or len(found) == self._slots:
-                break
+                return
             adapter = _adapter_of(request)
-            if adapter and adapter not in self._running and request.status.name in _READY:
-                found[adapter] = None
-        return list(found)
+            is_new = adapter and adapter not in self._running and adapter not in found
+            if is_new and request.status.name in _READY:
+                found.add(adapter)
+                yield adapter
 
 
 def _adapter_of(request: Any) -> int:
@@ -88,7 +100,8 @@ def install() -> None:
     def schedule_in_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
         turns = _turns_of(self)
         if turns is not None:
-            turns.begin(self.running, self.waiting, time.time())
+            in_turn = self.waiting.in_turn() if isinstance(self.waiting, FairQueue) else [self.waiting]
+            turns.begin(self.running, in_turn, time.time())
         return schedule(self, *args, **kwargs)
 
     @functools.wraps(is_ready)

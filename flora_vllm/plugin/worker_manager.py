@@ -1,6 +1,7 @@
 """The LoRA manager of one worker: loads, checks and evicts adapters; FloraModelManager has them in slots and caches."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -19,7 +20,9 @@ from flora_vllm.plugin.identity import plain_name
 from flora_vllm.plugin.loader import AdapterLoader, CutAdapter
 from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
 from flora_vllm.plugin.memory import MemoryBudget
-from flora_vllm.plugin.probe import EngineBase
+from flora_vllm.plugin.probe import EngineBase, together
+
+logger = logging.getLogger(__name__)
 
 
 def _lister_of(model: torch.nn.Module, config: Any) -> Callable[[], Mapping[str, tuple[int, int]]]:
@@ -175,14 +178,18 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             try:
                 self._check_pins(request.lora_int_id)
                 if adapter is None:
-                    adapter = self._load_adapter(request, fresh=False, again=True)
+                    # A rank that leaves it out alone would not be heard.
+                    load = functools.partial(self._load_adapter, request, fresh=False, again=True)
+                    adapter = together(repr(request.lora_name), manager.device, load)
                     self._admit(adapter, needed, done)
                 else:
                     self._make_room(adapter, needed)
                 if request.lora_int_id not in manager._active_adapters and not manager.has_slot(done):
                     raise adapter_error(str(request.lora_int_id), ["pinned adapters leave its step too few slots"])
-            except (AdapterError, OSError) as error:  # its copy is gone: no reason to end the engine
-                manager.leave_out(request.lora_int_id, str(error))
+            except Exception as error:  # its copy is gone, memory is: no reason to end the engine
+                if not isinstance(error, AdapterError):
+                    logger.exception("adapter %r cannot be had again", request.lora_name)
+                manager.leave_out(request.lora_int_id, str(error) or type(error).__name__)
                 continue
             adapter.last_used = time.time()
             manager.activate_adapter(request.lora_int_id)

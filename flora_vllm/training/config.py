@@ -11,11 +11,17 @@ from peft.config import PeftConfig
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats.activation import ALLOWED as INVOCATIONS
-from flora_vllm.formats.activation import is_invocation
+from flora_vllm.formats.activation import EVERYWHERE, is_invocation
 from flora_vllm.formats.card import CARD_NAME, card_for
 from flora_vllm.training.peft_type import add_peft_type
 
 REDUCTIONS = ("mean", "sum")
+# What PEFT adds to modules_to_save by itself.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass
@@ -75,6 +81,8 @@ class FloraConfig(PeftConfig):
             faults.append(f"init_weights={self.init_weights!r}, allowed are True and False")
         if not is_invocation(self.alora_invocation_tokens):
             faults.append(f"alora_invocation_tokens={self.alora_invocation_tokens!r}, allowed: {INVOCATIONS}")
+        if self.alora_invocation_tokens and (whole := self.modules_to_save or _HEADS.get(self.task_type or "")):
+            faults.append(f"modules_to_save={[*whole]!r}: {EVERYWHERE}")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 faults.append(f"{name} needs target_modules as a list, not the expression {self.target_modules!r}")

@@ -1,0 +1,69 @@
+"""A real server, flooded with one key: when another key's request is answered."""
+
+import hashlib
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_support import BASE, make_ask, serving
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+FLOOD, AT_ONCE = 200, 2
+OPERATOR, LOUD, QUIET = "key-of-the-operator", "key-of-loud", "key-of-quiet"
+
+
+class Door:
+    def __init__(self, url: str) -> None:
+        self._root = url.removesuffix("/v1")
+
+    def ask(self, route: str, key: str, body: Any = None) -> str:
+        headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+        # Ours to set only: a client that says so itself says it in vain.
+        headers |= {"x-flora-share": "tenant quiet", "traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(self._root + route, data, headers), timeout=300) as response:
+            return response.read().decode()
+
+    def complete(self, key: str, seed: int, tokens: int) -> float:
+        """When it was answered."""
+        body = {"model": BASE, "prompt": list(make_ask(seed).prompt), "max_tokens": tokens, "ignore_eos": True}
+        self.ask("/v1/completions", key, body)
+        return time.monotonic()
+
+    def waiting(self) -> float:
+        lines = self.ask("/metrics", OPERATOR).splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_waiting{"))
+
+
+def answered_before_quiet(door: Door) -> int:
+    """How many of a flood's requests are answered while a quiet tenant waits for its first token."""
+    with ThreadPoolExecutor(FLOOD) as pool:
+        flood = [pool.submit(door.complete, LOUD, seed, 16) for seed in range(FLOOD)]
+        while door.waiting() < FLOOD // 2:
+            assert not all(one.done() for one in flood), "the flood was over before it had begun"
+        asked = time.monotonic()
+        answered = door.complete(QUIET, FLOOD, 1)
+        return sum(asked < one.result() < answered for one in flood)
+
+
+@pytest.mark.parametrize("shares", ["none", "key"])
+def test_a_flood_with_one_key_is_not_before_another_keys_request(
+    shares: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    digests = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in (("loud", LOUD), ("quiet", QUIET))}
+    tenants = [{"name": name, "key_sha256": [digest], "adapters": ["*"]} for name, digest in digests.items()]
+    (tmp_path / "acl.json").write_text(json.dumps({"tenants": tenants}))
+    options = ["--api-key", OPERATOR, "--adapter-acl", str(tmp_path / "acl.json"), "--max-num-seqs", str(AT_ONCE)]
+    with serving(tiny_model("llama"), {}, *options, "--adapter-shares", shares) as client:
+        between = answered_before_quiet(Door(client.url))
+    if shares == "none":
+        assert between >= FLOOD // 3, "as plain vLLM: all that came before"
+    else:
+        # One place gets free, and what ends while answers travel.
+        assert between <= FLOOD // 10
