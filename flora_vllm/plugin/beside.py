@@ -48,7 +48,7 @@ class LoadsBeside:
         self._given[ticket] = Given(request, again, call)
 
     def done(self, wait_s: float = 0.0) -> list[int]:
-        """Tickets whose loads have ended, well or not. If none has, the first that does within `wait_s` is waited for."""
+        """Tickets whose loads have ended, well or not. If none has, the first to within `wait_s` is waited for."""
         wait([given.call for given in self._given.values()], wait_s, FIRST_COMPLETED)
         return [ticket for ticket, given in self._given.items() if given.call.done()]
 
