@@ -33,7 +33,7 @@ def structure_of(files: Mapping[str, bytearray], task: str | None) -> str | None
 
 
 def _text_of(text: bytes | bytearray) -> str:
-    # Most configs are the one before to the byte: parsing them is a third of what a small adapter's structure costs.
+    # Most configs are the one before to the byte, and need not be parsed again.
     return (_remembered if len(text) <= _MOST_REMEMBERED else _canonical)(bytes(text))
 
 

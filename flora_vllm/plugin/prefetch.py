@@ -28,7 +28,7 @@ from flora_vllm.plugin.refusals import as_vllm_says
 # comes waits, too.
 POLL_S, IDLE_WAIT_S = 0.003, 0.005
 _BREATH_S = 0.0005
-# Answers that come with a step's are had by then; an executor whose futures do not tell (Ray's) is waited for.
+# What was asked behind a step is answered by the second after it; waited for where no steps follow (a pause).
 _ROUNDS = 3
 # Adapters that are loaded for waiting requests at a time: they need memory before there is room for them.
 MOST_AHEAD = 4
@@ -124,7 +124,7 @@ class Loading:
         if self._asked is None:
             if time.monotonic() - self._last_poll < POLL_S:
                 return None
-            self._asked, self._rounds = self._core.model_executor.collective_rpc(_done, args=(0,), non_block=True), 0
+            self._asked, self._rounds = self._in_turn(_done, 0.0), 0
             self._last_poll = time.monotonic()
         self._rounds += 1
         if not self._asked.done() and self._rounds <= _ROUNDS:
@@ -147,8 +147,16 @@ class Loading:
     def _give(self, ticket: int) -> None:
         load = self._loads[ticket]
         if load.given is None:
-            asked = (ticket, load.request, load.again)
-            load.given = self._core.model_executor.collective_rpc(_begin, args=asked, non_block=True)
+            load.given = self._in_turn(_begin, ticket, load.request, load.again)
+
+    def _in_turn(self, act: Callable[..., Any], *asked: Any) -> Future:
+        """Have the workers act: after the step that they have been given, where they have one queue for all."""
+        executor = self._core.model_executor
+        if isinstance(executor, importlib.import_module("vllm.v1.executor.multiproc_executor").MultiprocExecutor):
+            return executor.collective_rpc(act, args=asked, non_block=True)
+        answer = Future()
+        answer.set_result(self._core.collective_rpc(act, args=asked))
+        return answer
 
     def _finish(self, ticket: int, load: _Load) -> bool:
         """Whether the load of a ticket that is done on all ranks ended with an adapter let in."""
