@@ -280,6 +280,8 @@ def install() -> None:
                 break
             with contextlib.suppress(queue.Empty):  # wait for what comes first
                 self._handle_client_request(*self.input_queue.get(timeout=_BREATH_S))
+                while True:  # and for all that came meanwhile: the next may be behind a load
+                    self._handle_client_request(*self.input_queue.get_nowait())
         listen(self)
 
     core.add_lora, core.remove_lora, core.add_request = add_lora, remove_lora, add_request
