@@ -1,7 +1,8 @@
 """What comes of a load beside the steps, on each rank."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,3 +122,19 @@ def test_what_has_to_be_loaded_between_steps_is_loaded_beside_nothing(monkeypatc
     found, said = _finish(worker, monkeypatch)
     # It is fine so far; it needs the base; it could not be had.
     assert (str(found.error), said) == ("no", [True, False, False])
+
+
+def test_who_asks_may_wait_for_the_first_that_ends():
+    from flora_vllm.plugin import beside
+
+    loads: Any = object.__new__(beside.LoadsBeside)
+    calls = [Future() for _ in range(2)]
+    loads._given = {ticket: beside.Given(None, False, call) for ticket, call in enumerate(calls)}
+    assert loads.done() == []
+    timer = threading.Timer(0.05, lambda: calls[1].set_result("b"))
+    timer.start()
+    begin = time.monotonic()
+    assert loads.done(60.0) == [1]
+    assert loads.done(60.0) == [1], "nor is what has ended waited with"
+    assert time.monotonic() - begin < 30
+    timer.join()

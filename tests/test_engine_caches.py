@@ -3,6 +3,8 @@
 Whatever was evicted, preempted, removed from disk or replaced in between, an answer is the same as alone.
 """
 
+import ctypes
+import gc
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ import engine_support as support
 import pytest
 from engine_support import Ask, Engine
 from tiny_models import HEADS, KV_HEADS, LAYERS, WIDTH
+from vllm.lora.request import LoRARequest
 
 import flora_vllm
 
@@ -53,6 +56,30 @@ def test_more_adapters_than_slots_and_host_places(adapters, engine):
     manager = engine.manager()
     assert len(manager.list_adapters()) == 3
     assert sum(index is not None for index in manager.lora_index_to_id) == 2
+
+
+def test_a_registered_adapter_that_is_not_in_memory_takes_next_to_none(engine, tiny_model, tmp_path):
+    """Everything of the engine is in this process: server's names, the core's tables and the worker's adapters."""
+    base = support.load(tiny_model("llama"))
+    support.write_flora_adapter(base, tmp_path / "wide", 16, "mean", seed=0)
+
+    def register(ids: range) -> int:
+        """Bytes of this process's own memory when these are registered."""
+        for number in ids:
+            engine.llm.llm_engine.add_lora(LoRARequest(f"wide-{number}", number, str(tmp_path / "wide")))
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["RssAnon"].split()[0]) << 10
+
+    before = register(range(1000, 1050))
+    grown = register(range(1050, 1300)) - before
+    kept = engine.manager().report(None)["adapters"]
+    size = max(adapter["bytes"] for adapter in kept)
+    assert (len(kept), size > 80_000) == (3, True)
+    assert grown / 250 < 20_000, "what it is known by, not its numbers"
+    for number in range(1000, 1300):
+        engine.llm.llm_engine.remove_lora(number)
 
 
 def test_no_step_walks_the_table_of_all_adapters(adapters, engine):

@@ -71,3 +71,23 @@ def test_a_load_is_refused_where_pins_leave_no_room(slots: int, places: int):
     worker._loader = SimpleNamespace(retire=lambda _: None)
     assert worker.remove_adapter(1)
     assert worker.let_in(LoadedAdapter(2, 1, {}), (), again=True) == ()
+
+
+def test_who_only_loads_takes_no_adapters_slot():
+    from flora_vllm.plugin.manager import LoadedAdapter
+
+    worker, written = _manager(2, 8), []
+    manager = worker._adapter_manager
+    manager.attached = SimpleNamespace(write_slot=lambda slot, layers: written.append((slot, bool(layers))))
+    contents: Any = {"layer": ()}
+    for adapter in (1, 2, 3):
+        assert worker.let_in(LoadedAdapter(adapter, 1, contents), (), again=False) == ()
+    assert written == [(1, True), (2, True)], "empty slots are filled, and none is written for the third"
+    assert {*manager._registered_adapters.order} == {1, 2, 3}
+    # For a request that waits it is another matter: the slot is written over, not cleared first.
+    assert worker.let_in(LoadedAdapter(4, 1, contents), (2,), again=True) == ()
+    worker._apply_adapters(_requests(3))
+    assert written[2:] == [(1, True), (2, True)]
+    assert manager.lora_index_to_id == [4, 3]
+    assert {slot: adapter.id for slot, adapter in manager._in_slots.items()} == {1: 4, 2: 3}
+    assert manager.loads.evictions["gpu"] == 2

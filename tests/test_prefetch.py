@@ -10,7 +10,7 @@ import pytest
 from flora_vllm.errors import AdapterError
 from flora_vllm.plugin import activation, prefetch
 from flora_vllm.plugin.loads import Finished
-from flora_vllm.plugin.prefetch import MOST_AHEAD, Loading
+from flora_vllm.plugin.prefetch import MOST_AHEAD, POLL_S, Loading
 
 
 class Rank:
@@ -28,7 +28,7 @@ class Rank:
     def begin(self, ticket: int, request: Any, again: bool) -> None:
         self.given[ticket] = request.lora_int_id
 
-    def done(self) -> list[int]:
+    def done(self, wait_s: float) -> list[int]:
         return [ticket for ticket, adapter in self.given.items() if adapter in self.ready]
 
     def finish(self, ticket: int, keep: frozenset[int], waits: bool) -> Finished:
@@ -65,7 +65,10 @@ class Core:
         self.scheduler = SimpleNamespace(running=[], waiting=[], has_requests=lambda: not self.is_paused)
         self.is_paused = False
         self.learnt: list[int] = []
-        self.model_executor = SimpleNamespace(is_sleeping=False, remove_lora=self._remove, add_lora=lambda _: True)
+        self.model_executor = SimpleNamespace(
+            is_sleeping=False, remove_lora=self._remove, add_lora=lambda _: True, collective_rpc=self.later_rpc
+        )
+        self.behind_step: list[tuple[Future, Any, tuple]] = []  # asked of workers that are in a step
         self.loading = Loading(self)
 
     def collective_rpc(self, act: Any, timeout: float | None = None, args: tuple = ()) -> list[Any]:
@@ -73,6 +76,17 @@ class Core:
             self.learnt += args
             return [None for _ in self.ranks]
         return [act(rank, *args) for rank in self.ranks]
+
+    def later_rpc(self, act: Any, args: tuple, non_block: bool) -> Future:
+        assert non_block
+        answer: Future = Future()
+        self.behind_step.append((answer, act, args))
+        return answer
+
+    def end_step(self) -> None:
+        for answer, act, args in self.behind_step:
+            answer.set_result(self.collective_rpc(act, args=args))
+        self.behind_step.clear()
 
     def _remove(self, adapter: int) -> bool:
         found = [adapter in rank.held for rank in self.ranks]
@@ -83,7 +97,7 @@ class Core:
     def poll(self, *ready: int) -> None:
         for rank in self.ranks:
             rank.ready |= {*ready}
-        self.loading.poll(0)
+        self.loading.poll(is_stepping=False)
 
     def load(self, *adapters: int) -> None:
         for adapter in adapters:
@@ -113,6 +127,27 @@ def test_a_load_is_answered_when_every_rank_has_it():
     assert [rank.held for rank in core.ranks] == [[1], [1]]
     assert core.loading.add(_request(1)) is True, "it is there"
     assert not core.loading.is_busy
+
+
+def test_a_step_that_runs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    executor = importlib.import_module("vllm.v1.executor.multiproc_executor")
+    monkeypatch.setattr(executor, "MultiprocExecutor", SimpleNamespace)
+    core = Core(ranks=2)
+    answer: Any = core.loading.add(_request(1))
+    assert [rank.given for rank in core.ranks] == [{}, {}]
+    core.loading.poll(is_stepping=True)
+    core.end_step()
+    for rank in core.ranks:
+        assert [*rank.given.values()] == [1]
+        rank.ready.add(1)
+    core.loading.poll(is_stepping=True)  # what was asked before it was ready
+    core.loading._last_poll -= POLL_S
+    core.loading.poll(is_stepping=True)
+    assert not answer.done()
+    core.end_step()
+    core.loading.poll(is_stepping=True)
+    assert answer.result(0)
+    assert [rank.held for rank in core.ranks] == [[1], [1]]
 
 
 def test_what_one_rank_refuses_none_holds():

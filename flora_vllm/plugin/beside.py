@@ -8,7 +8,7 @@ ranks is loaded between steps (`NotBesideStepsError`). When to load what is the 
 import ctypes
 import functools
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,9 @@ class LoadsBeside:
         call = self._thread.submit(self._worker.load, request, again)
         self._given[ticket] = Given(request, again, call)
 
-    def done(self) -> list[int]:
-        """Tickets whose loads have ended, well or not."""
+    def done(self, wait_s: float = 0.0) -> list[int]:
+        """Tickets whose loads have ended, well or not. If none has, the first to within `wait_s` is waited for."""
+        wait([given.call for given in self._given.values()], wait_s, FIRST_COMPLETED)
         return [ticket for ticket, given in self._given.items() if given.call.done()]
 
     def finish(self, ticket: int, keep: frozenset[int], waits: bool) -> Finished:

@@ -269,6 +269,9 @@ _ENGINES = (
     Hook("vllm.v1.executor.abstract:Executor.remove_lora", ("self", "lora_id")),
     Hook("vllm.v1.executor.abstract:Executor.is_sleeping"),
     Hook("vllm.v1.executor.abstract:Executor.collective_rpc", ("self", "method", "timeout", "args")),
+    Hook(
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc", ("self", "method", "args", "non_block")
+    ),
     Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
 )
 _SERVER = (

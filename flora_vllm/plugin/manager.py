@@ -203,11 +203,16 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False
-        if len(self._active_adapters) >= self.lora_slots:
-            self._active_adapters.remove_oldest()
+        oldest = None if self.has_empty_slot else _oldest(self._active_adapters, ())
+        if oldest is None:
+            index = self.lora_index_to_id.index(None)
+        else:
+            index = self.lora_index_to_id.index(oldest)
+            self.lora_index_to_id[index] = None  # so that its slot is not cleared, which is written at once
+            del self._in_slots[index + 1]
+            self._active_adapters.pop(oldest)
             self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
-        index = self.lora_index_to_id.index(None)
         with self.loads.phase("write"):
             self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, adapter.layers))
         self.lora_index_to_id[index] = lora_id
@@ -231,9 +236,12 @@ class FloraModelManager(LRUCacheLoRAModelManager):
 
     def has_slot(self, keep: Collection[int]) -> bool:
         """Whether one more adapter may have a slot without taking it from one of `keep`."""
-        slots = self._active_adapters
-        oldest = _oldest(slots, ())
-        return len(slots) < self.lora_slots or (oldest is not None and oldest not in keep)
+        oldest = _oldest(self._active_adapters, ())
+        return self.has_empty_slot or (oldest is not None and oldest not in keep)
+
+    @property
+    def has_empty_slot(self) -> bool:
+        return len(self._active_adapters) < self.lora_slots
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:

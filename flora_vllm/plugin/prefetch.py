@@ -24,8 +24,12 @@ from flora_vllm.plugin import activation
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.refusals import as_vllm_says
 
-# How far apart workers are asked what is done: with steps, each time may wait for one that ran ahead.
-POLL_S, IDLE_POLL_S = 0.003, 0.0005
+# How far apart workers are asked what is done: with steps; and how long they wait for it without, where a request that
+# comes waits, too.
+POLL_S, IDLE_WAIT_S = 0.003, 0.005
+_BREATH_S = 0.0005
+# What was asked behind a step is answered by the second after it; waited for where no steps follow (a pause).
+_ROUNDS = 3
 # Adapters that are loaded for waiting requests at a time: they need memory before there is room for them.
 MOST_AHEAD = 4
 _LOADING = "_flora_loading"  # on the core, and on its scheduler
@@ -38,7 +42,7 @@ class _Load:
     request: Any
     again: bool
     answer: Future | None = None
-    is_given: bool = False  # to the workers
+    given: Future | None = None  # to the workers
     lacks_room: bool = False  # it is loaded, and waits for room in host memory
     is_cancelled: bool = False
 
@@ -53,6 +57,8 @@ class Loading:
         self._held: set[int] = set()
         self._promised: set[int] = set()  # loaded for a waiting request: they stay until it runs
         self._last_poll = 0.0
+        self._asked: Future | None = None  # what is done, in the workers' turn
+        self._rounds = 0
         self.lookups = {"hit": 0, "miss": 0}  # of adapters in host memory, by requests that arrived
 
     def arrive(self, request: Any) -> None:
@@ -100,17 +106,19 @@ class Loading:
     def is_busy(self) -> bool:
         return bool(self._loads)
 
-    def poll(self, apart_s: float) -> None:
-        """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that.
-
-        Does nothing within `apart_s` of the last time.
-        """
+    def poll(self, *, is_stepping: bool) -> None:
+        """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that."""
         # Asleep, slots have no memory.
-        if time.monotonic() - self._last_poll < apart_s or self._core.model_executor.is_sleeping:
+        if self._core.model_executor.is_sleeping:
             return
         for ticket in self._loads:
             self._give(ticket)
-        done = self._core.collective_rpc(_done)
+        done = self._done_beside_steps() if is_stepping else self._done_soon()
+        if done is None:
+            return
+        for load in self._loads.values():
+            if load.given is not None:
+                load.given.result()
         is_full = False
         for ticket in [ticket for ticket in self._loads if all(ticket in of_rank for of_rank in done)]:
             load = self._loads[ticket]
@@ -119,7 +127,24 @@ class Loading:
             if self._finish(ticket, load):
                 break
             is_full = is_full or ticket in self._loads
-        self._last_poll = time.monotonic()
+
+    def _done_soon(self) -> list[list[int]]:
+        self._asked = None
+        return self._core.collective_rpc(_done, args=(IDLE_WAIT_S,))
+
+    def _done_beside_steps(self) -> list[list[int]] | None:
+        """What each rank has done; None while it is not known. To wait for the answer would be to wait for the step
+        that runs, and the next would not be ready when it ends."""
+        if self._asked is None:
+            if time.monotonic() - self._last_poll < POLL_S:
+                return None
+            self._asked, self._rounds = self._in_turn(_done, 0.0), 0
+            self._last_poll = time.monotonic()
+        self._rounds += 1
+        if not self._asked.done() and self._rounds <= _ROUNDS:
+            return None
+        asked, self._asked = self._asked, None
+        return asked.result()
 
     def _load_of(self, adapter: int) -> _Load | None:
         """The load of this adapter that began last and will end with it held."""
@@ -135,9 +160,17 @@ class Loading:
 
     def _give(self, ticket: int) -> None:
         load = self._loads[ticket]
-        if not load.is_given:
-            self._core.collective_rpc(_begin, args=(ticket, load.request, load.again))
-            load.is_given = True
+        if load.given is None:
+            load.given = self._in_turn(_begin, ticket, load.request, load.again)
+
+    def _in_turn(self, act: Callable[..., Any], *asked: Any) -> Future:
+        """Have the workers act: after the step that they have been given, where they have one queue for all."""
+        executor = self._core.model_executor
+        if isinstance(executor, importlib.import_module("vllm.v1.executor.multiproc_executor").MultiprocExecutor):
+            return executor.collective_rpc(act, args=asked, non_block=True)
+        answer = Future()
+        answer.set_result(self._core.collective_rpc(act, args=asked))
+        return answer
 
     def _finish(self, ticket: int, load: _Load) -> bool:
         """Whether the load of a ticket that is done on all ranks ended with an adapter let in."""
@@ -211,8 +244,8 @@ def _begin(worker: Any, ticket: int, request: Any, again: bool) -> None:
     worker.model_runner.lora_manager.beside.begin(ticket, request, again)
 
 
-def _done(worker: Any) -> list[int]:
-    return worker.model_runner.lora_manager.beside.done()
+def _done(worker: Any, wait_s: float) -> list[int]:
+    return worker.model_runner.lora_manager.beside.done(wait_s)
 
 
 def _finish(worker: Any, ticket: int, keep: frozenset[int], waits: bool) -> Any:
@@ -258,11 +291,13 @@ def install() -> None:
     def process_input_queue(self: Any) -> None:
         while is_loading(self):
             is_stepping = works(self)
-            self.__dict__[_LOADING].poll(POLL_S if is_stepping else IDLE_POLL_S)
+            self.__dict__[_LOADING].poll(is_stepping=is_stepping)
             if is_stepping:
                 break
             with contextlib.suppress(queue.Empty):  # wait for what comes first
-                self._handle_client_request(*self.input_queue.get(timeout=IDLE_POLL_S))
+                self._handle_client_request(*self.input_queue.get(timeout=_BREATH_S))
+                while True:  # and for all that came meanwhile: the next may be behind a load
+                    self._handle_client_request(*self.input_queue.get_nowait())
         listen(self)
 
     core.add_lora, core.remove_lora, core.add_request = add_lora, remove_lora, add_request

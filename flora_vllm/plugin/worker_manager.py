@@ -89,7 +89,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         except AdapterError:
             return None
         manager.add_adapter(adapter)
-        if manager.has_slot(keep):
+        # Who only loads takes no adapter's slot: writing one costs all requests milliseconds, and perhaps for nothing.
+        if manager.has_slot(keep) if again else manager.has_empty_slot:
             manager.activate_adapter(adapter.id)
         return evicted
 
