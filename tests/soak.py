@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,10 +75,10 @@ class Soak:
             self._note(name, wanted, only=True)
             self.changes += 1
 
-    def ask(self, seed: int) -> None:
+    def ask(self, seed: int, names: Sequence[str] = (*NAMES, BASE)) -> None:
         rng = random.Random(seed)
         while not self.stop.is_set():
-            name, i = rng.choice([*NAMES, BASE]), rng.randrange(len(ASKS))
+            name, i = rng.choice(names), rng.randrange(len(ASKS))
             begin = time.monotonic()
             try:
                 answer = self.client.ask(name, ASKS[i].prompt, new=NEW_TOKENS).tokens

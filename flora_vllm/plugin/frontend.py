@@ -265,6 +265,8 @@ async def _identify(
     name, path = request.lora_name, request.lora_path
     allowed = _checked_options(self).adapter_digests
     chooser = None
+    if mix is None and not confined:
+        mix = mixes.decoded(path)  # of a server that was started again
     if mix is None and mixes.is_mix(path):
         mix = mixes.mix_of(mixes.asked_in(path), self.lora_requests)
     if mix is not None:
