@@ -24,14 +24,13 @@ import openai
 import pytest
 from engine_support import LOGPROB_TOLERANCE
 from server_support import BASE, TINY_OPTIONS, Client, World, make_ask, make_world, under_load
-from soak import ASKS, NEW_TOKENS, Soak, left_behind, resident_bytes
+from soak import ASKS, MOST_RUNNING, NEW_TOKENS, Soak, leave_stream, left_behind, resident_bytes, wait_until_idle
 
 from flora_vllm.commands.server_process import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 ROOM_BYTES = 1 << 20
-MOST_RUNNING = 4
 # --shutdown-timeout: time for workers to remove their files.
 OPTIONS = (
     *TINY_OPTIONS, "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", "8", "--shutdown-timeout", "5",
@@ -105,10 +104,6 @@ def loaded(client: Client) -> Iterator[Callable[..., None]]:
     yield load
     for name in names & client.names():
         assert client.unload(name)[0] == 200
-
-
-def is_idle(client: Client) -> bool:
-    return client.metric("vllm:num_requests_running") + client.metric("vllm:num_requests_waiting") == 0
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = END_S) -> None:
@@ -194,32 +189,19 @@ def test_folders_that_go(client, world, loaded, right, tmp_path):
     assert right("lora", "lora")
 
 
-def leave(port: int, model: str, after_bytes: int) -> None:
-    """Ask for a stream and go away after the first of it, or at once."""
-    body = b'{"model": "%s", "prompt": [%s], "max_tokens": 400, "stream": true, "ignore_eos": true}' % (
-        model.encode(),
-        ",".join(map(str, ASKS[0].prompt)).encode(),
-    )
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(f"{head}\r\n\r\n".encode() + body)
-        if after_bytes:
-            connection.recv(after_bytes)
-
-
 def test_floods_and_clients_that_leave(client, world, loaded, right, expected):
     names = ("flora1", "lora", "ia3")
     for name in names:
         loaded(name, world.adapters[name])
-    port, rng = int(client.url.split(":")[2].split("/")[0]), random.Random(0)
+    rng = random.Random(0)
 
     def flood(count: int) -> None:
         with ThreadPoolExecutor(16) as pool:
             for _ in range(count):
-                pool.submit(leave, port, rng.choice([*names, BASE]), rng.choice((0, 1, 600)))
+                pool.submit(leave_stream, client.url, rng.choice([*names, BASE]), rng.choice((0, 1, 600)))
 
     flood(60)
-    wait_until(lambda: is_idle(client))
+    wait_until_idle(client)
     before = resident_bytes(client.pid)
     flood(240)
     impatient = openai.OpenAI(base_url=client.url, api_key="none", timeout=0.3, max_retries=0)
@@ -241,8 +223,7 @@ def test_floods_and_clients_that_leave(client, world, loaded, right, expected):
 
     with ThreadPoolExecutor(len(asks)) as pool:
         assert all(pool.map(ask, asks))
-    wait_until(lambda: is_idle(client))
-    assert client.metric("vllm:kv_cache_usage_perc") == 0, "blocks of requests that nobody waits for"
+    wait_until_idle(client)
     assert resident_bytes(client.pid) - before < max(0.05 * before, 32 << 20)
     for name in (*names, BASE):
         assert right(name, name)

@@ -1,8 +1,8 @@
 """`flora-vllm serve MODEL …`: `vllm serve MODEL --enable-flora …` with settings that fit this machine.
 
-With --restart a server that has served and then ends is started again, with the adapters that it had by then: mixes,
-too, and without those whose directory is gone. One that never came up is not: the same command would fail again. If
-one that has served cannot come up again, it is tried without end, after TRIES times with its command's own adapters only.
+With --restart a server that has served and then ends is started again, with the adapters that it had by then, mixes
+among them, but those whose directory is gone. One that never came up is not: the same command would fail again. One
+that has served and cannot come up again is tried without end, after TRIES times with its command's adapters alone.
 """
 
 import argparse
@@ -138,7 +138,7 @@ class Supervisor:
         """The command with the adapters that the last server had; those whose directory is gone are left out."""
         if not self._adapters:
             return self._command
-        there = {name: root for name, root in self._adapters.items() if all(map(os.path.isdir, _directories(root)))}
+        there = {name: root for name, root in self._adapters.items() if all(map(Path.is_dir, _directories(root)))}
         for name in self._adapters.keys() - there.keys():
             _say(f"adapter {name}: {self._adapters[name]} is gone; serving without it")
         kept, words = [], iter(self._command)
@@ -168,12 +168,12 @@ class Supervisor:
         self._process.send_signal(number)
 
 
-def _directories(root: str) -> list[str]:
+def _directories(root: str) -> list[Path]:
     """What must be there for an adapter to be loaded again: of a mix, its parts' directories."""
     mix = decoded(root)
     roots = [root.removeprefix(CHOOSER_PREFIX)] if mix is None else [part.path for part in mix.parts]
     # The path of one task of several is directory#task.
-    return [path if os.path.isdir(path) else path.rpartition("#")[0] or path for path in roots]
+    return [Path(path if Path(path).is_dir() else path.rpartition("#")[0] or path) for path in roots]
 
 
 def _value_of(command: Sequence[str], flag: str) -> str | None:

@@ -141,7 +141,7 @@ class ServerProcess:
 
 
 def end_group(leader: int, patience_s: float = ENGINE_END_S) -> None:
-    """Wait for the processes that outlive the ended leader of their group: they have files to remove. Then kill them."""
+    """Wait for what outlives the ended leader of its group: an engine has files to remove. Then kill it."""
     with contextlib.suppress(ProcessLookupError):
         end = time.monotonic() + patience_s
         while time.monotonic() < end:

@@ -331,7 +331,7 @@ class AdapterLoader:
         return modules
 
     def _keep(self, copy: Path, files: Mapping[str, bytearray], name: str) -> None:
-        """Raises AdapterError if there is no room, copies that are kept for the sake of late requests given up first."""
+        """Copies of unloaded adapters give way to it. Raises AdapterError if there is no room even so."""
         while True:
             try:
                 return self._write(copy, files)
@@ -340,8 +340,9 @@ class AdapterLoader:
                     self._drop_oldest()
                     continue
                 needed = sum(map(len, files.values()))
-                logger.error("a copy of adapter %r, %d bytes, cannot be kept in %s: %s", name, needed, self._root, error)
-                fault = f"the server cannot keep a copy of its {needed} bytes ({error.strerror}); make room in {self._root}"
+                why, root = error.strerror, self._root
+                logger.error("a copy of adapter %r, %d bytes, cannot be kept in %s: %s", name, needed, root, why)
+                fault = f"the server cannot keep a copy of its {needed} bytes ({why}); make room in {root}"
                 raise adapter_error(repr(name), [fault]) from error
 
     def _write(self, copy: Path, files: Mapping[str, bytearray]) -> None:
