@@ -73,8 +73,8 @@ def no_room(needed: int, error: OSError) -> AdapterError:
     """`needed` bytes of an adapter could not be written to the temporary directory; where that is, the log says."""
     logger.error("an adapter of %d bytes cannot be kept in %s: %s", needed, tempfile.gettempdir(), error)
     return AdapterError(
-        f"the server has no room for the adapter's {needed} bytes in its temporary directory ({error.strerror}); make "
-        "room there, or give the server a path"
+        f"the server cannot keep the adapter's {needed} bytes in its temporary directory ({error.strerror}); make room "
+        "there, or give the server a path"
     )
 
 
