@@ -1,4 +1,4 @@
-"""An upload for which there is no room is refused in one line; test_server_surface.py has real ones, test_chaos.py too."""
+"""An upload for which there is no room is refused in one line; test_chaos.py fills a real disk."""
 
 import asyncio
 import logging
