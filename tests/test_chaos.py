@@ -233,7 +233,8 @@ def test_sleep_and_pause_while_an_adapter_loads(client, world, loaded, right, tm
     """A CPU does not sleep, but its engine stops: what comes meanwhile waits and is answered."""
     root = client.url.removesuffix("/v1")
     loaded("before", world.adapters["flora2"])
-    for halt, go_on in (("sleep?level=1", "wake_up"), ("sleep?level=2", "wake_up"), ("pause?mode=keep", "resume")):
+    paused = ("sleep?level=0&mode=keep", "wake_up?tags=scheduling")
+    for halt, go_on in (("sleep?level=1", "wake_up"), ("sleep?level=2", "wake_up"), paused):
         assert httpx.post(f"{root}/{halt}", timeout=60).status_code == 200, halt
         name = "".join(filter(str.isalnum, halt))
         with ThreadPoolExecutor(2) as pool:
