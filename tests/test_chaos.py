@@ -123,9 +123,9 @@ def test_a_full_disk_refuses_a_load_alone(client, server, world, scratch, loaded
     loaded("there", world.adapters["flora1"])
     filler = scratch / "filler"
     with under_load(client, World(world.model, {}, world.states | {"there": world.states["flora1"]}), [BASE, "there"]):
-        with filler.open("wb") as file, contextlib.suppress(OSError):
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(1 << 12)):
-                file.flush()
+                pass
         weights = world.adapters["lora"] / "adapter_model.safetensors"
         status, message = client.load("late", world.adapters["lora"])
         assert status == 400
@@ -139,7 +139,8 @@ def test_a_full_disk_refuses_a_load_alone(client, server, world, scratch, loaded
             "weights": weights.read_bytes() + bytes(2 << 20),
         }
         for uploaded in (files, files | {"weights": weights.read_bytes()}):
-            answer = httpx.post(f"{client.url}/load_lora_adapter", data={"lora_name": "sent"}, files=uploaded)
+            sent = {"lora_name": "sent"}
+            answer = httpx.post(f"{client.url}/load_lora_adapter", data=sent, files=uploaded, timeout=60)
             assert answer.status_code == 400
             assert "No space left on device" in answer.text
         assert client.load("late", tmp_path / "nowhere")[0] == 404
@@ -252,7 +253,7 @@ def test_sleep_and_pause_while_an_adapter_loads(client, world, loaded, right, tm
 def test_unloaded_while_its_requests_run_and_wait(client, world, loaded, right, expected):
     loaded("many", world.adapters["ia3"])
     with ThreadPoolExecutor(4 * MOST_RUNNING) as pool:
-        running = [pool.submit(client.ask, "many", ASKS[0].prompt, 64) for _ in range(4 * MOST_RUNNING)]
+        running = [pool.submit(client.ask, "many", ASKS[0].prompt, 200) for _ in range(4 * MOST_RUNNING)]
         wait_until(lambda: client.metric("vllm:num_requests_waiting") > 0)
         assert client.unload("many")[0] == 200
         with pytest.raises(openai.NotFoundError):
