@@ -67,6 +67,8 @@ def server(world: World, scratch: Path) -> Iterator[ServerProcess]:
         mock.patch.dict(os.environ, environment),
         ServerProcess(world.model, {}, served_name=BASE, options=["--enable-lora", *OPTIONS], quiet=True) as server,
     ):
+        # Torch compiles what vLLM needs for logprobs at their first use, in this directory, and fails if it is full.
+        Client(server.url).ask_all([(BASE, ask.prompt) for ask in ASKS])
         yield server
 
 
