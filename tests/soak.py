@@ -4,17 +4,22 @@
     python tests/soak.py --minutes 5
 
 One operator thread loads, replaces and unloads adapters of all families under a few names; the others ask for these
-names all the time. An answer must be the one of a version that was current at some time between its request and its
-arrival, told from the weights that PEFT merges; "not found" counts only if the name was away for a moment of it.
+names all the time, more of them than the engine runs at once, and one goes away in the middle of each answer. An answer
+must be the one of a version that was current at some time between its request and its arrival, told from the weights
+that PEFT merges; "not found" counts only if the name was away for a moment of it.
 """
 
 import argparse
+import json
 import math
 import random
+import socket
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +29,12 @@ from server_support import BASE, Client, World, make_ask, make_world, serving
 NAMES = [f"team/n{i}" for i in range(6)]
 ASKS = [make_ask(seed) for seed in range(3)]
 NEW_TOKENS = 6
+# What the engine runs at a time, and who asks: more than twice as many.
+MOST_RUNNING, ASKERS = 4, 9
+SERVER_OPTIONS = (
+    "--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--max-num-seqs", str(MOST_RUNNING),
+    "--shutdown-timeout", "5",  # time for workers to remove their files: vLLM's server kills them otherwise
+)  # fmt: skip
 # Of memory, from the end of the first fifth on; and how much of it is noise for a short run.
 MOST_GROWTH, NOISE_BYTES = 0.05, 64 << 20
 
@@ -41,6 +52,7 @@ class Soak:
     answers: int = 0
     missing: int = 0
     changes: int = 0
+    left: int = 0
     faults: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,10 +86,10 @@ class Soak:
             self._note(name, wanted, only=True)
             self.changes += 1
 
-    def ask(self, seed: int) -> None:
+    def ask(self, seed: int, names: Sequence[str] = (*NAMES, BASE)) -> None:
         rng = random.Random(seed)
         while not self.stop.is_set():
-            name, i = rng.choice([*NAMES, BASE]), rng.randrange(len(ASKS))
+            name, i = rng.choice(names), rng.randrange(len(ASKS))
             begin = time.monotonic()
             try:
                 answer = self.client.ask(name, ASKS[i].prompt, new=NEW_TOKENS).tokens
@@ -87,6 +99,15 @@ class Soak:
                 self._fault(f"{name}: {error}")
                 continue
             self._check(name, i, answer, begin, time.monotonic())
+
+    def leave(self, seed: int) -> None:
+        rng = random.Random(seed)
+        while not self.stop.wait(0.1):
+            try:
+                leave_stream(self.client.url, rng.choice([*NAMES, BASE]), rng.choice((0, 1, 600)))
+                self.left += 1
+            except OSError as error:
+                self._fault(f"no stream to leave: {error!r}")
 
     def _check(self, name: str, i: int, answer: tuple[int, ...] | None, begin: float, end: float) -> None:
         versions = {BASE} if name == BASE else self._versions(name, begin, end)
@@ -115,10 +136,10 @@ class Soak:
             self.faults.append(text[:500])
         self.stop.set()
 
-    def run(self, seconds: float, pid: int, askers: int = 3) -> float:
+    def run(self, seconds: float, pid: int) -> float:
         """The growth of the server's memory, as a fraction. Raises AssertionError for any fault."""
-        work = [threading.Thread(target=self.operate)]
-        work += [threading.Thread(target=self.ask, args=(i,)) for i in range(askers)]
+        work = [threading.Thread(target=self.operate), threading.Thread(target=self.leave, args=(ASKERS,))]
+        work += [threading.Thread(target=self.ask, args=(i,)) for i in range(ASKERS)]
         for thread in work:
             thread.start()
         try:
@@ -131,8 +152,31 @@ class Soak:
             for thread in work:
                 thread.join(300)
         assert not self.faults, self.faults[:3]
+        wait_until_idle(self.client)
         assert late - early < max(MOST_GROWTH * early, NOISE_BYTES), f"memory grew from {early} to {late} bytes"
         return late / early - 1
+
+
+def leave_stream(url: str, model: str, after_bytes: int) -> None:
+    """Ask for a long stream and go away when that much of it has come."""
+    address = urllib.parse.urlsplit(url)
+    body = {"model": model, "prompt": ASKS[0].prompt, "max_tokens": 400, "stream": True, "ignore_eos": True}
+    content = json.dumps(body)
+    head = f"Host: {address.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(f"POST {address.path}/completions HTTP/1.1\r\n{head}\r\n\r\n{content}".encode())
+        if after_bytes:
+            connection.recv(after_bytes)
+
+
+def wait_until_idle(client: Client, seconds: float = 60) -> None:
+    """Until nothing runs, waits or holds blocks: of requests that nobody waits for, too. Raises AssertionError."""
+    end, busy = time.monotonic() + seconds, {"a metric": 1.0}
+    while any(busy.values()):
+        assert time.monotonic() < end, f"not idle after {seconds:.0f} s: {busy}"
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        busy = {name: client.metric(name) for name in names}
+        time.sleep(0.1)
 
 
 def resident_bytes(pid: int) -> int:
@@ -170,7 +214,7 @@ def main() -> None:
             soak.expect()
             growth = soak.run(60 * options.minutes, client.pid)
         assert not left_behind(Path(scratch)), left_behind(Path(scratch))
-    counts = f"{soak.answers} answers, {soak.missing} not found, {soak.changes} changes"
+    counts = f"{soak.answers} answers, {soak.missing} not found, {soak.left} left, {soak.changes} changes"
     print(f"{counts}, memory {growth:+.2%}", file=sys.stderr)
 
 

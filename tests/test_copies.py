@@ -1,5 +1,7 @@
 """A worker's own copies of adapters' files: they outlive the originals for as long as the adapter may be asked for."""
 
+import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,37 @@ def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest
     loader.load(1, original, again=True)
     with pytest.raises(AdapterError, match="nothing is there"):
         loader.load(2, original, again=True)
+
+
+def test_copies_of_the_unloaded_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """A disk for two copies."""
+    original, copies = tmp_path / "original", tmp_path / "copies"
+    original.mkdir()
+    copies.mkdir()
+    (original / "file").write_text("content")
+    loader = Loader(copies, monkeypatch)
+    write = Path.write_bytes
+
+    def write_if_there_is_room(self: Path, content: bytes) -> int:
+        if sum(file.is_file() for file in copies.glob("*/file")) >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_if_there_is_room)
+    loader.load(1, original)
+    loader.load(2, original)
+    with pytest.raises(AdapterError, match=rf"7 bytes \(No space left on device\); make room in {copies}"):
+        loader.load(3, original)
+    assert f"'a3', 7 bytes, cannot be kept in {copies}: No space" in caplog.text
+    loader.loader.retire(1)
+    loader.load(3, original)
+    assert sorted(path.name for path in copies.iterdir()) == ["2", "3"], "and nothing unfinished"
+    shutil.rmtree(original)
+    loader.load(3, original, again=True)
+
+
+def test_a_directory_for_copies_that_is_gone_refuses_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "original").mkdir()
+    loader = Loader(tmp_path / "copies", monkeypatch)
+    with pytest.raises(AdapterError, match="No such file or directory"):
+        loader.load(1, tmp_path / "original")

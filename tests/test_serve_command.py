@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -21,9 +22,10 @@ from flora_vllm.commands import serve, server_process
 SERVER = """
 import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import unquote
 words = sys.argv[1:]
 print("started", *words, os.environ["OMP_NUM_THREADS"], file=open(os.environ["SEEN"], "a"), flush=True)
-if "--broken" in words:
+if "--broken" in words or any(w.startswith("bad=") for w in words):
     sys.exit(3)
 adapters = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("-"))
 class Handler(BaseHTTPRequestHandler):
@@ -31,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/die":
             os._exit(9)
         if self.path.startswith("/load?"):
-            adapters.update([self.path[6:].split("=", 1)])
+            adapters.update([unquote(self.path[6:]).split("=", 1)])
         cards = [{"id": "base", "root": "m", "parent": None}]
         cards += [{"id": n, "root": p, "parent": "base"} for n, p in adapters.items()]
         self.send_response(200)
@@ -106,6 +108,54 @@ def test_a_dead_server_comes_back_with_its_adapters(supervised, tmp_path: Path, 
     assert second.count("--lora-modules") == 1
     assert f"--enforce-eager --lora-modules a={tmp_path}/a b={tmp_path}/b" in second
     assert first.split()[-1] == str(server_process.engine_threads())
+
+
+def test_mixes_and_choosers_come_back(supervised, tmp_path: Path, seen: Path, port: int) -> None:
+    parts = [[0.7, "a@1", f"{tmp_path}/a"], [0.3, "b@2", f"{tmp_path}/b#task"]]
+    long = [[0.1, f"n{i}@{i}", str(tmp_path / "a")] for i in range(200)]  # no path: it would be too long for one
+    told = {"mixed": parts, "long": long, "lost": [*parts, [1.0, "d@3", f"{tmp_path}/d"]]}
+    for name, mix in told.items():
+        ask(port, f"/load?{quote(f'{name}=mix:{json.dumps(mix)}')}")
+    ask(port, f"/load?chosen=dlp:{tmp_path}/c")
+    time.sleep(1.5)
+    ask(port, "/die")
+    assert ask(port, "/v1/models") == ["base", "a", "mixed", "long", "chosen"]
+    supervised.send_signal(signal.SIGINT)
+    assert "adapter lost:" in supervised.communicate(timeout=60)[1]
+    assert f"mixed=mix:{json.dumps(parts)}" in seen.read_text()
+
+
+def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(
+    supervised, tmp_path: Path, seen: Path, port: int
+) -> None:
+    ask(port, f"/load?bad={tmp_path}/b")
+    time.sleep(1.5)
+    ask(port, "/die")
+    assert ask(port, "/v1/models") == ["base", "a"]
+    assert seen.read_text().count("bad=") == serve.TRIES
+    supervised.send_signal(signal.SIGINT)
+    _, said = supervised.communicate(timeout=60)
+    assert "did not come up with a, bad" in said
+
+
+def test_a_killed_servers_engine_does_not_stay() -> None:
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid); sys.stdout.flush(); sys.exit(1)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as server:
+        assert server.stdout is not None
+        engine = int(server.stdout.readline())
+    assert _runs(engine)
+    server_process.end_group(server.pid, patience_s=0.1)
+    end = time.monotonic() + 10
+    while _runs(engine) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _runs(engine)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_server_that_never_served_is_not_started_again(tmp_path: Path, seen: Path, port: int) -> None:

@@ -286,3 +286,5 @@ def test_a_mix_needs_no_path_and_takes_none_beside(client: Client, world: World)
     assert status in (400, 422)
     assert "not both" in message
     assert client.post("load_lora_adapter", {"lora_name": "x", "lora_path": "mix:lora"})[0] == 400
+    # As the engine is told of one: the command line may say so, no client.
+    assert client.load("x", f'mix:[[1.0,"lora","{world.adapters["lora"]}"]]')[0] == 400

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from server_support import make_world, serving
-from soak import NAMES, Soak, left_behind
+from soak import NAMES, SERVER_OPTIONS, Soak, left_behind
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -17,14 +17,13 @@ def test_soak(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     world = make_world(tiny_model("llama"), tmp_path / "adapters")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    # Time to remove their files: vLLM's server kills its workers otherwise.
-    options = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--shutdown-timeout", "5")
-    with serving(world.model, {}, *options, environment={"TMPDIR": str(scratch)}) as client:
+    with serving(world.model, {}, *SERVER_OPTIONS, environment={"TMPDIR": str(scratch)}) as client:
         soak = Soak(world, client, seed=0)
         soak.expect()
         soak.run(SECONDS, client.pid)
     assert soak.answers > 20
     assert soak.changes > 5
+    assert soak.left > 20
     assert left_behind(scratch) == []
 
 

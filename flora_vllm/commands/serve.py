@@ -1,7 +1,8 @@
 """`flora-vllm serve MODEL …`: `vllm serve MODEL --enable-flora …` with settings that fit this machine.
 
-With --restart a server that has served and then ends is started again, with the adapters that it had by then. One
-that never came up is not: the same command would fail again.
+With --restart a server that has served and then ends is started again, with the adapters that it had by then, mixes
+among them, but those whose directory is gone. One that never came up is not: the same command would fail again. One
+that has served and cannot come up again is tried without end, after TRIES times with its command's adapters alone.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from flora_vllm.commands.server_process import on_cpu, server_environment, vllm_command
+from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
+from flora_vllm.plugin.mixes import CHOOSER_PREFIX, decoded
 
 EXAMPLES = """\
 examples:
@@ -38,6 +40,7 @@ IDLE_SHARE, KEPT = 0.95, 0.8
 NODES = Path("/sys/devices/system/node")
 WATCH_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+TRIES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,15 +97,20 @@ class Supervisor:
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
-        pause_s = self._first_pause_s
+        pause_s, fruitless, ever_served = self._first_pause_s, 0, False
         while True:
             started = time.monotonic()
             status, has_served = self._serve_once()
             if self._told is not None:
                 return 130 if self._told == signal.SIGINT else status
-            if not has_served:
+            ever_served |= has_served
+            if not ever_served:
                 _say(f"the server ended with status {status} before it served; not started again")
                 return status or 1
+            fruitless = 0 if has_served else fruitless + 1
+            if fruitless >= TRIES and self._adapters:
+                _say(f"it did not come up with {', '.join(self._adapters)}; now with the adapters of its command alone")
+                self._adapters = {}
             pause_s = self._first_pause_s if time.monotonic() - started > LONGEST_PAUSE_S else pause_s
             _say(
                 f"the server ended with status {status}; again in {pause_s:.0f} s with {len(self._adapters)} adapter(s)"
@@ -122,6 +130,7 @@ class Supervisor:
                     has_served, self._adapters = True, adapters
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(self._watch_s)
+            end_group(process.pid)  # a killed server's engine does not notice, and has the memory
             self._process = None
             return process.returncode, has_served
 
@@ -129,10 +138,7 @@ class Supervisor:
         """The command with the adapters that the last server had; those whose directory is gone are left out."""
         if not self._adapters:
             return self._command
-        # The path of one task of several is directory#task.
-        there = {
-            n: p for n, p in self._adapters.items() if Path(p).is_dir() or Path(p.rpartition("#")[0] or p).is_dir()
-        }
+        there = {name: root for name, root in self._adapters.items() if all(map(Path.is_dir, _directories(root)))}
         for name in self._adapters.keys() - there.keys():
             _say(f"adapter {name}: {self._adapters[name]} is gone; serving without it")
         kept, words = [], iter(self._command)
@@ -160,6 +166,14 @@ class Supervisor:
         if self._process is None:
             raise SystemExit(128 + number)
         self._process.send_signal(number)
+
+
+def _directories(root: str) -> list[Path]:
+    """What must be there for an adapter to be loaded again: of a mix, its parts' directories."""
+    mix = decoded(root)
+    roots = [root.removeprefix(CHOOSER_PREFIX)] if mix is None else [part.path for part in mix.parts]
+    # The path of one task of several is directory#task.
+    return [Path(path if Path(path).is_dir() else path.rpartition("#")[0] or path) for path in roots]
 
 
 def _value_of(command: Sequence[str], flag: str) -> str | None:

@@ -85,11 +85,16 @@ class ServerProcess:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def wait(self) -> None:
-        """Return when the server ends or on Ctrl-C."""
+    @property
+    def log(self) -> Path:
+        return Path(self._log.name)
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """The server's status when it ends; None on Ctrl-C. Raises subprocess.TimeoutExpired."""
         assert self._process is not None, "not started"
         with contextlib.suppress(KeyboardInterrupt):
-            self._process.wait()
+            return self._process.wait(timeout_s)
+        return None
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         start = said = time.monotonic()
@@ -113,7 +118,7 @@ class ServerProcess:
             return False
 
     def _end_of_log(self) -> str:
-        lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         lines = [line for line in lines if not NOISE.match(line)]
         return f"the end of {self._log.name}:\n" + "\n".join(lines[-LOG_LINES:])
 
@@ -127,18 +132,22 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience_s)
                 break
-        # Its engine's processes may outlive it: they have files to remove.
-        with contextlib.suppress(ProcessLookupError):
-            end = time.monotonic() + ENGINE_END_S
-            while time.monotonic() < end:
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-            os.killpg(process.pid, signal.SIGKILL)
+        end_group(process.pid)
         self._log.close()
 
     def _say(self, text: str, end: str = "\n") -> None:
         if not self._quiet:
             print(text, file=sys.stderr, flush=True, end=end)
+
+
+def end_group(leader: int, patience_s: float = ENGINE_END_S) -> None:
+    """Wait for what outlives the ended leader of its group: an engine has files to remove. Then kill it."""
+    with contextlib.suppress(ProcessLookupError):
+        end = time.monotonic() + patience_s
+        while time.monotonic() < end:
+            os.killpg(leader, 0)
+            time.sleep(0.05)
+        os.killpg(leader, signal.SIGKILL)
 
 
 def vllm_command() -> list[str]:

@@ -41,6 +41,7 @@
     waiting.py        why requests wait
     handed.py         adapters given as tensors or files instead of by a path
     sleeping.py       the sleep that would lose adapters
+    ending.py         the status of a server whose engine died
     uploads.py        the route that takes an adapter's files
     traces.py         the adapter on a request's span
     published.py      metrics and events: the names that clients use

@@ -266,6 +266,8 @@ async def _identify(
     name, path = request.lora_name, request.lora_path
     allowed = _checked_options(self).adapter_digests
     chooser, family = None, mixes.MIX
+    if mix is None and not confined:
+        mix = mixes.decoded(path)  # of a server that was started again
     if mix is None and mixes.is_mix(path):
         mix = mixes.mix_of(mixes.asked_in(path), self.lora_requests)
     if mix is not None:

@@ -10,7 +10,9 @@ import enum
 import functools
 import importlib
 import json
+import logging
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from typing import Any
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME, digest_of
 from flora_vllm.plugin import scratch
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "flora-handed-"
 _users: Counter[Path] = Counter()
@@ -39,21 +43,39 @@ def is_handed(path: str) -> bool:
 
 @contextmanager
 def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
-    """A directory with the adapter; equal content has the same path. It is there within the context."""
+    """A directory with the adapter; equal content has the same path. It is there within the context.
+
+    Raises AdapterError if there is no room for it."""
     files = {CONFIG_NAME: bytearray(config), WEIGHTS_NAME: bytearray(weights)}
-    path = _root() / digest_of(files)[:32]
+    needed = sum(map(len, files.values()))
+    try:
+        path = _root() / digest_of(files)[:32]
+    except OSError as error:
+        raise no_room(needed, error) from error
     _users[path] += 1
     try:
         if _users[path] == 1:
-            path.mkdir(exist_ok=True)
-            for name, content in files.items():
-                (path / name).write_bytes(content)
+            try:
+                path.mkdir(exist_ok=True)
+                for name, content in files.items():
+                    (path / name).write_bytes(content)
+            except OSError as error:
+                raise no_room(needed, error) from error
         yield str(path)
     finally:
         _users[path] -= 1
         if not _users[path]:
             del _users[path]
             shutil.rmtree(path, ignore_errors=True)
+
+
+def no_room(needed: int, error: OSError) -> AdapterError:
+    """`needed` bytes of an adapter could not be written to the temporary directory; where that is, the log says."""
+    logger.error("an adapter of %d bytes cannot be kept in %s: %s", needed, tempfile.gettempdir(), error)
+    return AdapterError(
+        f"the server cannot keep the adapter's {needed} bytes in its temporary directory ({error.strerror}); make room "
+        "there, or give the server a path"
+    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ files' content is copied once when the adapter is admitted, and a reload reads t
 have changed or gone. The copies live in a private temporary directory that ends with the process.
 """
 
-import contextlib
+import errno
 import functools
 import logging
 import os
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 # Copies kept of adapters that were unloaded while a request may still have been on its way to the engine.
 RETIRED_COPIES = 64
+# What a file system says that has no more room.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +150,7 @@ class AdapterLoader:
         if (self._root / str(adapter_id)).is_dir():
             self._retired[adapter_id] = None
         while len(self._retired) > RETIRED_COPIES:
-            oldest, _ = self._retired.popitem(last=False)
-            self._names.pop(oldest, None)
-            shutil.rmtree(self._root / str(oldest), ignore_errors=True)
+            self._drop_oldest()
 
     def _read(self, name: str, place: Path | str, digest: str | None, shown: str, task: str | None):
         where = f"{name!r} ({shown})"
@@ -337,6 +337,21 @@ class AdapterLoader:
         return modules
 
     def _keep(self, copy: Path, files: Mapping[str, bytearray], name: str) -> None:
+        """Copies of unloaded adapters give way to it. Raises AdapterError if there is no room even so."""
+        while True:
+            try:
+                return self._write(copy, files)
+            except OSError as error:
+                if error.errno in FULL and self._retired:
+                    self._drop_oldest()
+                    continue
+                needed = sum(map(len, files.values()))
+                why, root = error.strerror, self._root
+                logger.error("a copy of adapter %r, %d bytes, cannot be kept in %s: %s", name, needed, root, why)
+                fault = f"the server cannot keep a copy of its {needed} bytes ({why}); make room in {root}"
+                raise adapter_error(repr(name), [fault]) from error
+
+    def _write(self, copy: Path, files: Mapping[str, bytearray]) -> None:
         unfinished = Path(tempfile.mkdtemp(dir=self._root))
         try:
             for file_name, content in files.items():
@@ -344,11 +359,15 @@ class AdapterLoader:
                 (unfinished / file_name).write_bytes(content)
             shutil.rmtree(copy, ignore_errors=True)
             unfinished.rename(copy)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(unfinished)
-            logger.error("adapter %r cannot be kept in %s: %s", name, self._root, error)
-            raise adapter_error(repr(name), [f"the server cannot keep a copy of it ({error.strerror})"]) from error
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _drop_oldest(self) -> None:
+        """Of the copies of adapters that were unloaded."""
+        oldest, _ = self._retired.popitem(last=False)
+        self._names.pop(oldest, None)
+        shutil.rmtree(self._root / str(oldest), ignore_errors=True)
 
 
 def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:

@@ -5,12 +5,13 @@ The files become a directory that only this process made; then vLLM's own route 
 safetensors is read. It works where loading by request is on (VLLM_ALLOW_RUNTIME_LORA_UPDATING), behind the same key.
 """
 
+import contextlib
 import importlib
 import json
 from typing import Any
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.plugin.handed import directory_of
+from flora_vllm.plugin.handed import directory_of, no_room
 from flora_vllm.plugin.preload import options_of_engine
 
 ROUTE = "/v1/load_lora_adapter"
@@ -47,12 +48,13 @@ class AdapterUploads:
         if options is None:
             await self._app(scope, receive, send)
             return
-        try:
-            fields, config, weights = await _read(scope, receive, options.max_upload_bytes)
-        except AdapterError as error:
-            await _refuse(error)(scope, receive, send)
-            return
-        with directory_of(config, weights) as path:
+        with contextlib.ExitStack() as kept:
+            try:
+                fields, config, weights = await _read(scope, receive, options.max_upload_bytes)
+                path = kept.enter_context(directory_of(config, weights))
+            except AdapterError as error:
+                await _refuse(error)(scope, receive, send)
+                return
             body = json.dumps({**fields, "lora_path": path}).encode()
             headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", b"content-length")]
             headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -105,6 +107,8 @@ async def _read(scope: Any, receive: Any, most: int) -> tuple[dict[str, Any], by
             return fields, await _content(form["config"]), await _content(form["weights"])
     except exceptions.HTTPException as error:
         raise AdapterError(f"the upload is no multipart/form-data: {error.detail}") from error
+    except OSError as error:  # large parts are put in files while they arrive
+        raise no_room(taken, error) from error
 
 
 async def _content(part: Any) -> bytes:
