@@ -234,6 +234,12 @@ def test_accounts_are_bounded() -> None:
         request.status.name = "RUNNING"
         queue.charge([(request, 1)])
     assert len(queue._accounts) <= shares._MOST_KEPT + 1
+    # Of a tenant that is forgotten something may still run, and lose its memory.
+    preempted = SimpleNamespace(share="0", status=SimpleNamespace(name="PREEMPTED"))
+    assert "0" not in queue._accounts
+    queue.prepend_request(preempted)
+    queue.charge([])
+    assert queue.peek_request() is preempted
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def test_hooks_hold_and_an_engine_serves(minor: str, tmp_path: Path) -> None:
         [sys.executable, "-c", "import vllm; print(vllm.__version__)"], env=environment, capture_output=True, text=True
     )
     assert version.stdout.strip().startswith(f"{minor}."), version.stderr[-2000:]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HOOKS_HOLD, "tests/test_preload.py"]
+    tests = [HOOKS_HOLD, "tests/test_preload.py", "tests/test_shares.py", "tests/test_turns.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:]

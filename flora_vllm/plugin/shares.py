@@ -115,7 +115,7 @@ class FairQueue:
         self._ordered = None
         for request, tokens in scheduled:
             self._account(self._share_of(request)).served += tokens
-        waiting = [self._accounts[share].served for share in self._queues]
+        waiting = [self._account(share).served for share in self._queues]
         if waiting:
             self._level = max(self._level, min(waiting))
         elif self._last is not None:
