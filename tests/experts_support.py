@@ -1,11 +1,13 @@
 """A layer of experts on plain tensors, with the fused kernel that vLLM runs it on, and terms for it."""
 
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from device_stand_in import DEVICE, OnDevice, on_host
 
 from flora_vllm.experts import ACTIVATIONS, AdaptedExperts, Expert, ExpertLinear
 from flora_vllm.ops.terms import SliceTerms
@@ -71,25 +73,33 @@ class Layer:
         return out
 
     def adapted(
-        self, step: Step, *, weighs_input: bool = False, is_packed: bool = True
+        self, step: Step, *, weighs_input: bool = False, is_packed: bool = True, on_device: bool = False
     ) -> tuple[AdaptedExperts, list[Expert]]:
+        """`on_device`: not packed, and on the stand-in for a GPU."""
         from flora_vllm.plugin.expert_weights import Weights, packing
 
         users: Counter[int] = Counter()
+        is_packed = is_packed and not on_device
         tile = packing("vec", self.dtype) if is_packed else None
         assert (tile is not None) == is_packed
-        kept = self.packed if is_packed else self.plain
+        kept, stock, device = self.packed if is_packed else self.plain, self.fused, None
+        if on_device:
+            kept = SimpleNamespace(**{name: OnDevice(weight) for name, weight in vars(kept).items()})
+            stock, device = self._fused_on_device, DEVICE
         weights = Weights(kept, self.inner, tile, is_interleaved=self.activation == "swigluoai")
         experts = []
         for i in range(EXPERTS):
-            gate_up = ExpertLinear(
-                lambda x, i=i: weights.gate_up(i, x), [self.inner] * 2, HIDDEN, weights.gate_up_bias(i), users
-            )
-            down = ExpertLinear(lambda x, i=i: weights.down(i, x), [HIDDEN], self.inner, weights.down_bias(i), users)
+            up, down = functools.partial(weights.gate_up, i), functools.partial(weights.down, i)
+            gate_up = ExpertLinear(up, [self.inner] * 2, HIDDEN, weights.gate_up_bias(i), users, device)
+            down = ExpertLinear(down, [HIDDEN], self.inner, weights.down_bias(i), users, device)
             experts.append(Expert(gate_up, down))
         activation = ACTIVATIONS[self.activation]
-        layer = AdaptedExperts(self.fused, dict(enumerate(experts)), activation, step, users, weighs_input=weighs_input)
+        layer = AdaptedExperts(stock, dict(enumerate(experts)), activation, step, users, weighs_input=weighs_input)
         return layer, experts
+
+    def _fused_on_device(self, *tokens: torch.Tensor) -> torch.Tensor:
+        assert all(isinstance(each, OnDevice) for each in tokens)
+        return OnDevice(self.fused(*map(on_host, tokens)))
 
 
 def some_tokens(count: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,10 +3,13 @@
 import engine_support as support
 import pytest
 import torch
+from device_stand_in import Device, OnDevice, on_host
 from experts_support import CPU, HIDDEN, INNER, Layer, low_rank, noise, some_tokens
 
 from flora_vllm.experts import ACTIVATIONS
 from flora_vllm.ops.dispatch import NEVER
+from flora_vllm.ops.rare import Swapped
+from flora_vllm.ops.terms import SliceTerms
 from flora_vllm.step import GraphSteps, Step
 
 # vLLM and what it imports warn: it is imported where the marks hold.
@@ -54,6 +57,30 @@ def test_adapted_rows_are_those_of_merged_weights_and_others_the_kernels_own():
         expert.gate_up.write_slot(2, None)
         expert.down.write_slot(2, None)
     assert torch.equal(adapted.forward(*(t[2:3] for t in tokens)), layer.fused(*(t[2:3] for t in tokens)))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_nothing_mixes_the_host_with_the_device(has_bias):
+    """No GPU has run this: its tensors are stood in for, with terms of every sort that an expert's layer can have."""
+    layer, ids = Layer("silu", has_bias=has_bias), [1, 0, 2] * 4
+    products = SliceTerms(a_RI=noise(2, HIDDEN, seed=30), b_RO=noise(2, INNER, seed=31))
+    swapped = Swapped(noise(HIDDEN, seed=32), noise(HIDDEN, seed=33), 2)
+    answers = []
+    for on_device in (False, True):
+        step = Step()
+        adapted, experts = layer.adapted(step, on_device=on_device)
+        tokens = some_tokens(12)
+        with Device():
+            experts[0].gate_up.write_slot(1, (low_rank(INNER, HIDDEN, seed=20)[0], None))
+            experts[1].gate_up.write_slot(2, (None, products))
+            experts[2].down.write_slot(2, (SliceTerms(torch.ones(1), rare=(swapped,)),))
+            step.set_mapping(ids, {1: 1, 2: 2})
+            if on_device:
+                answers.append(on_host(adapted.forward(*map(OnDevice, tokens))))
+                assert adapted.error(*map(OnDevice, tokens)) < 1e-4
+            else:
+                answers.append(adapted.forward(*tokens))
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_on_the_input_is_used_once():

@@ -33,7 +33,7 @@ def settings(tmp_path_factory) -> Iterator[Any]:
     parallel.cleanup_dist_env_and_memory()
 
 
-def _runner(settings: Any, prefix: str, rank: int = 0, ranks: int = 1) -> Any:
+def _runner(settings: Any, prefix: str, rank: int = 0, ranks: int = 1, *, has_bias: bool = False) -> Any:
     """A layer of experts of vLLM's own, as one of so many ranks has it, with weights; 40 inner features, padded.
 
     Ranks cut the inner features, or have half of the experts each where `settings` enable expert parallelism.
@@ -48,6 +48,7 @@ def _runner(settings: Any, prefix: str, rank: int = 0, ranks: int = 1) -> Any:
             intermediate_size=INNER,
             prefix=prefix,
             tp_size=ranks,
+            has_bias=has_bias,
         )
     experts, layer = made.routed_experts, Layer("silu")
     has_own = settings.parallel_config.enable_expert_parallel
@@ -204,6 +205,20 @@ def test_ranks_sum_to_the_merged_weights(settings):
     assert (wanted - stock).abs().max() > 0.1
     torch.testing.assert_close(total[::2], wanted[::2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(total[1::2], stock[1::2], rtol=1e-4, atol=1e-5)
+
+
+def test_terms_that_change_the_last_bias_know_what_all_ranks_add(settings, monkeypatch):
+    from flora_vllm.plugin.experts import take_over
+
+    monkeypatch.setattr("flora_vllm.plugin.experts.tensor_model_parallel_all_reduce", lambda mine: mine.add_(2))
+    runner = _runner(settings, "bias.experts", 0, 2, has_bias=True)
+    runner.routed_experts.w2_bias.data.fill_(1)
+    taken = take_over("experts", runner, Step(), CPU)
+    assert not isinstance(taken, str)
+    bias_O = taken.biases["experts.0.down_proj"]
+    assert bias_O is not None
+    assert (bias_O == 3).all()
+    assert (runner.routed_experts.w2_bias == 1).all()  # which the kernel and the layers add
 
 
 def test_each_rank_serves_its_own_experts(settings, monkeypatch):
