@@ -18,9 +18,12 @@ with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
     warnings.simplefilter("ignore")
     from ray.exceptions import ActorDiedError, RayTaskError
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.exceptions import DeploymentUnavailableError
 
     from flora_vllm.cluster import ingress
     from flora_vllm.cluster.ingress import Directory, UnknownModelError, answer
+    from flora_vllm.cluster.ray_hooks import ask_replicas
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -165,3 +168,29 @@ def test_nobody_there_for_too_long(directory):
 
     with pytest.raises(LostError, match="ActorDiedError"):
         asyncio.run(run())
+
+
+class Broadcast:
+    """A handle whose broadcast ends as the script says."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def broadcast(self, method):
+        assert method == "flora_metrics"
+        return self
+
+    async def results_async(self, *, timeout_s, return_exceptions):
+        assert (timeout_s, return_exceptions) == (5.0, True)
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+def test_replicas_that_do_not_answer_are_left_out():
+    def asked(found):
+        return asyncio.run(ask_replicas(Broadcast(found), "flora_metrics", 5.0))
+
+    assert asked([("x", "1"), ActorDiedError(), ("y", "2"), TimeoutError()]) == [("x", "1"), ("y", "2")]
+    for error in (DeploymentUnavailableError(DeploymentID("smol", "flora")), TimeoutError(), ActorDiedError()):
+        assert asked(error) == []

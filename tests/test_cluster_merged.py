@@ -1,12 +1,19 @@
 """An ingress' sums of its replicas never go back, its gauges say what can be said, its list has each adapter once."""
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flora_vllm.cluster.merged import MergedMetrics, merged_adapters
 from flora_vllm.cluster.store import Entry
+from flora_vllm.cluster.vllm_engine import VllmEngineAdapters
+from flora_vllm.plugin import listing
+from flora_vllm.plugin.loads import Loads
+from flora_vllm.plugin.traffic import Published, Traffic
 
 
 def _told(tokens: float, running: float, usage: float, latencies: tuple[float, ...] = ()) -> str:
@@ -94,3 +101,32 @@ def test_adapters_are_listed_once_with_every_place() -> None:
     assert (found["smol:b"]["state"], found["smol:b"]["replicas"]) == ("registered", {"x": "registered"})
     assert (found["tiny:b"]["parent"], found["tiny:b"]["replicas"]) == ("tiny", {})
     assert (found["c"]["state"], found["c"]["family"], found["c"]["pinned"]) == ("registered", None, None)
+
+
+def test_a_replica_tells_its_engine_by_the_names_that_clients_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Traffic()
+    monkeypatch.setattr(listing, "TRAFFIC", traffic)
+    monkeypatch.setattr(listing, "PUBLISHED", Published(traffic))
+    traffic.of(("a", "LORA"), 3, now=0.0).generation += 3
+    traffic.of(("gone", "LORA"), 3, now=0.0).generation += 3
+    known = {"id": 1, "level": "gpu", "pinned": False, "family": "LORA", "rank": 8, "bytes": 10, "last_used": 5.0}
+    counts = {"starved": 0, "drained": 0, "waiting": {}, "paths": {}, "bytes": {"gpu": 10, "cpu": 10}}
+    report = Loads().counts() | counts | {"slots": 2, "on_gpu": 1, "on_cpu": 1, "adapters": [known]}
+
+    async def call(_method: str, _most: int | None) -> Any:
+        return report
+
+    models = SimpleNamespace(lora_requests={"a@v1": SimpleNamespace(lora_int_id=1, lora_name="a@0123456789abcdef")})
+    client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=call))
+
+    async def ask() -> tuple[str, list[dict[str, Any]]]:
+        adapters = VllmEngineAdapters(SimpleNamespace(_engine_client=client, _oai_models=models))
+        return await adapters.metrics(), await adapters.adapters()
+
+    text, listed = asyncio.run(ask())
+    found = _samples(MergedMetrics().merge([("smol", "x", text)]))
+    assert found["flora_generation_tokens_total", "a", "LORA", "smol"] == 3
+    assert found["vllm:lora_adapter_loaded", "a", "gpu", "smol", "false", "8"] == 1
+    assert not any("gone" in key for key in found)
+    (entry,) = merged_adapters([("a", "smol", Entry("a", "v1", "/a", 50, 8))], [("smol", "x", listed)])
+    assert (entry["name"], entry["state"], entry["digest"], entry["rank"]) == ("a", "resident", "0123456789abcdef", 8)

@@ -1,5 +1,6 @@
 """A worker's own copies of adapters' files: they outlive the originals for as long as the adapter may be asked for."""
 
+import contextlib
 import errno
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ class Loader:
         monkeypatch.setattr(loader, "RETIRED_COPIES", 2)
         self.loader: Any = object.__new__(loader.AdapterLoader)
         self.loader._root, self.loader._names, self.loader._retired = folder, {}, loader.OrderedDict()
+        self.loader._phase = lambda _: contextlib.nullcontext()
 
         def read(name: str, path: Path, *_: Any) -> Any:
             if not path.is_dir():

@@ -15,18 +15,21 @@ def _manager(slots: int, places: int) -> Any:
     from flora_vllm.plugin.loads import Loads
     from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
     from flora_vllm.plugin.memory import MemoryBudget
+    from flora_vllm.plugin.path_counts import PathCounts
     from flora_vllm.plugin.worker_manager import FloraWorkerManager
 
     manager: Any = object.__new__(FloraModelManager)
     manager.options = SimpleNamespace(adapter_memory=None)
     manager.lora_config = SimpleNamespace(max_loras=slots, max_cpu_loras=places)
-    manager.attached = SimpleNamespace(write_slot=lambda *_: None)
+    manager.attached = SimpleNamespace(write_slot=lambda *_: {})
     manager.loads, manager._left_out, manager._in_slots = Loads(), {}, {}
+    manager._paths = PathCounts()
     manager.lora_index_to_id = [None] * slots
     manager._registered_adapters = AdapterLRUCache(places, manager.deactivate_adapter)
     manager._active_adapters = AdapterLRUCache(slots, manager._deactivate_adapter)
     worker: Any = object.__new__(FloraWorkerManager)
     worker._adapter_manager, worker._memory = manager, MemoryBudget(None, slots)
+    worker._ran = set()
     worker._load_adapter = lambda request, **_: LoadedAdapter(request.lora_int_id, 1, {})
     return worker
 
@@ -49,6 +52,10 @@ def test_a_step_leaves_out_what_pins_leave_no_room(slots: int, places: int):
     worker._apply_adapters(_requests(3, 5))
     assert {*manager._left_out} == {5}
     assert {*manager._active_adapters.order} == {*pinned, 3}, "what the step was told it has"
+    assert manager.loads.lookups["gpu"] == {"hit": 0, "miss": 2}, "3 had no slot, and took that of 5"
+    worker._apply_adapters(_requests(3, 5))
+    assert sum(manager.loads.lookups["gpu"].values()) == 2, "they go on running"
+    manager._left_out.clear()
     worker.add_adapter(*_requests(6))
     worker.pin_adapter(6)
     manager._left_out.clear()

@@ -34,8 +34,8 @@ from flora_vllm.errors import AdapterError, ConfigError
 SETTINGS = "flora_cluster"
 # Of the ingress, beside those of ray.serve.llm: method -> route.
 ROUTES = {"metrics": "/metrics", "adapters": "/v1/flora/adapters"}
-# A replica that takes longer to answer is not waited for.
-WAIT_S = 10.0
+# A replica that takes longer is not waited for: it waits for its engine for 5 s, and Prometheus for a scrape for 10.
+WAIT_S = 8.0
 _STATUS = {AdapterError: 400, StaleVersionError: 409, StoreError: 503, NoRoomError: 503}
 
 
