@@ -26,8 +26,10 @@ FIXED_ELSEWHERE = {"0002"}
 # Seams that we replace and have no diff for yet: failing a step's requests, the bounded series of adapters in metrics,
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
 # layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot and of tenants, a
-# request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each.
+# request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each, the status of a
+# server whose engine died.
 WITHOUT_DIFF = {
+    "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",
     "vllm.entrypoints.llm:LLM._run_tiling_engine",

@@ -23,7 +23,7 @@ def test_soak(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
         soak.run(SECONDS, client.pid)
     assert soak.answers > 20
     assert soak.changes > 5
-    assert soak.left > 20
+    assert soak.left > 5
     assert left_behind(scratch) == []
 
 

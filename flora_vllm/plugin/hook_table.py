@@ -312,7 +312,7 @@ _SERVER = (
     Hook("vllm.entrypoints.serve.lora.protocol:UnloadLoRAAdapterRequest.lora_name"),
     Hook("vllm.entrypoints.openai.models.protocol:LoRAModulePath.path"),
     Hook("vllm.entrypoints.launchers.api_server.entry:build_and_serve", ("engine_client",)),
-    Hook(f"{_ASYNC}.shutdown", ("self",)),
+    Hook(f"{_ASYNC}.shutdown"),
     Hook(f"{_ASYNC}.errored"),
     Hook("vllm.entrypoints.launchers.app:init_entrypoints_middleware", ("args", "app", "supported_tasks")),
     Hook("vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware"),
