@@ -39,6 +39,14 @@ def terms() -> dict[str, tuple[Any, ...]]:
     }
 
 
+def test_drafts_that_may_look_tokens_up_in_it_keep_it_from_adapters() -> None:
+    from flora_vllm.plugin.embeddings import _is_shared_with_drafts
+
+    assert [_is_shared_with_drafts(SimpleNamespace(method=name)) for name in ("ngram", "draft_model")] == [False] * 2
+    assert [_is_shared_with_drafts(SimpleNamespace(method=name)) for name in ("eagle", "mtp", "new")] == [True] * 3
+    assert not _is_shared_with_drafts(None)
+
+
 @pytest.mark.parametrize("case", terms())
 def test_the_ranks_sum_is_the_adapters_row(case: str) -> None:
     from flora_vllm.plugin.attach import Attached

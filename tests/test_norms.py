@@ -98,6 +98,28 @@ def test_compiled_code_norms_each_row_with_its_adapters_weights(make: Callable[[
     assert all(torch.equal(a, b) for a, b in zip(model(*inputs), plain, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # vLLM's imports warn
+def test_in_a_compiled_model_they_are_refused_by_name_unless_asked_for() -> None:
+    from types import SimpleNamespace
+
+    from vllm.config import CompilationMode
+
+    from flora_vllm.plugin.attach import Attached
+    from flora_vllm.plugin.norms import attach_norms
+    from flora_vllm.plugin.trial import TOKENS, Trial
+
+    module, device = layer_norm(), torch.device("cpu")
+    config = SimpleNamespace(compilation_config=SimpleNamespace(mode=CompilationMode.VLLM_COMPILE))
+    trial = Trial(None, config, device, {}, {"norm": module})
+    trial.rows = {"norm": [TOKENS]}
+    for asked in (False, True):
+        attached = Attached()
+        attach_norms(trial, attached, lambda _: Step(), lambda _: True, config, device, compiled_too=asked)
+        assert [*attached.norms] == ["norm"] * asked
+        assert ("--flora-norms" in attached.refused.get("norm", "")) is not asked
+        assert ("forward" in vars(module)) is asked
+
+
 def test_who_asks_beside_a_step_gets_the_bases_weights() -> None:
     """Loads compare what a file holds with the base's, while steps norm rows with other adapters' weights."""
     module, step = layer_norm(), Step()

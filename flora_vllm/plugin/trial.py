@@ -42,11 +42,14 @@ def run_once(model: Any, vllm_config: Any, device: torch.device) -> None:
         )
 
 
+def _input_rows(layer: Any, x: torch.Tensor, *_: Any, **__: Any) -> int:
+    del layer  # named as callers name it
+    return x.numel() // x.shape[-1]
+
+
 @contextmanager
 def watched(
-    modules: Mapping[str, Any],
-    call: str = "apply",
-    rows_of: Callable[..., int] = lambda _layer, x, *_: x[..., 0].numel(),
+    modules: Mapping[str, Any], call: str = "apply", rows_of: Callable[..., int] = _input_rows
 ) -> Iterator[dict[str, list[int]]]:
     """Within it, module name -> the numbers of rows, by `rows_of`, of each `call` of its quant method, or "forward"."""
     rows: dict[str, list[int]] = {name: [] for name in modules}
@@ -54,7 +57,7 @@ def watched(
 
     def watching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def watched_call(*args: Any, **kwargs: Any) -> Any:
-            rows[name].append(rows_of(*args))
+            rows[name].append(rows_of(*args, **kwargs))
             return original(*args, **kwargs)
 
         return watched_call
@@ -104,7 +107,7 @@ class Trial:
         with (
             watched(layers) as of_layers,
             watched(self.embeddings, "embedding", lambda _layer, ids: ids.numel()) as of_embeddings,
-            watched(self.norms, "forward", lambda *given: len(given[0]) if given else 0) as of_norms,
+            watched(self.norms, "forward", lambda x=None, *_, **__: 0 if x is None else len(x)) as of_norms,
         ):
             try:
                 run_once(*self._asked)
