@@ -224,3 +224,24 @@ def test_the_v2_runner_says_whose_the_items_are_that_it_runs():
     )
     runner.execute_mm_encoder(runner.prepare_mm_inputs(scheduled)[1])
     assert seen == [[2, 2, 2], None]
+
+
+def test_images_of_adapters_that_leave_towers_alone_are_encoded_with_those_of_none():
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
+
+    manager: Any = object.__new__(FloraModelManager)
+    manager.rows = row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS), towers.ItemRows())
+    manager.head_rows, manager._left_out = None, {}
+    layers: Any = {"tower.q_proj": ()}
+    manager._in_slots = {1: LoadedAdapter(7, 1, layers, adapts_towers=True), 2: LoadedAdapter(8, 1, layers)}
+    manager._set_adapter_mapping(LoRAMapping((), (8, 0, 7), type=LoRAMappingType.TOWER))
+    manager._set_adapter_mapping(LoRAMapping((), (8, 0, 7), type=LoRAMappingType.CONNECTOR))
+    step = manager.rows.items.step
+    assert [(run, _slots(step, 2)) for run in manager.rows.items.runs("abc", _pairs)] == [
+        (["a", "b"], None),
+        (["c"], [1, 1]),
+    ]
+    manager._set_adapter_mapping(LoRAMapping((8, 0), (8, 0)))
+    assert _slots(manager.rows.tokens, 2) == [2, 0]
