@@ -72,13 +72,13 @@ def test_a_registered_adapter_that_is_not_in_memory_takes_next_to_none(engine, t
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["RssAnon"].split()[0]) << 10
 
-    before = register(range(1000, 1050))
-    grown = register(range(1050, 1300)) - before
+    before = register(range(1000, 1030))
+    grown = register(range(1030, 1150)) - before
     kept = engine.manager().report(None)["adapters"]
     size = max(adapter["bytes"] for adapter in kept)
-    assert (len(kept), size > 80_000) == (3, True)
-    assert grown / 250 < 20_000, "what it is known by, not its numbers"
-    for number in range(1000, 1300):
+    assert (len(kept), size > 200_000) == (3, True)
+    assert grown / 120 < 20_000, "what it is known by, not its numbers"
+    for number in range(1000, 1150):
         engine.llm.llm_engine.remove_lora(number)
 
 

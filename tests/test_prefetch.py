@@ -1,6 +1,7 @@
 """When a core has its workers load what: all ranks or none, nobody's adapter for another's, a bounded number ahead."""
 
 import importlib
+from collections import deque
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,10 @@ class Rank:
         return sum(self.sizes.get(adapter, 1) for adapter in adapters)
 
 
+def _executor() -> Any:
+    return importlib.import_module("vllm.v1.executor.multiproc_executor")
+
+
 class Core:
     """An engine core's worth of what Loading asks for."""
 
@@ -68,10 +73,14 @@ class Core:
         self.model_executor = SimpleNamespace(
             is_sleeping=False, remove_lora=self._remove, add_lora=lambda _: True, collective_rpc=self.later_rpc
         )
-        self.behind_step: list[tuple[Future, Any, tuple]] = []  # asked of workers that are in a step
+        self.behind_step: deque = deque()  # asked of workers that are in a step, as vLLM's executor keeps it
         self.loading = Loading(self)
 
     def collective_rpc(self, act: Any, timeout: float | None = None, args: tuple = ()) -> list[Any]:
+        self.end_step()
+        return self._act(act, args)
+
+    def _act(self, act: Any, args: tuple) -> list[Any]:
         if act is activation._invocation_of:
             self.learnt += args
             return [None for _ in self.ranks]
@@ -79,14 +88,12 @@ class Core:
 
     def later_rpc(self, act: Any, args: tuple, non_block: bool) -> Future:
         assert non_block
-        answer: Future = Future()
-        self.behind_step.append((answer, act, args))
-        return answer
+        return _executor().FutureWrapper(self.behind_step, lambda: self._act(act, args))
 
     def end_step(self) -> None:
-        for answer, act, args in self.behind_step:
-            answer.set_result(self.collective_rpc(act, args=args))
-        self.behind_step.clear()
+        """Whoever takes a step's answer takes those before it."""
+        if self.behind_step:
+            _executor().FutureWrapper(self.behind_step, list).result()
 
     def _remove(self, adapter: int) -> bool:
         found = [adapter in rank.held for rank in self.ranks]
@@ -130,8 +137,7 @@ def test_a_load_is_answered_when_every_rank_has_it():
 
 
 def test_a_step_that_runs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    executor = importlib.import_module("vllm.v1.executor.multiproc_executor")
-    monkeypatch.setattr(executor, "MultiprocExecutor", SimpleNamespace)
+    monkeypatch.setattr(_executor(), "MultiprocExecutor", SimpleNamespace)
     core = Core(ranks=2)
     answer: Any = core.loading.add(_request(1))
     assert [rank.given for rank in core.ranks] == [{}, {}]

@@ -20,7 +20,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats import digest_and_family, resolve_under, split_task
 from flora_vllm.formats.dlp import read_chooser
 from flora_vllm.formats.files import CONFIG_NAME
-from flora_vllm.plugin import at_start, choosers, mixes, preload, sleeping, traffic, uploads
+from flora_vllm.plugin import choosers, mixes, preload, sleeping, traffic, uploads
 from flora_vllm.plugin.access import CHOICE, root_of_request
 from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
@@ -48,7 +48,6 @@ def install() -> None:
             setattr(serving, name, _if_flora(original, replacement))
     if offers(_ADMISSION):
         serving.admit_lora = _admit_offered
-    serving.init_static_loras = _if_flora(serving.init_static_loras, at_start.load_static)
     preload.install()
     uploads.install()
     sleeping.install()
@@ -292,10 +291,8 @@ async def _identify(
         choosers.check_room(self, name)  # others were read meanwhile
         choosers.choosers_of(self)[known] = chooser
     ids = self.__dict__.setdefault("_flora_ids", {})
-    async with at_start.in_order():
-        if known not in ids:
-            number = self.lora_id_counter.inc(1)
-            ids[known] = number if is_shared else id_of_own(number, rank, servers)
+    if known not in ids:
+        ids[known] = self.lora_id_counter.inc(1) if is_shared else id_of_own(self.lora_id_counter.inc(1), rank, servers)
     traffic.FAMILIES[known] = family
     _retired(self).pop(known, None)
     request.lora_name, request.lora_int_id, request.load_inplace = known, ids[known], False
