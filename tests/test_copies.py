@@ -39,11 +39,14 @@ class Loader:
 
         self.loader._read = read
         self.checked: list[int] = []
+        self.noted: list[Any] = []
 
     def load(self, adapter: int, path: Path, *, again: bool = False) -> None:
-        self.loader.load(
-            adapter, f"a{adapter}", str(path), fresh=False, again=again, check=lambda _: self.checked.append(adapter)
-        )
+        def check(_: Any) -> None:
+            self.checked.append(adapter)
+
+        note, name = self.noted.append, f"a{adapter}"
+        self.loader.load(adapter, name, str(path), fresh=False, again=again, note=note, check=check)
 
 
 def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -66,7 +69,9 @@ def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in copies.iterdir()) == ["1", "3", "4"]
     (original / "file").unlink()
     original.rmdir()
+    loader.noted.clear()
     loader.load(1, original, again=True)
+    assert len(loader.noted) == 1, "what was brought back, too"
     with pytest.raises(AdapterError, match="nothing is there"):
         loader.load(2, original, again=True)
 
