@@ -31,7 +31,8 @@ class Loader:
         self.loader._root, self.loader._names, self.loader._retired = folder, {}, loader.OrderedDict()
         self.loader._phase = lambda _: contextlib.nullcontext()
 
-        def read(name: str, path: Path, *_: Any) -> Any:
+        def read(name: str, place: Path | str, *_: Any) -> Any:
+            path = Path(place)
             if not path.is_dir():
                 raise AdapterError("nothing is there")
             files = {file.name: bytearray(file.read_bytes()) for file in path.iterdir()}
