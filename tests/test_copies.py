@@ -31,7 +31,8 @@ class Loader:
         self.loader._root, self.loader._names, self.loader._retired = folder, {}, loader.OrderedDict()
         self.loader._phase = lambda _: contextlib.nullcontext()
 
-        def read(name: str, path: Path, *_: Any) -> Any:
+        def read(name: str, place: Path | str, *_: Any) -> Any:
+            path = Path(place)
             if not path.is_dir():
                 raise AdapterError("nothing is there")
             files = {file.name: bytearray(file.read_bytes()) for file in path.iterdir()}
@@ -39,11 +40,14 @@ class Loader:
 
         self.loader._read = read
         self.checked: list[int] = []
+        self.noted: list[Any] = []
 
     def load(self, adapter: int, path: Path, *, again: bool = False) -> None:
-        self.loader.load(
-            adapter, f"a{adapter}", str(path), fresh=False, again=again, check=lambda _: self.checked.append(adapter)
-        )
+        def check(_: Any) -> None:
+            self.checked.append(adapter)
+
+        note, name = self.noted.append, f"a{adapter}"
+        self.loader.load(adapter, name, str(path), fresh=False, again=again, note=note, check=check)
 
 
 def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -66,7 +70,9 @@ def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in copies.iterdir()) == ["1", "3", "4"]
     (original / "file").unlink()
     original.rmdir()
+    loader.noted.clear()
     loader.load(1, original, again=True)
+    assert len(loader.noted) == 1, "what was brought back, too"
     with pytest.raises(AdapterError, match="nothing is there"):
         loader.load(2, original, again=True)
 

@@ -104,9 +104,11 @@ class AdapterLoader:
         *,
         fresh: bool,
         again: bool,
+        note: Callable[[CutAdapter], None],
         check: Callable[[CutAdapter], None],
     ) -> CutAdapter:
-        """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
+        """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it;
+        `note` is called before, of every adapter that the ranks could read: they may ask each other in it.
 
         `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other. One that
         was unloaded and is loaded anew has to fit again, and its copy has to stay again.
@@ -128,9 +130,12 @@ class AdapterLoader:
             return self._read(name, place, expected, path, task)
 
         if has_copy and again:
-            return read()[1]
+            adapter = read()[1]
+            note(adapter)
+            return adapter
         try:
             (files, adapter), error = read(), None
+            note(adapter)
             check(adapter)
         except Exception as failure:  # noqa: BLE001 - raised below; the other stages wait for this one's word
             files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
