@@ -226,7 +226,8 @@ def test_what_stays_open(method: str, path: str) -> None:
 def test_tenants_at_the_door(tmp_path: Path) -> None:
     rules = AccessRules(["boss"], acl(tmp_path / "acl", entry()), has_root=False)
     assert through(rules, "POST", "/v1/completions", "k1")[1] == Tenant("acme", ("acme/*",), may_load=False)
-    assert through(rules, "GET", "/metrics") == (401, None), "labels name everybody's adapters"
+    for method in ("GET", "HEAD", "OPTIONS"):
+        assert through(rules, method, "/metrics") == (401, None), "labels name everybody's adapters"
     assert through(AccessRules(["boss"], None, has_root=False), "GET", "/metrics") == (None, NOBODY)
     assert through(rules, "", "/v1/realtime", kind="websocket") == (1008, None)
 
