@@ -30,8 +30,12 @@ class Loader:
         self.loader: Any = object.__new__(loader.AdapterLoader)
         self.loader._root, self.loader._names, self.loader._retired = folder, {}, loader.OrderedDict()
         self.loader._phase = lambda _: contextlib.nullcontext()
+        self.loader._device = None
+        self.others_have_it = True
+        monkeypatch.setattr(loader, "all_agree", lambda fine, _: fine and self.others_have_it)
 
-        def read(name: str, path: Path, *_: Any) -> Any:
+        def read(name: str, place: Path | str, *_: Any) -> Any:
+            path = Path(place)
             if not path.is_dir():
                 raise AdapterError("nothing is there")
             files = {file.name: bytearray(file.read_bytes()) for file in path.iterdir()}
@@ -69,6 +73,22 @@ def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest
     loader.load(1, original, again=True)
     with pytest.raises(AdapterError, match="nothing is there"):
         loader.load(2, original, again=True)
+
+
+def test_a_copy_that_another_rank_lacks_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ranks that read from different places would ask each other different things."""
+    original = tmp_path / "original"
+    original.mkdir()
+    (tmp_path / "copies").mkdir()
+    loader = Loader(tmp_path / "copies", monkeypatch)
+    loader.load(1, original)
+    loader.others_have_it = False
+    loader.checked.clear()
+    loader.load(1, original, again=True)
+    assert loader.checked == [1], "as on the rank that has none"
+    original.rmdir()
+    with pytest.raises(AdapterError, match="nothing is there"):
+        loader.load(1, original, again=True)
 
 
 def test_copies_of_the_unloaded_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):

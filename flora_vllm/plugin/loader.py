@@ -43,7 +43,7 @@ from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.mixes import MIX, Mix, Part, decoded
 from flora_vllm.plugin.module_names import renamer
 from flora_vllm.plugin.planned import Plans
-from flora_vllm.plugin.probe import ANOTHER_RANK, EngineBase, stages_agree, together
+from flora_vllm.plugin.probe import ANOTHER_RANK, EngineBase, all_agree, stages_agree, together
 from flora_vllm.plugin.saved import with_saved
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, kind_of, resolve
@@ -115,7 +115,9 @@ class AdapterLoader:
         """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
-        has_copy = not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir()
+        is_there = not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir()
+        # A full disk takes copies of one rank alone; what is asked together on the way differs without one.
+        has_copy = all_agree(is_there, self._device)
         mix = decoded(path)
 
         def read() -> tuple[dict[str, bytearray], CutAdapter]:
