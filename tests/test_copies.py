@@ -85,6 +85,22 @@ def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest
         loader.load(2, original, again=True)
 
 
+def test_a_copy_that_another_rank_lacks_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ranks that read from different places would ask each other different things."""
+    original = tmp_path / "original"
+    original.mkdir()
+    (tmp_path / "copies").mkdir()
+    loader = Loader(tmp_path / "copies", monkeypatch)
+    loader.load(1, original)
+    loader.others_have_copies = False
+    loader.checked.clear()
+    loader.load(1, original, again=True)
+    assert loader.checked == [1], "as on the rank that has none"
+    original.rmdir()
+    with pytest.raises(AdapterError, match="nothing is there"):
+        loader.load(1, original, again=True)
+
+
 def test_copies_of_the_unloaded_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     """A disk for two copies."""
     original, copies = tmp_path / "original", tmp_path / "copies"

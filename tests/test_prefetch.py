@@ -12,6 +12,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.plugin import activation, prefetch
 from flora_vllm.plugin.loads import Finished
 from flora_vllm.plugin.prefetch import MOST_AHEAD, POLL_S, Loading
+from flora_vllm.plugin.turns import SlotTurns
 
 
 class Rank:
@@ -213,6 +214,25 @@ def test_a_promise_to_a_request_that_cannot_run_blocks_nobody():
         assert not core.loading.is_ready(_request(adapter))
     core.poll(1, 2)
     assert core.ranks[0].held == [1]
+    core.poll()
+    assert core.ranks[0].held == [2]
+
+
+def test_a_promise_to_a_request_whose_turn_it_is_not_blocks_nobody():
+    """Requests without an adapter run all the time; the slot is kept for 2, which waited longer than 1."""
+    core = Core(places=1)
+    first, second = (SimpleNamespace(lora_request=_request(n), num_computed_tokens=0) for n in (1, 2))
+    for request in (first, second):
+        request.status, request.arrival_time = SimpleNamespace(name="WAITING"), 0.0
+    core.scheduler.running = [SimpleNamespace(lora_request=None)]
+    core.scheduler.waiting = [second, first]
+    for adapter in (1, 2):
+        assert not core.loading.is_ready(_request(adapter))
+    core.poll(1, 2)
+    assert core.ranks[0].held == [1]
+    core.scheduler._flora_turns = SlotTurns(slots=1, wait_s=1.0)
+    core.scheduler._flora_turns.begin(core.scheduler.running, [core.scheduler.waiting], now=2.0)
+    assert core.scheduler._flora_turns.holds(first)
     core.poll()
     assert core.ranks[0].held == [2]
 

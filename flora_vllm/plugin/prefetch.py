@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from flora_vllm.plugin import activation
+from flora_vllm.plugin import activation, turns
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.refusals import as_vllm_says
 
@@ -218,7 +218,8 @@ class Loading:
         if not scheduler.running:
             self._promised.clear()  # there was a step since, and it could not run those requests for other reasons
         elif self._promised:
-            self._promised &= adapters_of(scheduler.waiting)
+            # Those that turns.py passes by may run when others have: they must not take the room that these wait for.
+            self._promised &= adapters_of(r for r in scheduler.waiting if not turns.holds(scheduler, r))
         return frozenset(running | self._promised)
 
     def _forget(self, ticket: int) -> None:

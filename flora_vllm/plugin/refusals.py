@@ -2,12 +2,16 @@
 
 import functools
 import importlib
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.options import options_of
+
+logger = logging.getLogger(__name__)
 
 INVALID = "vllm.exceptions:LoRAAdapterInvalidError"  # patches/0004
 
@@ -44,7 +48,7 @@ class Refused:
 
 
 def answer_with_refusals() -> None:
-    """Have workers answer a load they refuse, and the engine raise it.
+    """Have workers answer a load they refuse or, one of several ranks, fail at, and the engine raise it.
 
     An exception would leave the answers of the ranks after it unread (vLLM's multiprocess executor stops at the first),
     and every later call of all ranks, a step's too, would be given the answer of the call before it.
@@ -60,13 +64,18 @@ def answer_with_refusals() -> None:
         except Exception as error:
             if isinstance(error, AdapterError) or refusal(error) is not None:
                 return Refused(error)
-            raise
+            if options_of(self.vllm_config.additional_config) is None or self.parallel_config.world_size == 1:
+                raise
+            logger.exception("adapter %r could not be loaded", lora_request.lora_name)
+            return Refused(RuntimeError(f"{type(error).__name__}: {error}"))
 
     def add_lora(self: Any, lora_request: Any) -> bool:
         answers = self.collective_rpc("add_lora", args=(lora_request,))
-        for given in answers:
-            if isinstance(given, Refused):
-                raise given.error
+        refused = [given.error for given in answers if isinstance(given, Refused)]
+        if refused:
+            if len(refused) < len(answers):  # never on some ranks only
+                self.remove_lora(lora_request.lora_int_id)
+            raise refused[0]
         return all(answers)
 
     worker.add_lora, executor.add_lora = answer, functools.wraps(executor.add_lora)(add_lora)
