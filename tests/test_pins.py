@@ -4,8 +4,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from flora_vllm.errors import AdapterError
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no engine that has made vLLM's groups of ranks."""
+    monkeypatch.setattr("flora_vllm.plugin.probe.get_tensor_model_parallel_world_size", lambda: 1)
 
 
 def _manager(slots: int, places: int) -> Any:
@@ -21,7 +28,7 @@ def _manager(slots: int, places: int) -> Any:
     manager: Any = object.__new__(FloraModelManager)
     manager.options = SimpleNamespace(adapter_memory=None)
     manager.lora_config = SimpleNamespace(max_loras=slots, max_cpu_loras=places)
-    manager.attached = SimpleNamespace(write_slot=lambda *_: {})
+    manager.attached, manager.device = SimpleNamespace(write_slot=lambda *_: {}), torch.device("cpu")
     manager.loads, manager._left_out, manager._in_slots = Loads(), {}, {}
     manager._paths = PathCounts()
     manager.lora_index_to_id = [None] * slots
@@ -98,3 +105,18 @@ def test_who_only_loads_takes_no_adapters_slot():
     assert manager.lora_index_to_id == [4, 3]
     assert {slot: adapter.id for slot, adapter in manager._in_slots.items()} == {1: 4, 2: 3}
     assert manager.loads.evictions["gpu"] == 2
+
+
+def test_images_of_an_adapter_that_a_step_leaves_out_take_no_other_adapters_slot():
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    worker = _manager(2, 2)
+    worker.add_adapter(*_requests(90))
+    worker.pin_adapter(90)
+    manager = worker._adapter_manager
+    manager.set_adapter_mapping = lambda _: None
+    worker._apply_adapters(_requests(3, 5))
+    assert {*manager._left_out} == {5}
+    worker.set_active_adapters(_requests(5), LoRAMapping((), (5,), type=LoRAMappingType.TOWER))
+    assert {*manager._active_adapters.order} == {90, 3}, "the step's tokens use them"
+    assert worker._ran == {3, 5}, "the next step's are no newcomers"
