@@ -267,3 +267,20 @@ def test_items_are_no_rows_of_the_output_layer():
     manager.head_rows.logits(lambda x: seen.append(_slots(manager.head_rows.step, len(x))), torch.zeros(2, 1))
     assert seen == [[1, 0]]
     assert manager.head_rows.step.take_fault() is None
+
+
+def test_a_run_of_the_same_adapters_as_the_last_is_spoken_of_anew():
+    """Where only encoders run no mapping of tokens is set between two runs."""
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
+
+    manager: Any = object.__new__(FloraModelManager)
+    manager.rows = row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS), towers.ItemRows())
+    manager.head_rows, manager._left_out, manager._paths = None, {}, PathCounts()
+    manager._in_slots = {1: LoadedAdapter(7, 1, {"tower.q_proj": ()}, adapts_towers=True)}
+    manager.lora_index_to_id, manager._last_mapping, manager._last_slot_layout = [7], None, None
+    for _ in range(2):
+        manager.set_adapter_mapping(LoRAMapping((7,), (7,), type=LoRAMappingType.TOWER))
+        runs = manager.rows.items.runs("a", _pairs)
+        assert [_slots(manager.rows.items.step, 2) for _ in runs] == [[1, 1]]

@@ -257,6 +257,8 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self._registered_adapters[lora.id] = lora
 
     def set_adapter_mapping(self, mapping: Any) -> None:
+        if mapping.type.name != "LANGUAGE":
+            self._last_mapping = None  # what was said of items is used up with their run
         super().set_adapter_mapping(mapping)
         self.rows.begin(mapping.type.name)
         self._paths.count(self.rows.steps[mapping.type.name].segments)
