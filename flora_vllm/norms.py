@@ -66,14 +66,15 @@ class AdaptedNorm:
         else:
             self._module.__dict__.pop("forward", None)
 
-    def forward(self, x: torch.Tensor, *residual: torch.Tensor | None) -> Any:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """What the module gives for x, and residual, with each row's own weights."""
+        whole_inputs = (x,) if residual is None else (x, residual)
         # Linear layers say whether the step was served.
         segments = self._step.segments_for(len(x), serves=False)
         own = [(self._slots[slot], rows.to(x.device)) for slot, rows in segments or () if slot in self._slots]
         # The module may write into what it is given.
-        given = [(x[rows_N], *(None if r is None else r[rows_N] for r in residual)) for _, rows_N in own]
-        found = self._stock(x, *residual)
+        given = [tuple(tensor[rows_N] for tensor in whole_inputs) for _, rows_N in own]
+        found = self._stock(*whole_inputs)
         for (values, rows_N), inputs in zip(own, given, strict=True):
             outputs = self._with(values, inputs)
             for whole, part in zip(_all(found), _all(outputs), strict=True):
@@ -85,7 +86,7 @@ class AdaptedNorm:
         with self._lock:
             return dict(self._module._parameters)
 
-    def _with(self, values: dict[str, torch.nn.Parameter], inputs: tuple[torch.Tensor | None, ...]) -> Any:
+    def _with(self, values: dict[str, torch.nn.Parameter], inputs: tuple[torch.Tensor, ...]) -> Any:
         with self._lock:
             held = {name: self._module._parameters[name] for name in values}
             self._module._parameters.update(values)

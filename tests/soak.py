@@ -209,8 +209,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text, tempfile.TemporaryDirectory() as scratch:
         model = TINY_MODELS["llama"](Path(text) / "model")
         world = make_world(model, Path(text) / "adapters")
-        slots = ("--max-loras", "3", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--shutdown-timeout", "5")
-        with serving(model, {}, *slots, environment={"TMPDIR": scratch}) as client:
+        with serving(model, {}, *SERVER_OPTIONS, environment={"TMPDIR": scratch}) as client:
             soak = Soak(world, client, options.seed)
             soak.expect()
             growth = soak.run(60 * options.minutes, client.pid)

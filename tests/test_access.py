@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,9 +227,23 @@ def test_what_stays_open(method: str, path: str) -> None:
 def test_tenants_at_the_door(tmp_path: Path) -> None:
     rules = AccessRules(["boss"], acl(tmp_path / "acl", entry()), has_root=False)
     assert through(rules, "POST", "/v1/completions", "k1")[1] == Tenant("acme", ("acme/*",), may_load=False)
-    assert through(rules, "GET", "/metrics") == (401, None), "labels name everybody's adapters"
+    for method in ("GET", "HEAD", "OPTIONS"):
+        assert through(rules, method, "/metrics") == (401, None), "labels name everybody's adapters"
     assert through(AccessRules(["boss"], None, has_root=False), "GET", "/metrics") == (None, NOBODY)
     assert through(rules, "", "/v1/realtime", kind="websocket") == (1008, None)
+
+
+def test_parts_of_a_mix_that_comes_back_are_on_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flora_vllm.plugin import frontend, mixes
+
+    (tmp_path / "list").write_text(f"{'a' * 64}  poems\n")
+    monkeypatch.setattr(frontend, "digest_and_family", lambda path, _: (path[-1] * 64, "LORA"))
+    config = SimpleNamespace(additional_config={"flora": {"adapter_digests": str(tmp_path / "list")}})
+    models = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+    path = mixes.encoded(mixes.Mix((mixes.Part(1.0, "poems", "/a"), mixes.Part(1.0, "prose", "/b"))))
+    request = SimpleNamespace(lora_name="both", lora_path=path)
+    with pytest.raises(AdapterError, match=r"(?s)prose.* is not on the operator's list"):
+        asyncio.run(frontend._identify(models, request, confined=False))
 
 
 def test_digests(tmp_path: Path) -> None:

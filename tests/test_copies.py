@@ -24,14 +24,23 @@ class Loader:
             self.asked += 1
             return fine
 
+        def together(where: str, device: Any, make: Any) -> Any:
+            made = make()
+            if not self.others_agree:
+                raise AdapterError(f"{where}: another rank")
+            return made
+
+        self.others_agree = self.others_have_copies = True
         monkeypatch.setattr(loader, "stages_agree", stages_agree)
-        monkeypatch.setattr(loader, "_local", Path)
+        monkeypatch.setattr(loader, "together", together)
+        monkeypatch.setattr(loader, "all_agree", lambda fine, _: fine and self.others_have_copies)
         monkeypatch.setattr(loader, "RETIRED_COPIES", 2)
         self.loader: Any = object.__new__(loader.AdapterLoader)
         self.loader._root, self.loader._names, self.loader._retired = folder, {}, loader.OrderedDict()
-        self.loader._phase = lambda _: contextlib.nullcontext()
+        self.loader._phase, self.loader._device = lambda _: contextlib.nullcontext(), None
 
-        def read(name: str, path: Path, *_: Any) -> Any:
+        def read(name: str, place: Path | str, *_: Any) -> Any:
+            path = Path(place)
             if not path.is_dir():
                 raise AdapterError("nothing is there")
             files = {file.name: bytearray(file.read_bytes()) for file in path.iterdir()}
@@ -39,11 +48,14 @@ class Loader:
 
         self.loader._read = read
         self.checked: list[int] = []
+        self.noted: list[Any] = []
 
     def load(self, adapter: int, path: Path, *, again: bool = False) -> None:
-        self.loader.load(
-            adapter, f"a{adapter}", str(path), fresh=False, again=again, check=lambda _: self.checked.append(adapter)
-        )
+        def check(_: Any) -> None:
+            self.checked.append(adapter)
+
+        note, name = self.noted.append, f"a{adapter}"
+        self.loader.load(adapter, name, str(path), fresh=False, again=again, note=note, check=check)
 
 
 def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -66,7 +78,9 @@ def test_a_copy_of_what_is_loaded_anew_stays(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in copies.iterdir()) == ["1", "3", "4"]
     (original / "file").unlink()
     original.rmdir()
+    loader.noted.clear()
     loader.load(1, original, again=True)
+    assert len(loader.noted) == 1, "what was brought back, too"
     with pytest.raises(AdapterError, match="nothing is there"):
         loader.load(2, original, again=True)
 
@@ -96,6 +110,26 @@ def test_copies_of_the_unloaded_make_room(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(path.name for path in copies.iterdir()) == ["2", "3"], "and nothing unfinished"
     shutil.rmtree(original)
     loader.load(3, original, again=True)
+
+
+def test_ranks_keep_a_copy_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that had it alone would ask the others for less, or for more, than they answer."""
+    original, copies = tmp_path / "original", tmp_path / "copies"
+    original.mkdir()
+    copies.mkdir()
+    (original / "file").write_text("old")
+    loader = Loader(copies, monkeypatch)
+    loader.load(1, original)
+    (original / "file").write_text("new")
+    loader.others_agree = loader.others_have_copies = False
+    for adapter in (1, 2):
+        with pytest.raises(AdapterError, match="another rank"):
+            loader.load(adapter, original)
+    assert [path.name for path in copies.iterdir()] == ["1"], "and nothing unfinished"
+    assert (copies / "1" / "file").read_text() == "old"
+    loader.others_agree = True
+    loader.load(1, original, again=True)
+    assert (copies / "1" / "file").read_text() == "new", "read where those must that have none"
 
 
 def test_a_directory_for_copies_that_is_gone_refuses_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

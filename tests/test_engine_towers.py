@@ -56,7 +56,7 @@ def without_option(world: World) -> tuple[list[Seen], list[Answer], dict[str, st
 
 
 @pytest.fixture(scope="module")
-def engine(world: World) -> Iterator[Engine]:
+def engine(world: World, plain: list[Answer]) -> Iterator[Engine]:
     # Only one engine can be there at a time: the tests of the others come first.
     with support.running(world.model, **OPTIONS, **LORAS, enable_tower_connector_lora=True) as engine:
         yield engine

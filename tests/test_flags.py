@@ -146,18 +146,18 @@ def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monke
     monkeypatch.setattr(type(current_platform), "device_type", "cuda")
     config: Any = SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL, max_cudagraph_capture_size=8),
-        parallel_config=SimpleNamespace(data_parallel_size=1, use_ubatching=False),
+        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1, use_ubatching=False),
         speculative_config=None,
         model_config=SimpleNamespace(is_encoder_decoder=False),
     )
     assert config_faults(config) == []
     assert resolve(FloraOptions(), config) == FloraOptions()
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    config.parallel_config = SimpleNamespace(data_parallel_size=2, use_ubatching=True)
+    config.parallel_config = SimpleNamespace(data_parallel_size=2, pipeline_parallel_size=2, use_ubatching=True)
     config.speculative_config = object()
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     faults = " ".join(config_faults(config))
-    for word in ("graphs are off", "data parallel", "microbatches", "speculative", "breakable"):
+    for word in ("graphs are off", "data parallel", "pipeline", "microbatches", "speculative", "breakable"):
         assert word in faults
     # What nobody asked for is said, not refused.
     assert resolve(FloraOptions(), config).graph_rows == 0

@@ -124,6 +124,7 @@ def _app(answer: Any) -> FastAPI:
     app = FastAPI()
     registry = CollectorRegistry()
     Gauge("vllm:num_requests_running", "", registry=registry).set(3)
+    Gauge("vllm:lora_requests_info", "", ["running"], registry=registry).labels("acme/a,other/b").set(1)
     app.mount("/metrics", make_asgi_app(registry=registry))
     app.state.engine_client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=call))
     table = {
@@ -158,6 +159,26 @@ def test_series_are_added_however_prometheus_asks(accept):
     assert families["vllm:num_requests_running"].samples[0].value == 3
     assert len(families["vllm:lora_adapter_loaded"].samples) == 2
     assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+@pytest.mark.parametrize(("method", "route"), [("GET", "/metrics/"), ("OPTIONS", "/metrics/"), ("GET", "/metrics/x")])
+def test_vllms_own_series_name_nobodys_adapters_to_a_tenant(method: str, route: str) -> None:
+    def ask() -> str:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(_app(_full_report()))
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+                return await client.request(method, route)
+
+        return asyncio.run(ask()).text
+
+    assert "other/b" in ask()
+    token = CURRENT.set(Tenant("acme", ("acme/*",)))
+    try:
+        told = ask()
+    finally:
+        CURRENT.reset(token)
+    assert "other/b" not in told
+    assert "vllm:num_requests_running 3.0" in told
 
 
 def test_a_dead_engine_leaves_vllms_own_series():

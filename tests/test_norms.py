@@ -63,6 +63,10 @@ def test_a_tokens_row_is_normed_with_its_adapters_weights(make: Callable[[], tor
         assert torch.equal(changed[2:5], base[2:5]), "others' rows are the base's, to the bit"
         assert torch.equal(changed[:2], own[2][output][:2])
         assert torch.equal(changed[5], own[1][output][5])
+    if isinstance(module, AddingNorm):  # as some models call it
+        x, residual = torch.randn(2, len(ADAPTERS), WIDTH)
+        named, placed = module(x.clone(), residual=residual.clone()), module(x, residual)
+        assert all(torch.equal(one, other) for one, other in zip(named, placed, strict=True))
     for slot in terms:
         norm.write_slot(slot, None)
     assert "forward" not in vars(module)

@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no engine that has made vLLM's groups of ranks."""
-    monkeypatch.setattr("flora_vllm.plugin.probe.get_tensor_model_parallel_world_size", lambda: 1)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that shares its layers with no other."""
+    from flora_vllm.plugin import probe
+
+    monkeypatch.setattr(probe, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
 def _manager(slots: int, places: int) -> Any:
@@ -26,9 +29,9 @@ def _manager(slots: int, places: int) -> Any:
     from flora_vllm.plugin.worker_manager import FloraWorkerManager
 
     manager: Any = object.__new__(FloraModelManager)
-    manager.options = SimpleNamespace(adapter_memory=None)
+    manager.options, manager.device = SimpleNamespace(adapter_memory=None), torch.device("cpu")
     manager.lora_config = SimpleNamespace(max_loras=slots, max_cpu_loras=places)
-    manager.attached, manager.device = SimpleNamespace(write_slot=lambda *_: {}), torch.device("cpu")
+    manager.attached = SimpleNamespace(write_slot=lambda *_: {})
     manager.loads, manager._left_out, manager._in_slots = Loads(), {}, {}
     manager._paths = PathCounts()
     manager.lora_index_to_id = [None] * slots
@@ -120,3 +123,37 @@ def test_images_of_an_adapter_that_a_step_leaves_out_take_no_other_adapters_slot
     worker.set_active_adapters(_requests(5), LoRAMapping((), (5,), type=LoRAMappingType.TOWER))
     assert {*manager._active_adapters.order} == {90, 3}, "the step's tokens use them"
     assert worker._ran == {3, 5}, "the next step's are no newcomers"
+
+
+def test_ranks_that_differ_in_what_they_have_of_an_adapter_agree_on_what_replays_a_graph(monkeypatch):
+    """Experts or rows of a vocabulary may all be one rank's; stages of a pipeline run eager what one of them does."""
+    from vllm.lora.layers import LoRAMapping
+
+    from flora_vllm.ops.dispatch import NEVER
+    from flora_vllm.plugin import worker_manager
+    from flora_vllm.plugin.encoder_rows import row_spaces
+    from flora_vllm.plugin.loader import CutAdapter
+    from flora_vllm.plugin.manager import LoadedAdapter
+
+    worker = _manager(2, 2)
+    manager = worker._adapter_manager
+    manager.rows, manager.head_rows = row_spaces(SimpleNamespace()), None
+    manager.attached.graph_rows = lambda name, _: {"q": 2, "expert": NEVER}[name]
+    stages = SimpleNamespace(world_size=1)
+    monkeypatch.setattr(worker_manager, "get_pp_group", lambda: stages)
+
+    def rows(*names: str, others: int) -> int:
+        monkeypatch.setattr(worker_manager, "most_of_ranks", lambda number: max(number, others))
+        return worker._rows_of(CutAdapter("LORA", 1, CompactLayers(dict.fromkeys(names, (None,))), None))
+
+    assert [rows(others=0), rows(others=1), rows("q", others=0)] == [0, 1, 1]
+    manager.rows.tokens.graphs = SimpleNamespace(serves=lambda _: True, row_budget=8)
+    assert [rows(others=0), rows("q", others=0), rows(others=NEVER), rows("q", "expert", others=2)] == [0, 2] + [
+        NEVER
+    ] * 2
+    for found, is_eager in ((0, None), (2, False), (NEVER, True)):
+        manager._in_slots = {1: LoadedAdapter(7, 1, {}, found)}
+        manager._set_adapter_mapping(LoRAMapping((7, 7), (7,)))
+        assert (None if manager.rows.tokens.segments is None else not manager.step_fits_graph()) is is_eager
+    stages.world_size = 2
+    assert rows(others=0) == 1

@@ -25,9 +25,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import unquote
 words = sys.argv[1:]
 print("started", *words, os.environ["OMP_NUM_THREADS"], file=open(os.environ["SEEN"], "a"), flush=True)
-if "--broken" in words or any(w.startswith("bad=") for w in words):
+if "--broken" in words or any(w.startswith('{"name": "bad"') for w in words):
     sys.exit(3)
-adapters = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("-"))
+adapters = {}
+for w in words[words.index("--lora-modules") + 1:] if "--lora-modules" in words else ():
+    if w.startswith("-"):
+        break
+    # As vLLM's LoRAParserAction.
+    name, path = w.split("=", 1) if "=" in w and "," not in w else json.loads(w).values()
+    adapters[name] = path
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/die":
@@ -106,7 +112,8 @@ def test_a_dead_server_comes_back_with_its_adapters(supervised, tmp_path: Path, 
     assert "adapter c:" in said
     first, second = seen.read_text().splitlines()
     assert second.count("--lora-modules") == 1
-    assert f"--enforce-eager --lora-modules a={tmp_path}/a b={tmp_path}/b" in second
+    modules = [json.dumps({"name": name, "path": f"{tmp_path}/{name}"}) for name in ("a", "b")]
+    assert f"--enforce-eager --lora-modules {' '.join(modules)}" in second
     assert first.split()[-1] == str(server_process.engine_threads())
 
 
@@ -114,6 +121,7 @@ def test_mixes_and_choosers_come_back(supervised, tmp_path: Path, seen: Path, po
     parts = [[0.7, "a@1", f"{tmp_path}/a"], [0.3, "b@2", f"{tmp_path}/b#task"]]
     long = [[0.1, f"n{i}@{i}", str(tmp_path / "a")] for i in range(200)]  # no path: it would be too long for one
     told = {"mixed": parts, "long": long, "lost": [*parts, [1.0, "d@3", f"{tmp_path}/d"]]}
+    told |= {"mix:a*0.7": parts[:1], "chosen?a*0.7": parts[:1]}  # made by requests
     for name, mix in told.items():
         ask(port, f"/load?{quote(f'{name}=mix:{json.dumps(mix)}')}")
     ask(port, f"/load?chosen=dlp:{tmp_path}/c")
@@ -122,7 +130,7 @@ def test_mixes_and_choosers_come_back(supervised, tmp_path: Path, seen: Path, po
     assert ask(port, "/v1/models") == ["base", "a", "mixed", "long", "chosen"]
     supervised.send_signal(signal.SIGINT)
     assert "adapter lost:" in supervised.communicate(timeout=60)[1]
-    assert f"mixed=mix:{json.dumps(parts)}" in seen.read_text()
+    assert json.dumps({"name": "mixed", "path": f"mix:{json.dumps(parts)}"}) in seen.read_text()
 
 
 def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(
@@ -132,7 +140,7 @@ def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(
     time.sleep(1.5)
     ask(port, "/die")
     assert ask(port, "/v1/models") == ["base", "a"]
-    assert seen.read_text().count("bad=") == serve.TRIES
+    assert seen.read_text().count('"bad"') == serve.TRIES
     supervised.send_signal(signal.SIGINT)
     _, said = supervised.communicate(timeout=60)
     assert "did not come up with a, bad" in said

@@ -12,6 +12,7 @@ from engine_support import Answer
 from server_support import BASE, Client, serving
 from tiny_models import tiny_idefics3
 from tower_support import Seen, World, image_of
+from transformers import AutoConfig
 
 pytestmark = support.ENGINE_MARKS
 
@@ -31,7 +32,7 @@ def client(world: World) -> Iterator[Client]:
         yield client
 
 
-def _chat(client: Client, ask: Seen) -> tuple[list[int], Answer]:
+def _chat(client: Client, ask: Seen, image_token: int) -> tuple[list[int], Answer]:
     """The prompt's tokens, with the images' among them, and the answer."""
     content: list[Any] = [{"type": "text", "text": "What?"}]
     for seed in ask.images:
@@ -47,6 +48,7 @@ def _chat(client: Client, ask: Seen) -> tuple[list[int], Answer]:
         logprobs=True,
         top_logprobs=5,
         extra_body={"return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True},
+        logit_bias={str(image_token): -100},  # an answer that names an image would be no text to transformers
     )
 
     def number(place: Any) -> int:
@@ -58,8 +60,9 @@ def _chat(client: Client, ask: Seen) -> tuple[list[int], Answer]:
 
 
 def test_images_in_chats_are_seen_through_the_adapter_that_is_named(world, client):
+    image_token = AutoConfig.from_pretrained(world.model).image_token_id
     asks = [Seen((seed,), label) for seed in (1, 2) for label in (None, *LABELS)]
     with ThreadPoolExecutor(len(asks)) as pool:
-        chats = list(pool.map(lambda ask: _chat(client, ask), asks))
+        chats = list(pool.map(lambda ask: _chat(client, ask, image_token), asks))
     errors = {ask: world.error(ask, answer, prompt) for ask, (prompt, answer) in zip(asks, chats, strict=True)}
     assert not {ask: error for ask, error in errors.items() if error >= support.LOGPROB_TOLERANCE}

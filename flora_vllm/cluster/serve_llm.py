@@ -148,6 +148,7 @@ class FloraIngress(OpenAiIngress):
         self._handles, self._refresh_s, self._retry_s = dict(llm_deployments), refresh_s, retry_s
         self._directory: Directory | None = None
         self._merged = MergedMetrics()
+        self._scrape: asyncio.Task[bytes] | None = None
 
     def _names(self) -> Directory:
         # Not in the constructor: it needs the event loop that serves requests.
@@ -206,8 +207,13 @@ class FloraIngress(OpenAiIngress):
 
     async def metrics(self) -> Response:
         """All replicas' series as one."""
-        text = self._merged.merge(await self._ask_replicas("flora_metrics"))
-        return Response(text, media_type="text/plain; version=0.0.4")
+        # One question at a time: an older answer that came after a newer one would look like a replica's new begin.
+        if self._scrape is None or self._scrape.done():
+            self._scrape = asyncio.ensure_future(self._merge())
+        return Response(await asyncio.shield(self._scrape), media_type="text/plain; version=0.0.4")
+
+    async def _merge(self) -> bytes:
+        return self._merged.merge(await self._ask_replicas("flora_metrics"))
 
     async def adapters(self) -> dict[str, Any]:
         """All replicas' adapters as one list."""

@@ -21,7 +21,8 @@ from pathlib import Path
 from types import FrameType
 
 from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
-from flora_vllm.plugin.mixes import CHOOSER_PREFIX, decoded
+from flora_vllm.plugin.access import CHOICE
+from flora_vllm.plugin.mixes import CHOOSER_PREFIX, PREFIX, decoded
 
 EXAMPLES = """\
 examples:
@@ -146,10 +147,15 @@ class Supervisor:
             if word == "--lora-modules":
                 word = next((w for w in words if w.startswith("-")), "")
             kept += [word] if word else []
-        return [*kept, "--lora-modules", *(f"{name}={path}" for name, path in there.items())] if there else kept
+        # As JSON: vLLM takes nothing else that has a comma, as mixes do, and no name is then taken for an option.
+        modules = [json.dumps({"name": name, "path": path}) for name, path in there.items()]
+        return [*kept, "--lora-modules", *modules] if there else kept
 
     def _listed(self) -> dict[str, str] | None:
-        """Name -> directory of the adapters that the server has; None if it does not answer."""
+        """Name -> directory of the adapters that the server has; None if it does not answer.
+
+        Mixes that requests made are not among them: whoever asks for one makes it again, and may be the only one to.
+        """
         request = urllib.request.Request(f"{self._url}/v1/models")
         key = _value_of(self._command, "--api-key") or os.environ.get("VLLM_API_KEY")
         if key:
@@ -157,15 +163,23 @@ class Supervisor:
         try:
             with urllib.request.urlopen(request, timeout=5) as response:
                 cards = json.load(response)["data"]
+        except urllib.error.HTTPError:
+            return self._adapters  # it serves, and has a key that is not known here
         except (urllib.error.URLError, OSError, ValueError, KeyError):
             return None
-        return {card["id"]: card["root"] for card in cards if card.get("parent")}
+        adapters = {card["id"]: card["root"] for card in cards if card.get("parent")}
+        return {name: root for name, root in adapters.items() if not (_is_unnamed(name) and decoded(root))}
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._told = number
         if self._process is None:
             raise SystemExit(128 + number)
         self._process.send_signal(number)
+
+
+def _is_unnamed(name: str) -> bool:
+    """Whether a mix of this name was made by a request (mix_requests.py, choosers.py), and not loaded under a name."""
+    return name.startswith(PREFIX) or CHOICE in name
 
 
 def _directories(root: str) -> list[Path]:

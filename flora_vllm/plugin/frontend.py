@@ -267,6 +267,10 @@ async def _identify(
     chooser, family = None, mixes.MIX
     if mix is None and not confined:
         mix = mixes.decoded(path)  # of a server that was started again
+        # What is taken off the operator's list is not loaded again.
+        for part in mix.parts if mix is not None and allowed is not None else ():
+            digest, _ = await asyncio.to_thread(digest_and_family, part.path, None)
+            await asyncio.to_thread(check_digest, allowed, part.name, digest)
     if mix is None and mixes.is_mix(path):
         mix = mixes.mix_of(mixes.asked_in(path), self.lora_requests)
     if mix is not None:

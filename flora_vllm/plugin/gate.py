@@ -86,11 +86,11 @@ class Gate:
     def _needs_key(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         method = scope.get("method", "WEBSOCKET")
+        if self._rules.has_tenants and path.startswith(_GUARDED_FROM_TENANTS):
+            return True  # by any method: /metrics answers all alike
         if method == "OPTIONS" or path in _PROBES:
             return False
-        if method not in _READING:
-            return True
-        return path.startswith(_GUARDED_READING + (_GUARDED_FROM_TENANTS if self._rules.has_tenants else ()))
+        return method not in _READING or path.startswith(_GUARDED_READING)
 
 
 def _authorization(scope: Scope) -> str | None:

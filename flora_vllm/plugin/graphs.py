@@ -53,6 +53,7 @@ def config_faults(config: Any) -> list[str]:
         ),
         "an encoder's rows are no tokens": config.model_config.is_encoder_decoder,
         "data parallel ranks must agree on their graphs": config.parallel_config.data_parallel_size > 1,
+        "pipeline stages must agree on their graphs": config.parallel_config.pipeline_parallel_size > 1,
         "microbatches run layers on parts of a step": config.parallel_config.use_ubatching,
         "speculative decoding has graphs of its own": config.speculative_config is not None,
         "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH) replay out of our sight": (

@@ -17,6 +17,7 @@ from flora_vllm.errors import adapter_error, bounded
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests
+from flora_vllm.plugin.mixes import ENCODED
 from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
 
@@ -90,7 +91,8 @@ def load_fault(request: Any, options: FloraOptions) -> tuple[str, HTTPStatus] | 
         return None  # refused by vLLM's own check, in its words
     if (fault := name_fault(request.lora_name, options.adapter_names)) is not None:
         return fault, HTTPStatus.BAD_REQUEST
-    if (fault := path_fault(request.lora_path)) is not None:
+    # A mix as the engine knows it may be longer; it is the command line's to give (frontend.py).
+    if not request.lora_path.startswith(ENCODED) and (fault := path_fault(request.lora_path)) is not None:
         return str(adapter_error(brief(request.lora_name), [fault])), HTTPStatus.BAD_REQUEST
     if not tenant.may_load or not tenant.may_use(request.lora_name):
         return f"this key may not load an adapter named {brief(request.lora_name)}", HTTPStatus.FORBIDDEN

@@ -26,6 +26,8 @@ ROUTE = "/v1/flora/adapters"
 METRICS = "/metrics"
 WAIT_S = 5.0
 _FRESH_S = 1.0
+# The series of vLLM's that names the adapters of all.
+_NAMING = b"vllm:lora_requests_info"
 # Place in the engine -> what the route calls it: in a slot, or in host memory only.
 _STATES = {"gpu": "resident", "cpu": "host"}
 
@@ -113,7 +115,8 @@ class AddedMetrics:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         engine = getattr(scope["app"].state, "engine_client", None) if scope["type"] == "http" else None
-        if engine is None or path.rstrip("/") != METRICS or scope["method"] != "GET":
+        # What is there answers every method, and every path that begins so.
+        if engine is None or not path.startswith(METRICS):
             await self._app(scope, receive, send)
             return
         text = await self._text(scope["app"].state, engine)
@@ -128,6 +131,8 @@ class AddedMetrics:
         start, *parts = messages
         body = b"".join(part.get("body", b"") for part in parts)
         if start["status"] == 200:
+            if not _sees_all():
+                body = b"".join(line for line in body.splitlines(keepends=True) if not line.startswith(_NAMING))
             body += text
         kept = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
         await send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})

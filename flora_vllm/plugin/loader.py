@@ -43,7 +43,7 @@ from flora_vllm.plugin.loads import Loads
 from flora_vllm.plugin.mixes import MIX, Mix, Part, decoded
 from flora_vllm.plugin.module_names import renamer
 from flora_vllm.plugin.planned import Plans
-from flora_vllm.plugin.probe import ANOTHER_RANK, EngineBase, stages_agree, together
+from flora_vllm.plugin.probe import ANOTHER_RANK, EngineBase, all_agree, stages_agree, together
 from flora_vllm.plugin.saved import with_saved
 from flora_vllm.slots import layer_terms, overflowed
 from flora_vllm.terms import Arena, FromBase, kind_of, resolve
@@ -104,9 +104,11 @@ class AdapterLoader:
         *,
         fresh: bool,
         again: bool,
+        note: Callable[[CutAdapter], None],
         check: Callable[[CutAdapter], None],
     ) -> CutAdapter:
-        """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it.
+        """The adapter, from `path` if `fresh` or never read before, else from the copy. `check` may raise to refuse it;
+        `note` is called before, of every adapter that the ranks could read: they may ask each other in it.
 
         `again`: it had been evicted; maybe within a step, where pipeline stages cannot wait for each other. One that
         was unloaded and is loaded anew has to fit again, and its copy has to stay again.
@@ -115,8 +117,10 @@ class AdapterLoader:
         """
         name, digest = split_identity(lora_name)
         copy = self._root / str(adapter_id)
-        has_copy = not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir()
+        # Of all ranks or of none, which then ask each other alike: a full disk may have taken the copy of one.
+        has_copy = all_agree(not fresh and self._names.get(adapter_id) == lora_name and copy.is_dir(), self._device)
         mix = decoded(path)
+        unfinished: Path | None = None
 
         def read() -> tuple[dict[str, bytearray], CutAdapter]:
             if mix is not None and mix.method is None:
@@ -128,19 +132,31 @@ class AdapterLoader:
             return self._read(name, place, expected, path, task)
 
         if has_copy and again:
-            return read()[1]
+            adapter = read()[1]
+            note(adapter)
+            return adapter
+
+        def keep(files: Mapping[str, bytearray], adapter: CutAdapter) -> None:
+            nonlocal unfinished
+            check(adapter)
+            with self._phase("keep"):
+                unfinished = self._keep(files, name)
+
         try:
             (files, adapter), error = read(), None
-            check(adapter)
+            note(adapter)
+            together(repr(name), self._device, functools.partial(keep, files, adapter))
         except Exception as failure:  # noqa: BLE001 - raised below; the other stages wait for this one's word
-            files, adapter, error = {}, CutAdapter("", 0, CompactLayers({}), None), failure
+            adapter, error = CutAdapter("", 0, CompactLayers({}), None), failure
         # What was only evicted here other pipeline stages may have, and they would not be asked.
         is_asked = not again and (not has_copy or adapter_id in self._retired)
         is_kept = stages_agree(error is None) if is_asked else error is None
-        if not is_kept:
+        if not is_kept or unfinished is None:
+            if unfinished is not None:
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise error or adapter_error(f"{name!r} ({path})", [ANOTHER_RANK])
-        with self._phase("keep"):
-            self._keep(copy, files, name)
+        shutil.rmtree(copy, ignore_errors=True)
+        unfinished.rename(copy)
         self._names[adapter_id] = lora_name
         self._retired.pop(adapter_id, None)
         return adapter
@@ -336,11 +352,12 @@ class AdapterLoader:
             raise adapter_error(where, faults)
         return modules
 
-    def _keep(self, copy: Path, files: Mapping[str, bytearray], name: str) -> None:
-        """Copies of unloaded adapters give way to it. Raises AdapterError if there is no room even so."""
+    def _keep(self, files: Mapping[str, bytearray], name: str) -> Path:
+        """A copy that has no name yet; those of unloaded adapters give way to it. Raises AdapterError if there is no
+        room even so."""
         while True:
             try:
-                return self._write(copy, files)
+                return self._write(files)
             except OSError as error:
                 if error.errno in FULL and self._retired:
                     self._drop_oldest()
@@ -351,17 +368,16 @@ class AdapterLoader:
                 fault = f"the server cannot keep a copy of its {needed} bytes ({why}); make room in {root}"
                 raise adapter_error(repr(name), [fault]) from error
 
-    def _write(self, copy: Path, files: Mapping[str, bytearray]) -> None:
+    def _write(self, files: Mapping[str, bytearray]) -> Path:
         unfinished = Path(tempfile.mkdtemp(dir=self._root))
         try:
             for file_name, content in files.items():
                 (unfinished / file_name).parent.mkdir(exist_ok=True)
                 (unfinished / file_name).write_bytes(content)
-            shutil.rmtree(copy, ignore_errors=True)
-            unfinished.rename(copy)
         except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+        return unfinished
 
     def _drop_oldest(self) -> None:
         """Of the copies of adapters that were unloaded."""

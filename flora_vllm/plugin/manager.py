@@ -61,7 +61,7 @@ class LoadedAdapter:
     """An adapter in host memory, cut to this rank: layer name -> slot contents. `id` and `rank` are vLLM's to read.
 
     `rows`: where graphs hold adapters, the most base products that one of its tokens needs in a layer; NEVER if a graph
-    cannot serve its terms.
+    cannot serve its terms; 0 if it has no layer. Of all ranks of a layer, which must agree on what replays a graph.
     `is_stand_in`: one of those that vLLM makes up to rehearse steps with adapters. `last_used`: Unix time of the last
     step with it.
     """
@@ -272,9 +272,9 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             if self.head_rows is not None:
                 self.head_rows.clear()
             return
-        # An adapter without a layer on this rank changes nothing: its tokens are base tokens.
+        # An adapter without a layer changes nothing: its tokens are base tokens.
         slots = dict.fromkeys(self._left_out, 0)
-        slots |= {adapter.id: slot if adapter.layers else 0 for slot, adapter in self._in_slots.items()}
+        slots |= {adapter.id: slot if adapter.rows else 0 for slot, adapter in self._in_slots.items()}
         if mapping.type.name != "LANGUAGE" and self.rows.items is not None:
             # Images of others are encoded with those of no adapter.
             slots |= {a.id: 0 for a in self._in_slots.values() if not a.adapts_towers}

@@ -23,6 +23,7 @@ from flora_vllm.plugin.identity import split_identity
 
 MIX = "MIX"  # the family of a sum
 PREFIX, ARROW_PREFIX = "mix:", "arrow:"
+ENCODED = f"{PREFIX}[["  # what `encoded` writes begins so
 MOST_PARTS = 8
 MOST_ROUTED = 64
 _ROUTED = "arrow"
@@ -188,7 +189,7 @@ def encoded(mix: Mix) -> str:
 
 def decoded(path: str) -> Mix | None:
     """The mix that `encoded` wrote; None: it is a path."""
-    if not path.startswith(f"{PREFIX}[["):
+    if not path.startswith(ENCODED):
         return None
     written = json.loads(path.removeprefix(PREFIX))
     method = _method_in(written.pop()) if isinstance(written[-1], dict) else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.errors import AdapterError, adapter_error
@@ -19,7 +20,7 @@ from flora_vllm.plugin.head import AdaptedHead
 from flora_vllm.plugin.identity import plain_name
 from flora_vllm.plugin.loader import AdapterLoader, CutAdapter
 from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
-from flora_vllm.plugin.memory import MemoryBudget
+from flora_vllm.plugin.memory import MemoryBudget, most_of_ranks
 from flora_vllm.plugin.probe import EngineBase, together
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,11 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         """`again`: it had been evicted."""
         counted = self._adapter_manager.loads.counted(again=again)
         with counted, on_disk(lora_request) as request:  # trainers in this process hand tensors over
-            number, name = request.lora_int_id, request.lora_name
+            number, name, rows = request.lora_int_id, request.lora_name, 0
+
+            def note(found: CutAdapter) -> None:
+                nonlocal rows
+                rows = self._rows_of(found)
 
             def check(found: CutAdapter) -> None:
                 self._memory.check(number, plain_name(name), found.layers.nbytes)
@@ -116,14 +121,13 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                     request.lora_path,
                     fresh=fresh,
                     again=again,
+                    note=note,
                     check=check,
                 )
             except BaseException:
                 self.give_up(number)
                 raise
-        manager, rows = self._adapter_manager, 1
-        if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
-            rows = max((manager.attached.graph_rows(name, terms) for name, terms in adapter.layers.items()), default=1)
+        manager = self._adapter_manager
         adapts_head = any(isinstance(manager.attached.layers.get(name), AdaptedHead) for name in adapter.layers)
         return LoadedAdapter(
             number,
@@ -135,6 +139,16 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             family=adapter.family,
             nbytes=adapter.layers.nbytes,
         )
+
+    def _rows_of(self, found: CutAdapter) -> int:
+        """`LoadedAdapter.rows`: of experts or rows of a vocabulary one rank may have terms where another has none."""
+        manager = self._adapter_manager
+        if get_pp_group().world_size > 1:
+            return 1  # a stage that replayed a graph would not fit one that runs eager: it pads its rows
+        rows = int(bool(found.layers))
+        if manager.rows.tokens.graphs is not None:  # nobody else asks, and asking looks at every layer
+            rows = max((manager.attached.graph_rows(name, terms) for name, terms in found.layers.items()), default=0)
+        return most_of_ranks(rows)
 
     def _check_activated(self, name: str, found: CutAdapter) -> None:
         rows = self._adapter_manager.rows
