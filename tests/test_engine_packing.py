@@ -13,7 +13,7 @@ import transformers
 from engine_support import Ask
 from tiny_models import FEED_FORWARD, HEADS, KV_HEADS, POSITIONS, VOCABULARY, WIDTH, randomise
 
-from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
+from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping, reordered_modules
 
 pytestmark = support.ENGINE_MARKS
 
@@ -150,3 +150,15 @@ def test_a_list_of_names_says_it_where_there_is_one_for_all_or_one_for_each():
 def test_what_a_model_has_no_use_for_is_named():
     dropped = {"layers.7.self_attn.k_proj.": None, "rotary_emb.inv_freq": None, "layers.7.self_attn.k_norm.": None}
     assert list(idle_modules(_Mapped(_mapper(orig_to_new_substr=dropped)))) == ["model.layers.7.self_attn.k_proj"]
+
+
+def test_queries_and_keys_that_vllm_reorders_are_named_and_those_of_its_tower_are_not():
+    from vllm.model_executor.models.llama4 import Llama4ForCausalLM
+
+    model, language = torch.nn.Module(), torch.nn.Module()
+    language.permute_qk_weight_for_rotary = Llama4ForCausalLM.permute_qk_weight_for_rotary
+    model.language_model = language
+    attention = "language_model.model.layers.0.self_attn"
+    names = [*(f"{attention}.{own}_proj" for own in "qkvo"), "vision_model.layers.0.self_attn.q_proj"]
+    assert [*reordered_modules(model, names)] == names[:2]
+    assert reordered_modules(torch.nn.Module(), names) == {}

@@ -110,6 +110,21 @@ def test_who_only_loads_takes_no_adapters_slot():
     assert manager.loads.evictions["gpu"] == 2
 
 
+def test_images_of_an_adapter_that_a_step_leaves_out_take_no_other_adapters_slot():
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    worker = _manager(2, 2)
+    worker.add_adapter(*_requests(90))
+    worker.pin_adapter(90)
+    manager = worker._adapter_manager
+    manager.set_adapter_mapping = lambda _: None
+    worker._apply_adapters(_requests(3, 5))
+    assert {*manager._left_out} == {5}
+    worker.set_active_adapters(_requests(5), LoRAMapping((), (5,), type=LoRAMappingType.TOWER))
+    assert {*manager._active_adapters.order} == {90, 3}, "the step's tokens use them"
+    assert worker._ran == {3, 5}, "the next step's are no newcomers"
+
+
 def test_ranks_that_differ_in_what_they_have_of_an_adapter_agree_on_what_replays_a_graph(monkeypatch):
     """Experts or rows of a vocabulary may all be one rank's; stages of a pipeline run eager what one of them does."""
     from vllm.lora.layers import LoRAMapping

@@ -10,6 +10,7 @@ import torch
 from flora_vllm import ConfigError
 from flora_vllm.plugin import towers
 from flora_vllm.plugin.encoder_rows import row_spaces
+from flora_vllm.plugin.path_counts import PathCounts
 from flora_vllm.step import Step
 
 # vLLM's hooks are looked up, which imports it.
@@ -245,3 +246,41 @@ def test_images_of_adapters_that_leave_towers_alone_are_encoded_with_those_of_no
     ]
     manager._set_adapter_mapping(LoRAMapping((8, 0), (8, 0)))
     assert _slots(manager.rows.tokens, 2) == [2, 0]
+
+
+def test_items_are_no_rows_of_the_output_layer():
+    """It would be base rows for the adapter whose tokens are sampled beside a base image."""
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    from flora_vllm.plugin.head import HeadRows
+    from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
+
+    manager: Any = object.__new__(FloraModelManager)
+    manager.rows = row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS), towers.ItemRows())
+    manager.head_rows, manager._left_out, manager._paths = HeadRows(), {}, PathCounts()
+    manager._in_slots = {1: LoadedAdapter(7, 1, {"lm_head": ()}, adapts_head=True)}
+    manager.lora_index_to_id, manager._last_mapping, manager._last_slot_layout = [7], None, None
+    manager.set_adapter_mapping(LoRAMapping((7, 7, 0), (7, 0)))
+    manager.set_adapter_mapping(LoRAMapping((), (0,), type=LoRAMappingType.TOWER))
+    manager.set_adapter_mapping(LoRAMapping((), (0,), type=LoRAMappingType.CONNECTOR))
+    seen: list[Any] = []
+    manager.head_rows.logits(lambda x: seen.append(_slots(manager.head_rows.step, len(x))), torch.zeros(2, 1))
+    assert seen == [[1, 0]]
+    assert manager.head_rows.step.take_fault() is None
+
+
+def test_a_run_of_the_same_adapters_as_the_last_is_spoken_of_anew():
+    """Where only encoders run no mapping of tokens is set between two runs."""
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
+
+    manager: Any = object.__new__(FloraModelManager)
+    manager.rows = row_spaces(SimpleNamespace(get_mm_mapping=lambda: KEYS), towers.ItemRows())
+    manager.head_rows, manager._left_out, manager._paths = None, {}, PathCounts()
+    manager._in_slots = {1: LoadedAdapter(7, 1, {"tower.q_proj": ()}, adapts_towers=True)}
+    manager.lora_index_to_id, manager._last_mapping, manager._last_slot_layout = [7], None, None
+    for _ in range(2):
+        manager.set_adapter_mapping(LoRAMapping((7,), (7,), type=LoRAMappingType.TOWER))
+        runs = manager.rows.items.runs("a", _pairs)
+        assert [_slots(manager.rows.items.step, 2) for _ in runs] == [[1, 1]]

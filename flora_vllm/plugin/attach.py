@@ -32,7 +32,7 @@ from flora_vllm.ops.dispatch import NEVER, DispatchRule, PathChoice
 from flora_vllm.ops.table import calibrated_rule, make_linear
 from flora_vllm.ops.terms import LayerTerms, SlotLimits
 from flora_vllm.plugin import experts, feed_forward
-from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping
+from flora_vllm.plugin.packing import Origin, idle_modules, origins_by_mapper, origins_by_mapping, reordered_modules
 from flora_vllm.slots import LinearLayout, SliceLayout
 from flora_vllm.step import Step
 
@@ -149,6 +149,8 @@ def attach(
     attached.blocks |= dict(feed_forward.take_over(model, attached.layers, device))
     _name_parts(attached, packed_modules)
     attached.refused |= idle_modules(model)
+    slices = [part.module for layout in attached.layouts.values() for part in layout.slices]
+    attached.refused |= reordered_modules(model, slices)
     return attached
 
 

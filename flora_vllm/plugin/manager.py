@@ -191,6 +191,9 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         """In the step that comes the adapter cannot be had: its tokens are base tokens, and its requests fail."""
         self._left_out[adapter_id] = reason
 
+    def is_left_out(self, adapter_id: int) -> bool:
+        return adapter_id in self._left_out
+
     def take_fault(self) -> StepFault | None:
         """Why the step that has just run did not serve its adapter tokens; None if it did."""
         faults = [fault for step in self._verified_steps if (fault := step.take_fault()) is not None]
@@ -254,10 +257,12 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         self._registered_adapters[lora.id] = lora
 
     def set_adapter_mapping(self, mapping: Any) -> None:
+        if mapping.type.name != "LANGUAGE":
+            self._last_mapping = None  # what was said of items is used up with their run
         super().set_adapter_mapping(mapping)
         self.rows.begin(mapping.type.name)
         self._paths.count(self.rows.steps[mapping.type.name].segments)
-        if self.head_rows is not None:
+        if self.head_rows is not None and mapping.type.name == "LANGUAGE":
             self.head_rows.begin()
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
@@ -274,7 +279,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             # Images of others are encoded with those of no adapter.
             slots |= {a.id: 0 for a in self._in_slots.values() if not a.adapts_towers}
         self.rows.set_mapping(mapping, slots)
-        if self.head_rows is not None:  # of models whose rows are all tokens
+        if self.head_rows is not None and mapping.type.name == "LANGUAGE":  # images are no rows of the head's
             slots |= {a.id: slot if a.adapts_head else 0 for slot, a in self._in_slots.items()}
             self.head_rows.set_mapping(mapping.prompt_mapping, mapping.index_mapping, slots)
 

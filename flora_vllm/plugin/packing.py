@@ -6,7 +6,7 @@ of `in_proj_qkvz`), and one tensor may be loaded into several slices (Gemma 4's 
 where `attention_k_eq_v` holds). An adapter of such a tensor changes every slice that the tensor fills.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,17 @@ def idle_modules(model: torch.nn.Module) -> dict[str, str]:
                     "this layer uses another layer's keys and values, so its own projection has no effect"
                 )
     return idle
+
+
+def reordered_modules(model: torch.nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """Those of `modules` whose rows are in another order than the checkpoint's: path -> why they are not adapted.
+
+    Llama 4's queries and keys, which vLLM reorders for its rotary embedding when it loads them.
+    """
+    owners = [path for path, module in model.named_modules() if hasattr(module, "permute_qk_weight_for_rotary")]
+    prefixes = tuple(f"{path}." if path else "" for path in owners)
+    why = "vLLM keeps its rows in another order than the checkpoint, which adapters cannot follow yet; train without it"
+    return {m: why for m in modules if m.startswith(prefixes) and m.rpartition(".")[2] in ("q_proj", "k_proj")}
 
 
 def _sources(mapper: Any, layer: str) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
