@@ -253,8 +253,8 @@ def test_sleep_and_pause_while_an_adapter_loads(client, world, loaded, right, tm
 
 def test_unloaded_while_its_requests_run_and_wait(client, world, loaded, right, expected):
     loaded("many", world.adapters["ia3"])
-    with ThreadPoolExecutor(4 * MOST_RUNNING) as pool:
-        running = [pool.submit(client.ask, "many", ASKS[0].prompt, 200) for _ in range(4 * MOST_RUNNING)]
+    with ThreadPoolExecutor(16 * MOST_RUNNING) as pool:
+        running = [pool.submit(client.ask, "many", ASKS[0].prompt, 400) for _ in range(16 * MOST_RUNNING)]
         wait_until(lambda: client.metric("vllm:num_requests_waiting") > 0)
         assert client.unload("many")[0] == 200
         with pytest.raises(openai.NotFoundError):
@@ -310,7 +310,7 @@ def kill(below: int, name: str) -> set[int]:
     return {*there}
 
 
-def test_a_killed_engine_ends_its_server(client, server, world, loaded, scratch):
+def test_a_killed_engine_ends_its_server(client, server, world, scratch):
     assert client.load("kept", world.adapters["lora"])[0] == 200
     assert left_behind(scratch)
     there = kill(server.pid, "VLLM::EngineCore")
