@@ -100,7 +100,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
         lambda path, _: support.write_unchecked(
             path, {"model.embed_tokens": (torch.ones(2, WIDTH), torch.ones(512, 2))}
         ),
-        ("'model.embed_tokens' is an embedding, which only plain LoRA",),
+        ("'model.embed_tokens' is an embedding, which only LoRA and DoRA",),
     ),
     "saved whole": (_with_larger_vocabulary, ("'lm_head' is saved whole", "of another size")),
     "another family": (_another_family, ("LILY", "is not supported yet")),

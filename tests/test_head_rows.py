@@ -80,7 +80,10 @@ def test_a_head_that_is_normalised_when_it_is_read_is_refused(normalised: bool) 
 
     from flora_vllm.plugin import head
 
-    layer = SimpleNamespace(num_embeddings_per_partition=8, num_added_embeddings=0, tp_size=1, org_vocab_size=8)
+    part = SimpleNamespace(num_org_elements=8, org_vocab_start_index=0)
+    layer = SimpleNamespace(
+        num_embeddings_per_partition=8, num_added_embeddings=0, tp_size=1, org_vocab_size=8, shard_indices=part
+    )
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(norm_head=normalised)),
         use_v2_model_runner=False,

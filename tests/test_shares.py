@@ -201,6 +201,7 @@ def test_what_is_passed_by_costs_its_tenant_nothing(make: Callable[..., Run], mo
 
 
 def test_priorities_alone_count(make: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "flora_vllm")
     run = make("key", policy="priority")
     assert type(run.scheduler.waiting).__name__ == "PriorityRequestQueue"
     assert "priorities alone count" in caplog.text

@@ -22,7 +22,7 @@ from types import FrameType
 
 from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
 from flora_vllm.plugin.access import CHOICE
-from flora_vllm.plugin.mixes import CHOOSER_PREFIX, PREFIX, decoded
+from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, PREFIX, paths_in
 
 EXAMPLES = """\
 examples:
@@ -168,7 +168,7 @@ class Supervisor:
         except (urllib.error.URLError, OSError, ValueError, KeyError):
             return None
         adapters = {card["id"]: card["root"] for card in cards if card.get("parent")}
-        return {name: root for name, root in adapters.items() if not (_is_unnamed(name) and decoded(root))}
+        return {name: root for name, root in adapters.items() if not _is_made_by_a_request(name, root)}
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._told = number
@@ -177,17 +177,16 @@ class Supervisor:
         self._process.send_signal(number)
 
 
-def _is_unnamed(name: str) -> bool:
-    """Whether a mix of this name was made by a request (mix_requests.py, choosers.py), and not loaded under a name."""
-    return name.startswith(PREFIX) or CHOICE in name
+def _is_made_by_a_request(name: str, root: str) -> bool:
+    """Whether a mix was made by a request (mix_requests.py, choosers.py), and not loaded under a name."""
+    return (name.startswith(PREFIX) or CHOICE in name) and paths_in(root) is not None
 
 
 def _directories(root: str) -> list[Path]:
     """What must be there for an adapter to be loaded again: of a mix, its parts' directories."""
-    mix = decoded(root)
-    roots = [root.removeprefix(CHOOSER_PREFIX)] if mix is None else [part.path for part in mix.parts]
+    paths = paths_in(root) or [root.removeprefix(CHOOSER_PREFIX)]
     # The path of one task of several is directory#task.
-    return [Path(path if Path(path).is_dir() else path.rpartition("#")[0] or path) for path in roots]
+    return [Path(path if Path(path).is_dir() else path.rpartition("#")[0] or path) for path in paths]
 
 
 def _value_of(command: Sequence[str], flag: str) -> str | None:

@@ -15,7 +15,8 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.dlp import Choice, Chooser
 from flora_vllm.plugin.access import CHOICE
 from flora_vllm.plugin.identity import identity, plain_name
-from flora_vllm.plugin.mixes import CHOOSER_PREFIX, PREFIX, Mix, Part, text_of
+from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, PREFIX
+from flora_vllm.plugin.mixes import Mix, Part, text_of
 
 # Each keeps its classifier in every server process.
 MOST_CHOOSERS = 16

@@ -26,6 +26,7 @@ from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
+from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX
 from flora_vllm.plugin.options import FloraOptions
 from flora_vllm.plugin.preload import NAMED, options_of_engine
 from flora_vllm.plugin.published import identity_of
@@ -229,7 +230,7 @@ def _is_missing(self: Any, path: str) -> bool:
     """Whether there is no adapter at `path`; never told of paths below an adapter root."""
     if mixes.is_mix(path) or _adapter_root(self) is not None:
         return False
-    found = Path(split_task(path.removeprefix(mixes.CHOOSER_PREFIX))[0])
+    found = Path(split_task(path.removeprefix(CHOOSER_PREFIX))[0])
     try:
         return not (found.is_file() or (found if choosers.is_chooser(path) else found / CONFIG_NAME).exists())
     except OSError:  # a name that is too long for the file system
@@ -276,12 +277,12 @@ async def _identify(
     if mix is not None:
         request.lora_path, digest, family = mixes.encoded(mix), mixes.digest_of_mix(mix), mixes.family_of(mix)
     elif choosers.is_chooser(path):
-        folder = await asyncio.to_thread(_resolve, path.removeprefix(mixes.CHOOSER_PREFIX), root)
+        folder = await asyncio.to_thread(_resolve, path.removeprefix(CHOOSER_PREFIX), root)
         choosers.check_room(self, name)
         chooser = await asyncio.to_thread(read_chooser, folder, root)
         for choice in chooser.choices:
             await asyncio.to_thread(check_digest, allowed, f"{name}: {choice.name}", choice.digest)
-        request.lora_path, digest = mixes.CHOOSER_PREFIX + folder, chooser.digest
+        request.lora_path, digest = CHOOSER_PREFIX + folder, chooser.digest
     else:
         request.lora_path = await asyncio.to_thread(_resolve, path, root)
         digest, family = await asyncio.to_thread(digest_and_family, request.lora_path, root)

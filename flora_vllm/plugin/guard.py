@@ -17,7 +17,7 @@ from flora_vllm.errors import adapter_error, bounded
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests
-from flora_vllm.plugin.mixes import ENCODED
+from flora_vllm.plugin.mix_paths import ENCODED
 from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
 

@@ -20,6 +20,7 @@ from flora_vllm.formats.limits import shown
 from flora_vllm.plugin import choosers, frontend, guard, mixes
 from flora_vllm.plugin.access import CURRENT, OPERATOR, ScopedRequests
 from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.mix_paths import ARROW_PREFIX, PREFIX
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.told import tell
 
@@ -84,9 +85,9 @@ def _load_mixes() -> None:
             if len(beside := [name for name, value in given.items() if value is not None]) > 1:
                 raise ValueError(f"give {' or '.join(beside)}, not both")
             if self.mix is not None:
-                self.lora_path = mixes.PREFIX + json.dumps({"mix": self.mix, **options} if options else self.mix)
+                self.lora_path = PREFIX + json.dumps({"mix": self.mix, **options} if options else self.mix)
             if self.arrow is not None:
-                self.lora_path = mixes.ARROW_PREFIX + json.dumps(self.arrow)
+                self.lora_path = ARROW_PREFIX + json.dumps(self.arrow)
             return self
 
     router.LoadLoRAAdapterRequest = LoadLoRAAdapterRequest
@@ -113,7 +114,7 @@ async def choose(serving: Any, request: Any) -> Any:
         name = mixes.text_of(mixes.checked(asked["mix"]))
     except AdapterError as error:
         return _error(str(error))
-    return await _give(serving.models, request, asked["mix"], name, mixes.PREFIX + json.dumps(dict(asked["mix"])), None)
+    return await _give(serving.models, request, asked["mix"], name, PREFIX + json.dumps(dict(asked["mix"])), None)
 
 
 async def _choose_by_prompt(models: Any, named: choosers.Named, request: Any) -> Any:

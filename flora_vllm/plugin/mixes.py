@@ -20,14 +20,12 @@ from flora_vllm.formats.arrow import Routing
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.merge_methods import Method, method_of
 from flora_vllm.plugin.identity import split_identity
+from flora_vllm.plugin.mix_paths import ARROW_PREFIX, CHOOSER_PREFIX, ENCODED, PREFIX
 
 MIX = "MIX"  # the family of a sum
-PREFIX, ARROW_PREFIX = "mix:", "arrow:"
-ENCODED = f"{PREFIX}[["  # what `encoded` writes begins so
 MOST_PARTS = 8
 MOST_ROUTED = 64
 _ROUTED = "arrow"
-CHOOSER_PREFIX = "dlp:"  # what is at such a path is no adapter: choosers.py
 _PART = re.compile(r"(?P<name>.+)\*(?P<weight>-?(\d+\.?\d*|\.\d+)(e-?\d+)?)", re.DOTALL)
 
 
