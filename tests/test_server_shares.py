@@ -44,7 +44,7 @@ class Door:
 def answered_before_quiet(door: Door) -> int:
     """How many of a flood's requests are answered while a quiet tenant waits for its first token."""
     with ThreadPoolExecutor(FLOOD) as pool:
-        flood = [pool.submit(door.complete, LOUD, seed, 16) for seed in range(FLOOD)]
+        flood = [pool.submit(door.complete, LOUD, seed, 128) for seed in range(FLOOD)]
         while door.waiting() < FLOOD // 2:
             assert not all(one.done() for one in flood), "the flood was over before it had begun"
         asked = time.monotonic()
