@@ -45,7 +45,8 @@ class Running:
         self._ask, self._answer = ask, None
         self._thread = threading.Thread(target=self._run, args=(client, model))
         self._thread.start()
-        time.sleep(0.1)  # until it has reached the engine
+        while self._thread.is_alive() and not client.metric("vllm:num_requests_running"):
+            time.sleep(0.002)  # until it has reached the engine
         assert self._thread.is_alive(), "the request must still run when the adapter changes"
 
     def _run(self, client: Client, model: str) -> None:
