@@ -7,10 +7,11 @@ those that answer; of others a sum would say nothing, and each replica's stands 
 
 import importlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flora_vllm.cluster.store import Entry
+from flora_vllm.exposition import exposition_of
 
 SUMMED = frozenset(
     f"vllm:{name}"
@@ -71,7 +72,7 @@ class MergedMetrics:
         self._sums = {series: value for series, value in self._sums.items() if series in places}
         oldest = time.monotonic() - GONE_S
         self._last = {replica: answer for replica, answer in self._last.items() if answer[0] > oldest}
-        return _text(merged.values())
+        return exposition_of(merged.values())
 
     def _add(self, replica: str, counts: dict[_Series, float]) -> None:
         _, before = self._last.get(replica, (0.0, {}))
@@ -80,18 +81,6 @@ class MergedMetrics:
             # Below what it was it began again at 0.
             self._sums[series] = self._sums.get(series, 0.0) + (value - old if value >= old else value)
         self._last[replica] = (time.monotonic(), counts)
-
-
-def _text(families: Iterable[Any]) -> bytes:
-    client: Any = importlib.import_module("prometheus_client")
-    registry = client.CollectorRegistry()
-
-    class Collector:
-        def collect(self) -> Iterable[Any]:
-            return families
-
-    registry.register(Collector())
-    return client.generate_latest(registry)
 
 
 def merged_adapters(

@@ -5,39 +5,25 @@ Their number is bounded: adapters beyond the MOST_NAMED used last, or with the m
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
+from flora_vllm.exposition import exposition_of
 from flora_vllm.plugin.loads import LOAD_BOUNDS_S
 from flora_vllm.plugin.traffic import FIELDS, OTHER, Key
 
 
 def exposition(report: Mapping[str, Any], names: Mapping[int, str]) -> bytes:
     """The report in Prometheus' text format."""
-    return _text(_families(report, names))
+    return exposition_of(_families(report, names))
 
 
 def traffic_exposition(values: Mapping[Key, list[float]], may_see: Callable[[str], bool] | None) -> bytes:
     """The traffic in Prometheus' text format: series -> FIELDS. `may_see`: of names, for a tenant; None: everything."""
     if may_see is not None:
         values = {key: counts for key, counts in values.items() if key[0] != OTHER and may_see(key[0])}
-    return _text(_traffic(values))
-
-
-def _text(families: Iterable[Any]) -> bytes:
-    client: Any = importlib.import_module("prometheus_client")
-    registry = client.CollectorRegistry()
-
-    class Collector:
-        def collect(self) -> Iterable[Any]:
-            return families
-
-        def describe(self) -> Iterable[Any]:
-            return ()  # or it would be asked to collect what can be told once
-
-    registry.register(Collector())
-    return client.generate_latest(registry)
+    return exposition_of(_traffic(values))
 
 
 def _traffic(values: Mapping[Key, list[float]]) -> Iterator[Any]:
@@ -87,10 +73,7 @@ def _families(report: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[A
         ("flora_adapter_bytes", "bytes", "level", "Bytes of adapters in slots, in host memory."),
         ("flora_requests_waiting", "waiting", "reason", "Requests that wait for a slot, a load, room in host memory."),
     ):
-        gauge = core.GaugeMetricFamily(name, text, labels=[label])
-        for value, count in report[key].items():
-            gauge.add_metric([value], count)
-        yield gauge
+        yield _by_label(core.GaugeMetricFamily(name, text, labels=[label]), report[key])
     yield core.GaugeMetricFamily(
         "flora_adapters_starved", "Adapters that have waited for a slot for too long.", value=report["starved"]
     )
@@ -110,10 +93,7 @@ def _families(report: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[A
         ("flora_adapter_load_phase_seconds", "phase_s", "phase", "Seconds of loads, by what they were spent on."),
         ("flora_segments", "paths", "path", "Segments times layers whose weights an adapter multiplies, by path."),
     ):
-        family = core.CounterMetricFamily(name, text, labels=[label])
-        for value, count in report[key].items():
-            family.add_metric([value], count)
-        yield family
+        yield _by_label(core.CounterMetricFamily(name, text, labels=[label]), report[key])
     lookups = core.CounterMetricFamily(
         "flora_adapter_lookups", "Whether an adapter was there when it was needed.", labels=["level", "result"]
     )
@@ -121,3 +101,10 @@ def _families(report: Mapping[str, Any], names: Mapping[int, str]) -> Iterator[A
         for result, count in results.items():
             lookups.add_metric([level, result], count)
     yield lookups
+
+
+def _by_label(family: Any, counts: Mapping[str, float]) -> Any:
+    """The family with a sample for each value of its one label."""
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family
