@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from flora_vllm.handles import Handles
+from flora_vllm.handles import Handles, define_op
 from flora_vllm.ops.rare import DenseAdded, RowsAdded
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
 from flora_vllm.step import Step
@@ -98,13 +98,4 @@ def _embed_fake(ids: torch.Tensor, weight: torch.Tensor, _handle: torch.Tensor) 
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
-def _define_op() -> Callable[..., torch.Tensor]:
-    _library.define("embedding(Tensor ids, Tensor weight, Tensor handle) -> Tensor")
-    _library.impl("embedding", _embed, "CompositeExplicitAutograd")
-    torch.library.register_fake("flora::embedding", _embed_fake, lib=_library)
-    return torch.ops.flora.embedding
-
-
-# Kept for the life of the process: the op disappears with the library that defines it.
-_library = torch.library.Library("flora", "FRAGMENT")
-embedding = _define_op()
+embedding = define_op("embedding", "(Tensor ids, Tensor weight, Tensor handle) -> Tensor", _embed, _embed_fake)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import gelu, silu
 
-from flora_vllm.handles import Handles
+from flora_vllm.handles import Handles, define_op
 from flora_vllm.ops.dispatch import NEVER, DispatchRule
 from flora_vllm.ops.opaque_linear import OpaqueLinear
 from flora_vllm.ops.shell import Shell
@@ -191,14 +191,7 @@ def _run_fake(x: torch.Tensor, _weights: torch.Tensor, _experts: torch.Tensor, _
     return torch.empty_like(x)
 
 
-def _define_op() -> Callable[..., torch.Tensor]:
-    _library.define("experts(Tensor x, Tensor weights, Tensor experts, Tensor handle) -> Tensor")
-    _library.impl("experts", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake("flora::experts", _run_fake, lib=_library)
-    return torch.ops.flora.experts
-
-
-# The op of `layers` for experts: opaque to whatever traces the model, which layer it is told by a tensor. Kept for the
-# life of the process, as it disappears with the library that defines it.
-_library = torch.library.Library("flora", "FRAGMENT")
-experts_op = _define_op()
+# The op of `layers` for experts: opaque to whatever traces the model, which layer it is told by a tensor.
+experts_op = define_op(
+    "experts", "(Tensor x, Tensor weights, Tensor experts, Tensor handle) -> Tensor", _run, _run_fake
+)

@@ -2,7 +2,8 @@
 
 import itertools
 import weakref
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -24,3 +25,15 @@ class Handles(Generic[T]):
 
     def __getitem__(self, handle: torch.Tensor) -> T:
         return self._objects[int(handle)]
+
+
+def define_op(name: str, signature: str, op: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.ops.flora.<name>, which whatever traces a model sees as one call. `fake`: what it gives, by shape alone."""
+    _library.define(f"{name}{signature}")
+    _library.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flora::{name}", fake, lib=_library)
+    return getattr(torch.ops.flora, name)
+
+
+# Kept for the life of the process: the ops disappear with the library that defines them.
+_library = torch.library.Library("flora", "FRAGMENT")

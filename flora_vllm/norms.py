@@ -8,12 +8,11 @@ steps with an adapter that has some run eagerly.
 
 import threading
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from flora_vllm.handles import Handles
+from flora_vllm.handles import Handles, define_op
 from flora_vllm.ops.terms import LayerTerms, SliceTerms
 from flora_vllm.step import Step
 
@@ -123,16 +122,8 @@ def _norm_added(x: torch.Tensor, residual: torch.Tensor, handle: torch.Tensor) -
     return y.contiguous(), total.contiguous()
 
 
-def _define_op(name: str, signature: str, op: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _library.define(f"{name}{signature}")
-    _library.impl(name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flora::{name}", fake, lib=_library)
-
-
-# Kept for the life of the process: the ops disappear with the library that defines them.
-_library = torch.library.Library("flora", "FRAGMENT")
-_define_op("norm", "(Tensor x, Tensor handle) -> Tensor", _norm, lambda x, _: x.new_empty(x.shape))
-_define_op(
+define_op("norm", "(Tensor x, Tensor handle) -> Tensor", _norm, lambda x, _: x.new_empty(x.shape))
+define_op(
     "norm_added",
     "(Tensor x, Tensor residual, Tensor handle) -> (Tensor, Tensor)",
     _norm_added,
