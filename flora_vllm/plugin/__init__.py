@@ -23,6 +23,7 @@
     activation.py     activated adapters: whose a request's first tokens and cached blocks are
     mixes.py          how clients write a mix, and how the engine is told of it
     mix_requests.py   server side: the mix of a request
+    answers.py        errors as vLLM's server answers them
     dropped.py        server side: routes that would lose it
     choosers.py       server side: DLP-LoRA's folders, of which each prompt gets a mix
     told.py           headers that an answer gets

@@ -3,10 +3,10 @@
 Otherwise a request for a mix would be answered by the base model.
 """
 
-import importlib
 import json
 from typing import Any
 
+from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.mix_requests import KEY
 
 # Anthropic's, Cohere's, and the one that takes tokens. Elsewhere unknown fields are kept (mix_requests.py).
@@ -29,9 +29,7 @@ class DroppedField:
             messages.append(await receive())
         if _names_mix(b"".join(message.get("body", b"") for message in messages)):
             text = f'{path} takes no "{KEY}"; ask /v1/chat/completions or /v1/completions, or load the mix under a name'
-            error = {"message": text, "type": "BadRequestError", "param": KEY, "code": 400}
-            answer = importlib.import_module("starlette.responses").JSONResponse({"error": error}, status_code=400)
-            await answer(scope, receive, send)
+            await error_answer(text, param=KEY)(scope, receive, send)
             return
 
         async def again() -> Any:

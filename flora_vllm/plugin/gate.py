@@ -14,6 +14,7 @@ from typing import Any
 from flora_vllm.errors import ConfigError
 from flora_vllm.plugin import listing
 from flora_vllm.plugin.access import CURRENT, NOBODY, SHARE, AccessRules
+from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.dropped import DroppedField
 from flora_vllm.plugin.flags import options_from
 from flora_vllm.plugin.told import ToldHeaders
@@ -100,10 +101,7 @@ def _authorization(scope: Scope) -> str | None:
 
 async def _refuse_nested(_request: Any, _error: RecursionError) -> Any:
     """SageMaker's routes decode a body themselves, without a bound on its depth: a client's fault, not a 500."""
-    responses = importlib.import_module("starlette.responses")
-    message = "the request's JSON is nested too deeply"
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
-    return responses.JSONResponse({"error": error}, status_code=400)
+    return error_answer("the request's JSON is nested too deeply")
 
 
 async def _refuse(scope: Scope, receive: Any, send: Any) -> None:

@@ -12,9 +12,11 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR
+from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.loads import REPORT
 from flora_vllm.plugin.series import exposition, traffic_exposition
@@ -72,10 +74,9 @@ def attach(app: Any) -> None:
         engine = getattr(state, "engine_client", None)
         report = None if engine is None else await reports.ask(engine)
         if report is None:
-            message = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
-            message = "this server has no engine" if engine is None else message
-            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
-            return responses.JSONResponse({"error": error}, status_code=503)
+            late = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
+            message = "this server has no engine" if engine is None else late
+            return error_answer(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
         return responses.JSONResponse({"object": "list", "data": entries(state, report)})
 
     app.router.add_route(ROUTE, adapters, methods=["GET"])

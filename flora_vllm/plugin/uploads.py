@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from flora_vllm.errors import AdapterError
+from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.handed import directory_of, no_room
 from flora_vllm.plugin.preload import options_of_engine
 
@@ -116,7 +117,4 @@ async def _content(part: Any) -> bytes:
 
 
 def _refuse(error: AdapterError) -> Any:
-    responses = importlib.import_module("starlette.responses")
-    status = 413 if isinstance(error, TooLargeError) else 400
-    content = {"error": {"message": str(error), "type": "BadRequestError", "param": None, "code": status}}
-    return responses.JSONResponse(content, status_code=status)
+    return error_answer(str(error), 413 if isinstance(error, TooLargeError) else 400)
