@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 import openai
 import peft
 import torch
@@ -60,6 +59,11 @@ class Client:
     def __init__(self, url: str, pid: int = 0) -> None:
         self.url, self.pid = url, pid
         self.openai = openai.OpenAI(base_url=url, api_key="none", timeout=300, max_retries=0)
+        # Connections are kept, for less than the server keeps them: of hundreds of new ones some wait a second or two.
+        self._http = httpx.Client(timeout=300, limits=httpx.Limits(keepalive_expiry=2))
+
+    def __del__(self) -> None:
+        self._http.close()
 
     def ask(self, model: str, tokens: Sequence[int], new: int = 8, **more: Any) -> Answer:
         completion = self.openai.completions.create(
@@ -84,24 +88,19 @@ class Client:
 
     def metric(self, name: str) -> float:
         """Sum of a Prometheus counter over its labels."""
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/metrics", timeout=60) as response:
-            lines = response.read().decode().splitlines()
+        lines = self._http.get(self.url.removesuffix("/v1") + "/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
     def post(self, route: str, body: Mapping[str, Any]) -> tuple[int, str]:
         """(status, message) of an admin call."""
-        request = urllib.request.Request(
-            f"{self.url}/{route}", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
+        headers = {"content-type": "application/json"}
+        response = self._http.post(f"{self.url}/{route}", content=json.dumps(body), headers=headers)
+        if response.is_success:
+            return response.status_code, response.text
         try:
-            with urllib.request.urlopen(request, timeout=300) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as error:
-            text = error.read().decode()
-            try:
-                return error.code, json.loads(text)["error"]["message"]
-            except (ValueError, KeyError, TypeError):
-                return error.code, text
+            return response.status_code, response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            return response.status_code, response.text
 
     def load(self, name: str, path: Path | str, **more: Any) -> tuple[int, str]:
         return self.post("load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})

@@ -3,32 +3,31 @@
 import hashlib
 import json
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from server_support import BASE, make_ask, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-FLOOD, AT_ONCE = 200, 2
+FLOOD, AT_ONCE = 40, 2
 OPERATOR, LOUD, QUIET = "key-of-the-operator", "key-of-loud", "key-of-quiet"
 
 
 class Door:
-    def __init__(self, url: str) -> None:
-        self._root = url.removesuffix("/v1")
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def ask(self, route: str, key: str, body: Any = None) -> str:
-        headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
         # Ours to set only: a client that says so itself says it in vain.
-        headers |= {"x-flora-share": "tenant quiet", "traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
-        data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(self._root + route, data, headers), timeout=300) as response:
-            return response.read().decode()
+        headers = {"authorization": f"Bearer {key}", "x-flora-share": "tenant quiet"}
+        headers |= {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
+        response = self._http.request("GET" if body is None else "POST", route, headers=headers, json=body)
+        return response.raise_for_status().text
 
     def complete(self, key: str, seed: int, tokens: int) -> float:
         """When it was answered."""
@@ -44,7 +43,7 @@ class Door:
 def answered_before_quiet(door: Door) -> int:
     """How many of a flood's requests are answered while a quiet tenant waits for its first token."""
     with ThreadPoolExecutor(FLOOD) as pool:
-        flood = [pool.submit(door.complete, LOUD, seed, 128) for seed in range(FLOOD)]
+        flood = [pool.submit(door.complete, LOUD, seed, 256) for seed in range(FLOOD)]
         while door.waiting() < FLOOD // 2:
             assert not all(one.done() for one in flood), "the flood was over before it had begun"
         asked = time.monotonic()
@@ -61,9 +60,11 @@ def test_a_flood_with_one_key_is_not_before_another_keys_request(
     (tmp_path / "acl.json").write_text(json.dumps({"tenants": tenants}))
     options = ["--api-key", OPERATOR, "--adapter-acl", str(tmp_path / "acl.json"), "--max-num-seqs", str(AT_ONCE)]
     with serving(tiny_model("llama"), {}, *options, "--adapter-shares", shares) as client:
-        between = answered_before_quiet(Door(client.url))
+        root = client.url.removesuffix("/v1")
+        with httpx.Client(base_url=root, timeout=300, limits=httpx.Limits()) as http:
+            between = answered_before_quiet(Door(http))
     if shares == "none":
-        assert between >= FLOOD // 3, "as plain vLLM: all that came before"
+        assert between >= FLOOD // 2 - AT_ONCE, "as plain vLLM: all that came before"
     else:
         # One place gets free, and what ends while answers travel.
-        assert between <= FLOOD // 10
+        assert between <= FLOOD // 5

@@ -171,13 +171,14 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         rehearses = any(adapter is not None and adapter.is_stand_in for adapter in loaded)
         if mapping is not None and mapping.type.name == "LANGUAGE" and not rehearses:
             mapping = self.base_rows.without_base_rows(mapping, {request.lora_int_id for request in requests})
+        if mapping is None or mapping.type.name == "LANGUAGE":
+            super().set_active_adapters(requests, mapping)
+            return
+        # An encoder's adapters are the step's. To try one again that it leaves out could take another's slot.
         of_step = self._ran
-        if mapping is not None and mapping.type.name != "LANGUAGE":
-            # An encoder's adapters are the step's. To try one again that it leaves out could take another's slot.
-            requests = {request for request in requests if not self._adapter_manager.is_left_out(request.lora_int_id)}
+        requests = {request for request in requests if not self._adapter_manager.is_left_out(request.lora_int_id)}
         super().set_active_adapters(requests, mapping)
-        if mapping is not None and mapping.type.name != "LANGUAGE":
-            self._ran = of_step
+        self._ran = of_step
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
