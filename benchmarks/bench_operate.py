@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +72,16 @@ def main() -> None:
         os.environ["VLLM_LORA_RESOLVER_CACHE_DIR"] = text  # adapters are also found by name, at their first use
         progress("writing adapters")
         pool = make_pool(folder, model, "flora", 8, max(sizes.loads, 4 * SLOTS))
+        lora = make_pool(folder, model, "lora", 8, sizes.loads if "loads" in options.parts else 0)
         if {"loads", "thrash", "cycles"} & set(options.parts):
             with _server(model) as server:
                 if "loads" in options.parts:
-                    result |= asyncio.run(_loads(server.url, pool, sizes))
+                    result |= asyncio.run(_loads(server.url, {"flora": pool, "lora": lora}, sizes))
                 if "thrash" in options.parts:
                     result |= asyncio.run(_thrash(server.url, pool, sizes))
                 if "cycles" in options.parts:
                     result |= asyncio.run(_cycles(server, pool, sizes))
         if "loads" in options.parts:
-            lora = make_pool(folder, model, "lora", 8, 12)
             with _server(model, flora=False) as server:
                 result["load_ms_vllm_lora_r8"] = asyncio.run(_load_ms(server.url, lora))
         small = make_pool(folder, model, "flora", 1, _small(options.parts, sizes))
@@ -130,31 +130,47 @@ async def _load_ms(url: str, pool: Mapping[str, Path]) -> float:
     return round(1e3 * statistics.median(times[2:]), 2)
 
 
-async def _loads(url: str, pool: Mapping[str, Path], sizes: Sizes) -> dict:
-    """Streams with and without adapters loading: one after another, eight at once, and at their first use."""
-    result = {"load_ms_flora_r8": await _load_ms(url, pool)}
-    quiet = await gaps_while(url, ["base"] * STREAMS, lambda _: asyncio.sleep(10.0))
-    wanted = list(pool.items())[: sizes.loads]
-    third = len(wanted) // 3
-
-    async def work(session: aiohttp.ClientSession) -> None:
-        for name, path in wanted[:third]:
-            await load(session, url, name, path)
-        await in_parallel([lambda n=n, p=p: load(session, url, n, p) for n, p in wanted[third : 2 * third]], 8)
-        await in_parallel([lambda n=n: first_token_s(session, url, n) for n, _ in wanted[2 * third :]], 8)
-
-    busy = await gaps_while(url, ["base"] * STREAMS, work)
-    async with aiohttp.ClientSession() as session:
-        for name in names(url) & set(pool):
-            await unload(session, url, name)
-    result |= {
-        "itl_p99_quiet_ms": round(1e3 * percentile(quiet, 99), 2),
-        "itl_p99_loads_ms": round(1e3 * percentile(busy, 99), 2),
-        "itl_p99_loads_over_quiet": round(percentile(busy, 99) / percentile(quiet, 99), 3),
-        "itl_max_loads_over_quiet": round(max(busy) / percentile(quiet, 99), 3),
-    }
+async def _loads(url: str, pools: Mapping[str, Mapping[str, Path]], sizes: Sizes) -> dict:
+    """Streams with and without adapters loading: one after another, eight at once, and at their first use. And with the
+    same requests as the first uses were, of adapters that are there: what they cost whoever loads them when."""
+    result = {"load_ms_flora_r8": await _load_ms(url, pools["flora"])}
+    quiet = percentile(await gaps_while(url, ["base"] * STREAMS, lambda _: asyncio.sleep(10.0)), 99)
+    result["itl_p99_quiet_ms"] = round(1e3 * quiet, 2)
+    for family, pool in pools.items():
+        gaps = await _gaps_by_kind_of_load(url, list(pool.items())[: sizes.loads])
+        shown = "" if family == "flora" else f"{family}_"
+        for kind, of_kind in gaps.items():
+            result[f"itl_p99_{shown}{kind}_over_quiet"] = round(percentile(of_kind, 99) / quiet, 3)
+        busy = [gap for kind, of_kind in gaps.items() if kind != "warm_use" for gap in of_kind]
+        result[f"itl_p99_{shown}loads_ms"] = round(1e3 * percentile(busy, 99), 2)
+        result[f"itl_p99_{shown}loads_over_quiet"] = round(percentile(busy, 99) / quiet, 3)
+        result[f"itl_max_{shown}loads_over_quiet"] = round(max(busy) / quiet, 3)
     progress(f"loads: {result}")
     return result
+
+
+async def _gaps_by_kind_of_load(url: str, wanted: Sequence[tuple[str, Path]]) -> dict[str, list[float]]:
+    """Seconds between tokens of the streams, a third of the adapters loading in each of three ways; `warm_use` last."""
+    third = len(wanted) // 3
+    found = [name for name, _ in wanted[2 * third :]]
+
+    async def by_api(session: aiohttp.ClientSession, some: Sequence[tuple[str, Path]], width: int) -> None:
+        await in_parallel([lambda n=n, p=p: load(session, url, n, p) for n, p in some], width)
+
+    async def by_use(session: aiohttp.ClientSession, used: Sequence[str]) -> None:
+        await in_parallel([lambda n=n: first_token_s(session, url, n) for n in used], 8)
+
+    works = {
+        "one_by_one": lambda session: by_api(session, wanted[:third], 1),
+        "eight_at_once": lambda session: by_api(session, wanted[third : 2 * third], 8),
+        "first_use": lambda session: by_use(session, found),
+        "warm_use": lambda session: by_use(session, [*found[-SLOTS:]] * (len(found) // SLOTS)),
+    }
+    gaps = {kind: await gaps_while(url, ["base"] * STREAMS, work) for kind, work in works.items()}
+    async with aiohttp.ClientSession() as session:
+        for name in names(url) & {name for name, _ in wanted}:
+            await unload(session, url, name)
+    return gaps
 
 
 async def _thrash(url: str, pool: Mapping[str, Path], sizes: Sizes) -> dict:

@@ -29,6 +29,7 @@ FIXED_ELSEWHERE = {"0002"}
 # request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each, the status of a
 # server whose engine died.
 WITHOUT_DIFF = {
+    "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
     "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
     "vllm.entrypoints.launchers.app:init_entrypoints_middleware",
     "vllm.entrypoints.llm:LLM._run_engine",

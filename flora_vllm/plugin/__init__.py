@@ -18,6 +18,8 @@
     module_names.py   what a checkpoint calls a module -> what the engine calls it
     planned.py        the same of an adapter like one met before, in a fraction of the time
     memory.py         adapters in memory and in slots within a number of bytes
+    prefetch.py       the engine core's side of loads beside steps; beside.py: the workers'
+    asleep.py         meanwhile an engine's processes wait for each other without a core
     turns.py          an adapter that has waited too long for a slot drains one
     loads.py          counts of loads and evictions, and the engine's report of its adapters
     activation.py     activated adapters: whose a request's first tokens and cached blocks are

@@ -16,7 +16,7 @@ import torch
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.pacing import NotBesideStepsError, Turns, leave_bound_core, pace_while
-from flora_vllm.plugin import probe
+from flora_vllm.plugin import asleep, probe
 from flora_vllm.plugin.loads import Finished
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ class LoadsBeside:
         self._group = probe.group_beside_steps()  # every rank makes it now
         self._thread = ThreadPoolExecutor(1, "flora-loads", self._begin_thread)
         self._given: dict[int, Given] = {}
+        asleep.while_busy(self)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._given)
 
     def begin(self, ticket: int, request: Any, again: bool) -> None:
         """Have the thread load an adapter after those it was given before. `again`: it had been evicted."""

@@ -19,6 +19,7 @@ _MIXTURE_SIZES = (
 )  # fmt: skip
 _MIXTURE_RANKS = ("tp_size", "tp_rank", "dp_size", "ep_size", "pcp_size", "sp_size", "enable_eplb")
 _CACHE = "vllm.utils.cache:LRUCache"
+_SHARED = "vllm.distributed.device_communicators.shm_broadcast:SpinCondition"
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _SYNC = "vllm.v1.engine.llm_engine:LLMEngine"
@@ -274,6 +275,8 @@ _ENGINES = (
         "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc", ("self", "method", "args", "non_block")
     ),
     Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
+    Hook(f"{_SHARED}.__init__", ("self",), sets=("busy_loop_s",)),
+    Hook(f"{_SHARED}.wait", ("self", "timeout_ms")),
 )
 _SERVER = (
     Hook(

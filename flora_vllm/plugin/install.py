@@ -14,6 +14,7 @@ import torch
 from flora_vllm import pacing
 from flora_vllm.plugin import (
     activation,
+    asleep,
     hooks,
     loads,
     mistakes,
@@ -70,6 +71,7 @@ def install_worker_side() -> None:
     _once("shares", shares.install)
     _once("block keys", activation.key_blocks_by_first_token)
     _once("loads beside steps", prefetch.install)
+    _once("waits asleep", asleep.install)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
     else:

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from flora_vllm.plugin import activation, turns
+from flora_vllm.plugin import activation, asleep, turns
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.refusals import as_vllm_says
 
@@ -54,6 +54,7 @@ class Loading:
         self._core = core
         self._tickets = itertools.count()
         self._loads: dict[int, _Load] = {}  # by ticket, in the order in which they began
+        asleep.while_busy(self)
         self._held: set[int] = set()
         self._promised: set[int] = set()  # loaded for a waiting request: they stay until it runs
         self._last_poll = 0.0
