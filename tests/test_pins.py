@@ -110,6 +110,51 @@ def test_who_only_loads_takes_no_adapters_slot():
     assert manager.loads.evictions["gpu"] == 2
 
 
+def test_a_step_leaves_out_what_it_has_no_memory_for():
+    worker, written = _manager(2, 4), []
+    manager = worker._adapter_manager
+    contents: Any = {"layer": ()}
+
+    def write_slot(slot: int, layers: Any) -> dict[int, int]:
+        written.append((slot, bool(layers)))
+        if layers is contents:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {}
+
+    manager.attached = SimpleNamespace(write_slot=write_slot)
+    worker._apply_adapters(_requests(1, 2))
+    manager._registered_adapters[2].layers = contents
+    worker._apply_adapters(_requests(1))
+    manager._deactivate_adapter(2)
+    manager._active_adapters.pop(2)
+    del written[:]
+    worker._apply_adapters(_requests(1, 2))
+    assert {*manager._left_out} == {2}
+    assert written == [(2, True), (2, False)], "nothing of it stays"
+    assert manager.lora_index_to_id == [1, None]
+    manager._left_out.clear()
+    worker._apply_adapters(_requests(1, 3))
+    assert manager.lora_index_to_id == [1, 3]
+    assert not manager._left_out
+
+
+def test_a_slot_that_another_rank_has_no_memory_for_is_given_by_none(monkeypatch: pytest.MonkeyPatch):
+    from flora_vllm.plugin import worker_manager
+
+    def together(name: str, device: Any, act: Any) -> None:
+        act()
+        raise AdapterError("another rank could not")
+
+    worker = _manager(2, 4)
+    manager = worker._adapter_manager
+    worker.add_adapter(*_requests(1))
+    manager.deactivate_adapter(1)
+    monkeypatch.setattr(worker_manager, "together", together)
+    worker._apply_adapters(_requests(1))
+    assert {*manager._left_out} == {1}
+    assert manager.lora_index_to_id == [None, None], "the next step finds all ranks alike"
+
+
 def test_images_of_an_adapter_that_a_step_leaves_out_take_no_other_adapters_slot():
     from vllm.lora.layers import LoRAMapping, LoRAMappingType
 

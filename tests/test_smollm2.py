@@ -28,6 +28,7 @@ def client(smollm2_dir: Path) -> Iterator[Client]:
     adapters = {name: ADAPTERS / name for name in NAMES}
     with ServerProcess(smollm2_dir, adapters, served_name=BASE, quiet=True) as server:
         yield Client(server.url)
+    assert not server.log.exists(), "nothing went wrong that it could tell of"
 
 
 def merged_state(original: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

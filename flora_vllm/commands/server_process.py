@@ -84,6 +84,8 @@ class ServerProcess:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
+        if error is None:  # else it may say why
+            self.log.unlink(missing_ok=True)
 
     @property
     def log(self) -> Path:

@@ -217,7 +217,11 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self.loads.evictions["gpu"] += 1
         adapter = self._registered_adapters[lora_id]
         with self.loads.phase("write"):
-            self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, adapter.layers))
+            try:
+                self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, adapter.layers))
+            except Exception:  # no memory: a part of it would stay in the slot
+                self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, {}))
+                raise
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
         self._in_slots[index + 1] = adapter

@@ -208,14 +208,26 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                     self._make_room(adapter, needed)
                 if request.lora_int_id not in manager._active_adapters and not manager.has_slot(done):
                     raise adapter_error(str(request.lora_int_id), ["pinned adapters leave its step too few slots"])
+                self._give_slot(request)
             except Exception as error:  # its copy is gone, memory is: no reason to end the engine
                 if not isinstance(error, AdapterError):
                     logger.exception("adapter %r cannot be had again", request.lora_name)
                 manager.leave_out(request.lora_int_id, str(error) or type(error).__name__)
                 continue
             adapter.last_used = time.time()
-            manager.activate_adapter(request.lora_int_id)
             done.add(request.lora_int_id)
+
+    def _give_slot(self, request: Any) -> None:
+        """Raises on every rank, and leaves none with it, if there is no memory for its slot on one."""
+        manager, adapter_id = self._adapter_manager, request.lora_int_id
+        if adapter_id in manager._active_adapters:
+            manager.activate_adapter(adapter_id)  # the one used last
+            return
+        try:
+            together(repr(request.lora_name), manager.device, lambda: manager.activate_adapter(adapter_id))
+        except Exception:
+            manager.deactivate_adapter(adapter_id)
+            raise
 
     def _check_pins(self, adapter_id: int) -> None:
         if (fault := self._adapter_manager.pin_fault(adapter_id)) is not None:
