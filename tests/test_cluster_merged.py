@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flora_vllm.cluster.merged import MergedMetrics, merged_adapters
+from flora_vllm.cluster.merged import GONE_S, MergedMetrics, merged_adapters
 from flora_vllm.cluster.store import Entry
 from flora_vllm.cluster.vllm_engine import VllmEngineAdapters
 from flora_vllm.plugin import listing
@@ -69,9 +69,19 @@ def test_no_sum_goes_back_when_a_replica_goes_pauses_or_begins_again() -> None:
     assert total(y=2, z=1) == 24, "y began again at 0"
 
 
+def test_who_does_not_answer_keeps_its_counts_and_has_no_gauges() -> None:
+    merged, key = MergedMetrics(), ("vllm:generation_tokens_total", "smol")
+    merged.merge([("smol", "x", _told(10, 1, 0.5))])
+    found = _samples(merged.merge([]))
+    assert found[key] == 10, "a scrape without its series would look like a new begin"
+    assert not any("running" in name or "usage" in name for name, *_ in found)
+    assert _samples(merged.merge([("smol", "x", _told(11, 1, 0.5))]))[key] == 11
+
+
 def test_series_go_with_the_last_replica_that_has_them() -> None:
     merged = MergedMetrics()
     merged.merge([("smol", "x", _told(1, 0, 0)), ("tiny", "y", _told(1, 0, 0))])
+    merged._last["y"] = (-GONE_S, merged._last["y"][1])
     found = _samples(merged.merge([("smol", "x", _told(1, 0, 0))]))
     assert not any("tiny" in key for key in found)
     assert not any("tiny" in str(series) for series in merged._sums)

@@ -7,7 +7,7 @@ those that answer; of others a sum would say nothing, and each replica's stands 
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from flora_vllm.cluster.store import Entry
@@ -41,38 +41,45 @@ class MergedMetrics:
     def __init__(self) -> None:
         self._last: dict[str, tuple[float, dict[_Series, float]]] = {}  # replica -> when it answered last, its counts
         self._sums: dict[_Series, float] = {}
+        self._families: dict[str, tuple[str, str]] = {}  # name -> documentation and type
+        self._family_of: dict[_Series, str] = {}
 
     def merge(self, answers: Sequence[tuple[str, str, str]]) -> bytes:
         """One text in Prometheus' format of (base model, replica, its text) of each that answered."""
         core: Any = importlib.import_module("prometheus_client.core")
         parser: Any = importlib.import_module("prometheus_client.parser")
-        merged: dict[str, Any] = {}
         gauges: dict[_Series, float] = {}
-        places: dict[_Series, str] = {}
         for base, replica, text in answers:
             counts: dict[_Series, float] = {}
             for family in parser.text_string_to_metric_families(text):
                 if not family.name.startswith(_OURS) or family.name.endswith("_created"):
                     continue
-                merged.setdefault(family.name, core.Metric(family.name, family.documentation, family.type))
+                self._families[family.name] = (family.documentation, family.type)
                 for sample in family.samples:
                     labels = {"model_name": base, **sample.labels}
                     if family.type == "gauge" and family.name not in SUMMED:
                         labels["replica"] = replica
                     series = (sample.name, tuple(sorted(labels.items())))
-                    places[series] = family.name
+                    self._family_of[series] = family.name
                     if family.type == "gauge":
                         gauges[series] = gauges.get(series, 0.0) + sample.value
                     else:
                         counts[series] = sample.value
             self._add(replica, counts)
-        for series, family in places.items():
+        self._forget(gauges)
+        merged = {name: core.Metric(name, *self._families[name]) for name in dict.fromkeys(self._family_of.values())}
+        for series, family in self._family_of.items():
             value = gauges[series] if series in gauges else self._sums[series]
             merged[family].add_sample(series[0], dict(series[1]), value)
-        self._sums = {series: value for series, value in self._sums.items() if series in places}
+        return exposition_of(merged.values())
+
+    def _forget(self, gauges: Container[_Series]) -> None:
+        """Replicas that are gone, and series that no replica has any more."""
         oldest = time.monotonic() - GONE_S
         self._last = {replica: answer for replica, answer in self._last.items() if answer[0] > oldest}
-        return exposition_of(merged.values())
+        counted = {series for _, counts in self._last.values() for series in counts}
+        self._sums = {series: value for series, value in self._sums.items() if series in counted}
+        self._family_of = {s: family for s, family in self._family_of.items() if s in counted or s in gauges}
 
     def _add(self, replica: str, counts: dict[_Series, float]) -> None:
         _, before = self._last.get(replica, (0.0, {}))
