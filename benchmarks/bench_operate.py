@@ -23,6 +23,7 @@ from pathlib import Path
 import aiohttp
 from harness import RESULTS, append_rows, environment, finish, progress
 from operate_streams import (
+    cpu_s,
     first_token_s,
     gaps_while,
     in_parallel,
@@ -41,6 +42,7 @@ from flora_vllm.environment import cache_root
 from flora_vllm.formats.files import FILE_NAMES
 
 SLOTS, STREAMS = 8, 16
+LOADS = 22  # of which one costs what is told; two more come first
 # Of registered adapters: about 400 of SmolLM2's of rank 1, which FILLING more than fill.
 HOST_MEMORY, FILLING = "256MiB", 500
 PARTS = ("loads", "thrash", "cycles", "start", "registered")
@@ -76,14 +78,14 @@ def main() -> None:
         if {"loads", "thrash", "cycles"} & set(options.parts):
             with _server(model) as server:
                 if "loads" in options.parts:
-                    result |= asyncio.run(_loads(server.url, {"flora": pool, "lora": lora}, sizes))
+                    result |= asyncio.run(_loads(server, {"flora": pool, "lora": lora}, sizes))
                 if "thrash" in options.parts:
                     result |= asyncio.run(_thrash(server.url, pool, sizes))
                 if "cycles" in options.parts:
                     result |= asyncio.run(_cycles(server, pool, sizes))
         if "loads" in options.parts:
             with _server(model, flora=False) as server:
-                result["load_ms_vllm_lora_r8"] = asyncio.run(_load_ms(server.url, lora))
+                result |= asyncio.run(_load_cost(server, lora, "vllm_lora_r8"))
         small = make_pool(folder, model, "flora", 1, _small(options.parts, sizes))
         if "start" in options.parts:
             result |= _start(model, small, sizes)
@@ -121,19 +123,28 @@ def _server(
         yield server
 
 
-async def _load_ms(url: str, pool: Mapping[str, Path]) -> float:
-    """Median milliseconds of a load by the API, nothing else running."""
+async def _load_cost(server: ServerProcess, pool: Mapping[str, Path], name: str) -> dict:
+    """Median milliseconds of a load by the API, nothing else running, and those of a core that all processes take."""
+    items = list(pool.items())[: 2 + LOADS]
     async with aiohttp.ClientSession() as session:
-        times = [await load(session, url, name, path) for name, path in list(pool.items())[:12]]
-        for name in list(pool)[:12]:
-            await unload(session, url, name)
-    return round(1e3 * statistics.median(times[2:]), 2)
+        for adapter, path in items[:2]:
+            await load(session, server.url, adapter, path)
+        began = cpu_s(server.pid)
+        times = [await load(session, server.url, adapter, path) for adapter, path in items[2:]]
+        took = (cpu_s(server.pid) - began) / len(times)
+        for adapter, _ in items:
+            await unload(session, server.url, adapter)
+    return {
+        f"load_ms_{name}": round(1e3 * statistics.median(times), 2),
+        f"load_cpu_ms_{name}": round(1e3 * took, 2),
+    }
 
 
-async def _loads(url: str, pools: Mapping[str, Mapping[str, Path]], sizes: Sizes) -> dict:
+async def _loads(server: ServerProcess, pools: Mapping[str, Mapping[str, Path]], sizes: Sizes) -> dict:
     """Streams with and without adapters loading: one after another, eight at once, and at their first use. And with the
     same requests as the first uses were, of adapters that are there: what they cost whoever loads them when."""
-    result = {"load_ms_flora_r8": await _load_ms(url, pools["flora"])}
+    url = server.url
+    result = await _load_cost(server, pools["flora"], "flora_r8") | await _load_cost(server, pools["lora"], "lora_r8")
     quiet = percentile(await gaps_while(url, ["base"] * STREAMS, lambda _: asyncio.sleep(10.0)), 99)
     result["itl_p99_quiet_ms"] = round(1e3 * quiet, 2)
     for family, pool in pools.items():

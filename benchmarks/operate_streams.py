@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -109,16 +110,32 @@ async def thrash(url: str, models: Sequence[str], requests: int, width: int) -> 
 
 def resident_bytes(pid: int) -> int:
     """Memory of a process and all below it: what is its own (PSS where the kernel tells, else RSS)."""
-    total, waiting = 0, [pid]
-    while waiting:
-        process = waiting.pop()
+    total = 0
+    for process in _family(pid):
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = (process / "smaps_rollup").read_text().splitlines()
             total += next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{process}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
     return total
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of a core that a process and all below it have taken since they began."""
+    ticks = 0
+    for process in _family(pid):
+        with contextlib.suppress(OSError):
+            ticks += sum(map(int, (process / "stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _family(pid: int) -> Iterator[Path]:
+    """The directories of a process and all below it in /proc."""
+    waiting = [pid]
+    while waiting:
+        process = Path(f"/proc/{waiting.pop()}")
+        yield process
+        with contextlib.suppress(OSError):
+            for task in (process / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
 
 
 def names(url: str) -> set[str]:
