@@ -58,6 +58,8 @@ TOLERANCE = 2e-3  # of the largest output
 # training uses them.
 _ANY_SIZE = re.compile(r"oft_R|tinylora_[ABPv]|p?vera_[AB]|randlora_[AB]|lora_velora_embed|lora_monteclora_sampler")
 
+_EMPTY = (None, [], {})
+
 
 @dataclass(frozen=True)
 class Seed:
@@ -225,6 +227,8 @@ def difference(weights: Weights, path: Path, task: str | None) -> str | None:
             if not error < TOLERANCE:
                 return f"the outputs of {module} are not PEFT's by {error:.2g} of the largest"
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith("scatter(): Expected self.dtype"):
+            return None  # PEFT cannot read a file of two dtypes; what it means is no question
         sizes = re.findall(r"size mismatch for (\S+):", str(error))
         if sizes and all(_ANY_SIZE.search(name) for name in sizes):
             return None
@@ -241,6 +245,7 @@ def _restore_what_never_matters(path: Path, original: Path) -> bool:
     assert family is not None
     before = dict(config)
     idle = {key for key, rule in family.keys.items() if rule in (ANYTHING, NOTHING)}
+    idle |= {key for key, value in config.items() if value in _EMPTY and old.get(key) in _EMPTY}
     for key in idle | (BOOKKEEPING.keys() - {"peft_type"}):
         config.pop(key, None)
         if key in old:

@@ -183,6 +183,8 @@ def test_indices_outside_are_refused(tmp_path: Path) -> None:
     name = f"base_model.model.{Q0}.vblora_logits_A_topk_indices"
     edit_tensors(tmp_path / "vblora", **{name: torch.full((2, 4, 2), 20, dtype=torch.uint8)})
     assert "a bank of 20 does not have" in the_fault(tmp_path / "vblora")
+    edit_tensors(tmp_path / "vblora", **{name: torch.full((2, 4, 2), 19, dtype=torch.uint8)})
+    assert "names a vector twice" in the_fault(tmp_path / "vblora")
 
 
 def test_limits_count_what_is_built(tmp_path: Path) -> None:

@@ -43,6 +43,29 @@ def test_mutants_are_refused_or_read_as_peft_reads_them(tmp_path: Path) -> None:
     assert found.refused.total() > MUTANTS / 4
 
 
+# What long runs found accepted, or ended by another error than ours: changes of a seed's config, what is said now.
+FOUND: dict[str, tuple[dict, str]] = {
+    "dora": ({"lora_alpha": 1e30}, "leave the range of float32"),
+    "adalora-biases": ({"init_r": 12}, "has shape"),
+    "vblora": ({"topk": 64}, "topk is 64"),
+    "vblora-weights": ({"modules_to_save": ["q_proj"]}, "of which the file has no tensor"),
+    "tinylora-one-vector": ({"weight_tying": 3}, "'weight_tying' is 3; allowed: a number from 0 to 1"),
+    "supertuning-unsaved": ({"lora_alpha": 3}, "lora_alpha is set and r is null"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("name", FOUND)
+def test_what_long_runs_found_is_refused(name: str, tmp_path: Path) -> None:
+    seed, (changes, said) = seeds()[name], FOUND[name]
+    seed.save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | changes))
+    with pytest.raises(AdapterError) as refused:
+        fuzz._weights(read_adapter(tmp_path, layout=seed.layout))
+    assert said in str(refused.value)
+
+
 def _lora(path: Path) -> Seed:
     seed = seeds()["lora-bias"]
     seed.save(path)

@@ -309,7 +309,7 @@ def unsaved_faults(config: CheckedConfig, saved: Collection[str], layout: ModelL
     """
     if layout is None or "modules_to_save" in config.bad:
         return []
-    found = {name.rpartition(".")[0] for name in saved}
+    found = {name.removesuffix(".weight") for name in saved if name.endswith(".weight")}  # a bias alone is none
     missing = [
         entry
         for entry in config.values.get("modules_to_save") or ()

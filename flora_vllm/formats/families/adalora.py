@@ -4,14 +4,26 @@ Ranks differ by module once training has pruned them, down to none; the divisor 
 (`peft/tuners/adalora/layer.py::get_delta_weight`, `ranknum` in `adalora/model.py`).
 """
 
+from collections.abc import Mapping
+
 from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK, Key
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_parts
-from flora_vllm.formats.families.family import Family, ModuleFile, Part
+from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.lora import LORA_KEYS
 from flora_vllm.terms import Added, Offset, Term
 
 # Parameters of a ParameterDict, hence no `.weight`.
 LORA_A, LORA_B, LORA_E = "lora_A", "lora_B", "lora_E"
+
+
+def _parts(scope: Scope) -> Mapping[str, Part]:
+    rank = "R" if scope.config.get("rank_pattern") else scope.config["init_r"]  # nothing was pruned
+    return {
+        LORA_A: Part((rank, "I"), may_be_empty=True),
+        LORA_B: Part(("O", rank), may_be_empty=True),
+        LORA_E: Part((rank, 1), may_be_empty=True),
+        **bias_parts(scope),
+    }
 
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
@@ -41,12 +53,7 @@ ADALORA = Family(
     },
     names=(LORA_A, LORA_B, LORA_E, *BIAS_NAMES),
     alone=frozenset(BIAS_NAMES),
-    parts=lambda scope: {
-        LORA_A: Part(("R", "I"), may_be_empty=True),
-        LORA_B: Part(("O", "R"), may_be_empty=True),
-        LORA_E: Part(("R", 1), may_be_empty=True),
-        **bias_parts(scope),
-    },
+    parts=_parts,
     terms=and_biases(_terms),
     kinds=(Added, Offset),
     rank_key="init_r",

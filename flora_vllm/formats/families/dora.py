@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import only
 from flora_vllm.formats.families.family import ModuleFile, Part, Scope
 from flora_vllm.formats.families.lora import (
@@ -42,7 +43,7 @@ def squared_norms(probe: Probe, down_RI: torch.Tensor, up_OR: torch.Tensor) -> t
     down, up = down_RI.float(), up_OR.float()
     cross_O = (probe.product(down).T * up).sum(1)
     own_O = ((up @ (down @ down.T)) * up).sum(1)
-    return probe.squared_row_norms() + 2 * cross_O + own_O
+    return _in_range(probe.squared_row_norms() + 2 * cross_O + own_O)
 
 
 def squared_column_norms(probe: Probe, down_RI: torch.Tensor, up_OR: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,14 @@ def squared_column_norms(probe: Probe, down_RI: torch.Tensor, up_OR: torch.Tenso
         pace()
         column_NO = probe.product(unit_NI)  # W's columns, as rows
         sums.append((column_NO + unit_NI @ down_RI.float().T @ up_OR.float().T).square().sum(1))
-    return torch.cat(sums)
+    return _in_range(torch.cat(sums))
+
+
+def _in_range(squares: torch.Tensor) -> torch.Tensor:
+    """A norm that is infinite would make nothing of its weights, without a trace."""
+    if not squares.isfinite().all():
+        raise AdapterError("the norms of W + s B A leave the range of float32; look at lora_alpha and the factors")
+    return squares
 
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:

@@ -75,7 +75,7 @@ LORA_KEYS: Mapping[str, Key] = {
     "use_dora": only(False),
     "use_qalora": only(False),
     "ensure_weight_tying": only(False),
-    "use_bdlora": only(None, False),
+    "use_bdlora": only(None),
     "arrow_config": NOTHING,
     "corda_config": NOTHING,
     "kasa_config": NOTHING,

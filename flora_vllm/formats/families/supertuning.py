@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, BOOLEAN, TARGETS, Key, is_number, is_rank
 from flora_vllm.formats.families.family import INTEGERS, Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import sides
@@ -36,6 +37,9 @@ def _places(probe: Probe, count: int, largest: bool) -> torch.Tensor:
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
     values, saved, config = module[VALUES], module.get(INDICES), module.config
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if rank is None and alpha is not None:
+        raise AdapterError("lora_alpha is set and r is null: PEFT refuses that; remove lora_alpha, or give r")
 
     def build(probe: Probe) -> tuple[Term, ...]:
         shape = sides(probe)
@@ -46,7 +50,7 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
     sparse = FromBase(build, held, dense_bytes=12 * len(values))
     if LORA_A not in module:
         return (sparse,)
-    return sparse, Added(module[LORA_A], module[LORA_B], config["lora_alpha"] / config["r"])
+    return sparse, Added(module[LORA_A], module[LORA_B], 2.0 if alpha is None else alpha / rank)
 
 
 SUPERTUNING = Family(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK, TUNER, Key, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, RANK, TUNER, Key, is_number, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.projections import targets_in_order
@@ -72,7 +72,7 @@ TINYLORA = Family(
         "bias": bias_key("tinylora"),
         "r": RANK,
         "u": Key("an integer of at least 1", is_rank, required=True),
-        "weight_tying": NUMBER,
+        "weight_tying": Key("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
         "projection_seed": SEED,
         "save_projection": BOOLEAN,
         # Used only while training.

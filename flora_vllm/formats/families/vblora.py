@@ -41,15 +41,19 @@ def _parts(scope: Scope) -> Mapping[str, Part]:
 
 def _mixed(module: ModuleFile, part: str) -> torch.Tensor:
     """The factor before its vectors are strung together: (., ., vector_length)."""
-    bank = module.shared[BANK].float()
+    bank, topk = module.shared[BANK].float(), module.config["topk"]
+    if topk > bank.shape[0]:
+        raise AdapterError(f"topk is {topk}, of a bank of {bank.shape[0]} vectors")
     if _stored(module.config):
         indices = module[f"{part}{CHOSEN}"].long()
         known = module[f"{part}{WEIGHTS}"].float()
         weights = torch.cat([known, 1 - known.sum(-1, keepdim=True)], -1)
         if indices.min() < 0 or indices.max() >= bank.shape[0]:
             raise AdapterError(f"{part}{CHOSEN} names vectors that a bank of {bank.shape[0]} does not have")
+        if (indices.sort(-1).values.diff(dim=-1) == 0).any():
+            raise AdapterError(f"{part}{CHOSEN} names a vector twice for one place")
     else:
-        logits, indices = module[part].float().topk(module.config["topk"], -1)
+        logits, indices = module[part].float().topk(topk, -1)
         weights = logits.softmax(-1)
     mixed = torch.zeros(*indices.shape[:-1], bank.shape[1])
     for k in range(indices.shape[-1]):
