@@ -233,6 +233,30 @@ def test_tenants_at_the_door(tmp_path: Path) -> None:
     assert through(rules, "", "/v1/realtime", kind="websocket") == (1008, None)
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/sleep"), ("POST", "/collective_rpc"), ("POST", "/scale_elastic_ep"), ("POST", "/pause"), ("PUT", "/x"),
+     ("POST", "/inference/v1/abort_requests"), ("POST", "/start_profile"), ("POST", "/update_weights"),
+     ("GET", "/server_info"), ("GET", "/kv_event_sources")],
+)  # fmt: skip
+def test_what_acts_on_the_engine_of_all_is_the_operators(method: str, path: str, tmp_path: Path) -> None:
+    rules = AccessRules(["boss"], acl(tmp_path / "acl", entry()), has_root=False)
+    assert through(rules, method, path) == (401, None)
+    assert through(rules, method, path, "k1") == (403, None)
+    assert through(rules, method, path, "boss") == (None, OPERATOR)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/completions", "/v1/load_lora_adapter", "/v1/responses/x/cancel", "/v2/rerank", "/cohere/v2/chat", "/tokenize",
+     "/detokenize", "/pooling", "/classify", "/score", "/rerank", "/inference/v1/generate", "/invocations", "/adapters",
+     "/ping"],
+)  # fmt: skip
+def test_what_tenants_may_ask(path: str, tmp_path: Path) -> None:
+    rules = AccessRules(["boss"], acl(tmp_path / "acl", entry()), has_root=False)
+    assert through(rules, "POST", path, "k1")[1] == Tenant("acme", ("acme/*",), may_load=False)
+
+
 def test_parts_of_a_mix_that_comes_back_are_on_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flora_vllm.plugin import frontend, mixes
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from flora_vllm.formats import write_flora
 from flora_vllm.plugin import flags, frontend, gate, guard, mix_requests
 from flora_vllm.plugin.access import CURRENT, NOBODY, Tenant
 from flora_vllm.plugin.guard import Locks, presentable, without_paths
+from flora_vllm.plugin.mixes import Mix, Part, encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -150,6 +152,54 @@ def test_unloads_and_requests_through_vllms_own_class(serving: Any) -> None:
     try:
         refused = asyncio.run(models.load_lora_adapter(protocol.LoadLoRAAdapterRequest(lora_name="a", lora_path="a")))
         assert refused.error.code == 403
+    finally:
+        CURRENT.reset(token)
+
+
+def test_what_the_command_line_names_is_confined_for_tenants(serving: Any, tmp_path: Path) -> None:
+    protocol = importlib.import_module("vllm.entrypoints.serve.lora.protocol")
+    write_flora(tmp_path / "away", {"layers.0.q_proj": (torch.ones(1, 4), torch.ones(4, 1))})
+    (tmp_path / "root").mkdir()
+    models = serving(
+        Engine({"adapter_root": str(tmp_path / "root")}),
+        [SimpleNamespace(name="base", model_path="base")],
+        lora_modules=[SimpleNamespace(name="acme/a", path=str(tmp_path / "away"))],
+    )
+    request = protocol.LoadLoRAAdapterRequest(lora_name="acme/a", lora_path=str(tmp_path / "away"))
+    assert asyncio.run(models.load_lora_adapter(request)).error.code == 500, "it is read, and this engine loads nothing"
+    token = CURRENT.set(Tenant("acme", ("acme/*",)))
+    try:
+        assert asyncio.run(models.load_lora_adapter(request)).error.code == 400
+    finally:
+        CURRENT.reset(token)
+
+
+def test_a_mix_as_the_engine_knows_it_is_not_a_clients_to_give(serving: Any) -> None:
+    begin = time.perf_counter()
+    refused = load(serving, "a", "mix:[[a*" + "1" * 100_000 + "x")
+    assert (refused.code, len(refused.message) < 8192) == (400, True)
+    assert time.perf_counter() - begin < 1, "in the server's event loop"
+
+
+def test_the_place_of_a_fault_is_short(serving: Any) -> None:
+    module = importlib.import_module("vllm.entrypoints.serve.exception_handling.handlers.validation")
+    assert len(module.clean_loc_for_param(("body", "mix", "A" * 1_000_000))) < 9000
+    assert module.clean_loc_for_param(("body", "mix")) == "body.mix"
+
+
+def test_tenants_do_not_see_the_parts_of_an_operators_mix(serving: Any) -> None:
+    models = serving(Engine({}), [SimpleNamespace(name="base", model_path="base")])
+    lora_request = importlib.import_module("vllm.lora.request").LoRARequest
+    path = encoded(Mix((Part(1.0, "globex/secret@0", "/srv/root/secret"),)))
+    models.lora_requests["acme/m"] = lora_request(f"acme/m@{'0' * 16}", 1, path)
+
+    def roots() -> list[str]:
+        return [card.root for card in asyncio.run(models.show_available_models()).data if card.id == "acme/m"]
+
+    assert roots() == [path]
+    token = CURRENT.set(Tenant("acme", ("acme/*",)))
+    try:
+        assert roots() == ["acme/m"]
     finally:
         CURRENT.reset(token)
 

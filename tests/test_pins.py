@@ -138,6 +138,28 @@ def test_a_step_leaves_out_what_it_has_no_memory_for():
     assert not manager._left_out
 
 
+def test_a_load_without_memory_for_a_slot_is_a_load(monkeypatch: pytest.MonkeyPatch):
+    from flora_vllm.plugin.manager import LoadedAdapter
+
+    def write_slot(slot: int, layers: Any) -> dict[int, int]:
+        if layers:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {}
+
+    worker = _manager(2, 4)
+    manager = worker._adapter_manager
+    manager.attached = SimpleNamespace(write_slot=write_slot)
+    contents: Any = {"layer": ()}
+    worker._load_adapter = lambda request, **_: LoadedAdapter(request.lora_int_id, 1, contents)
+    assert worker.let_in(LoadedAdapter(1, 1, contents), (), again=False) == ()
+    assert worker.add_adapter(*_requests(2))
+    assert {*manager._registered_adapters.order} == {1, 2}
+    assert manager.lora_index_to_id == [None, None]
+    manager.attached = SimpleNamespace(write_slot=lambda *_: {})
+    worker._apply_adapters(_requests(1, 2))
+    assert {*manager.lora_index_to_id} == {1, 2}
+
+
 def test_a_slot_that_another_rank_has_no_memory_for_is_given_by_none(monkeypatch: pytest.MonkeyPatch):
     from flora_vllm.plugin import worker_manager
 

@@ -72,7 +72,7 @@ class Core:
         self.is_paused = False
         self.learnt: list[int] = []
         self.model_executor = SimpleNamespace(
-            is_sleeping=False, remove_lora=self._remove, add_lora=lambda _: True, collective_rpc=self.later_rpc
+            sleeping_tags=set(), remove_lora=self._remove, add_lora=lambda _: True, collective_rpc=self.later_rpc
         )
         self.behind_step: deque = deque()  # asked of workers that are in a step, as vLLM's executor keeps it
         self.loading = Loading(self)
@@ -330,12 +330,12 @@ def test_a_session_that_waits_for_its_client_loads_nothing(installed):
 def test_nothing_is_let_in_while_the_engine_sleeps():
     core = Core()
     answer: Any = core.loading.add(_request(1))
-    core.model_executor.is_sleeping = True
+    core.model_executor.sleeping_tags = {"weights", "kv_cache"}
     core.poll(1)
     assert not answer.done()
     later: Any = core.loading.add(_request(2))
     assert list(core.ranks[0].given.values()) == [1], "a load may ask the base, which is not there"
-    core.model_executor.is_sleeping = False
+    core.model_executor.sleeping_tags = {"kv_cache"}  # trainers load before it wakes
     core.poll(2)
     assert answer.done()
     core.poll()

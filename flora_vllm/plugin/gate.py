@@ -9,11 +9,12 @@ import functools
 import importlib
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.plugin import listing
-from flora_vllm.plugin.access import CURRENT, NOBODY, SHARE, AccessRules
+from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR, SHARE, AccessRules
 from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.dropped import DroppedField
 from flora_vllm.plugin.flags import options_from
@@ -29,7 +30,13 @@ _PROBES = ("/ping", "/health")
 _STOCK = "AuthenticationMiddleware"
 _WRAPPED = "_flora_wrapped"
 # Names every adapter of every tenant.
-_GUARDED_FROM_TENANTS = ("/metrics", "/docs", "/openapi.json", "/server_info")
+_GUARDED_FROM_TENANTS = ("/metrics", "/docs", "/openapi.json", "/server_info", "/kv_event_sources")
+# What tenants may do: ask for answers, and load what is theirs. What else there is acts on the engine of all.
+_OF_TENANTS = (
+    "/v1/", "/v2/", "/cohere/", "/inference/v1/generate", "/tokenize", "/detokenize", "/pooling", "/classify", "/score",
+    "/rerank", "/generative_scoring", "/invocations", "/adapters", "/ping",
+)  # fmt: skip
+_OF_OPERATORS = ("/server_info", "/kv_event_sources")
 
 
 def install() -> None:
@@ -77,6 +84,8 @@ class Gate:
         holder = keys.holder(given)
         if holder is None and self._needs_key(scope):
             return await _refuse(scope, receive, send)
+        if holder not in (None, OPERATOR) and _is_of_operators(scope):
+            return await _forbid(scope, receive, send)
         tokens = CURRENT.set(holder or NOBODY), SHARE.set(keys.share(holder, given))
         try:
             return await self._app(scope, receive, send)
@@ -85,13 +94,22 @@ class Gate:
             SHARE.reset(tokens[1])
 
     def _needs_key(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        method = scope.get("method", "WEBSOCKET")
+        path, method = _asked(scope)
         if self._rules.has_tenants and path.startswith(_GUARDED_FROM_TENANTS):
             return True  # by any method: /metrics answers all alike
         if method == "OPTIONS" or path in _PROBES:
             return False
         return method not in _READING or path.startswith(_GUARDED_READING)
+
+
+def _asked(scope: Scope) -> tuple[str, str]:
+    """(path, method)."""
+    return scope["path"].removeprefix(scope.get("root_path", "")), scope.get("method", "WEBSOCKET")
+
+
+def _is_of_operators(scope: Scope) -> bool:
+    path, method = _asked(scope)
+    return path.startswith(_OF_OPERATORS) or (method not in _READING and not path.startswith(_OF_TENANTS))
 
 
 def _authorization(scope: Scope) -> str | None:
@@ -102,6 +120,13 @@ def _authorization(scope: Scope) -> str | None:
 async def _refuse_nested(_request: Any, _error: RecursionError) -> Any:
     """SageMaker's routes decode a body themselves, without a bound on its depth: a client's fault, not a 500."""
     return error_answer("the request's JSON is nested too deeply")
+
+
+async def _forbid(scope: Scope, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        return await _refuse(scope, receive, send)
+    answer = error_answer("only the operator's key may use this route", HTTPStatus.FORBIDDEN, "PermissionDeniedError")
+    return await answer(scope, receive, send)
 
 
 async def _refuse(scope: Scope, receive: Any, send: Any) -> None:

@@ -17,6 +17,7 @@ from flora_vllm.errors import adapter_error, bounded
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests
+from flora_vllm.plugin.frontend import is_operators
 from flora_vllm.plugin.mix_paths import ENCODED
 from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -60,7 +61,8 @@ def _if_flora(original: Any, guarded: Any) -> Any:
 
 
 async def _load(load: Any, self: Any, options: FloraOptions, request: Any, base_model_name: str | None = None) -> Any:
-    if (refused := load_fault(request, options)) is not None:
+    is_known = is_operators(self, request.lora_name or "", request.lora_path or "")
+    if (refused := load_fault(request, options, is_known=is_known)) is not None:
         return _error(*refused)
     return presentable(await load(request, base_model_name), request.lora_path)
 
@@ -84,15 +86,19 @@ def _options(self: Any) -> FloraOptions | None:
     return options_of(self.engine_client.vllm_config.additional_config)
 
 
-def load_fault(request: Any, options: FloraOptions) -> tuple[str, HTTPStatus] | None:
-    """Why this request to load is refused before vLLM looks at it: (message, status), or None."""
+def load_fault(request: Any, options: FloraOptions, *, is_known: bool = False) -> tuple[str, HTTPStatus] | None:
+    """Why this request to load is refused before vLLM looks at it: (message, status), or None.
+
+    `is_known`: the command line names what it names.
+    """
     tenant = CURRENT.get()
     if not request.lora_name or not request.lora_path:
         return None  # refused by vLLM's own check, in its words
     if (fault := name_fault(request.lora_name, options.adapter_names)) is not None:
         return fault, HTTPStatus.BAD_REQUEST
-    # A mix as the engine knows it may be longer; it is the command line's to give (frontend.py).
-    if not request.lora_path.startswith(ENCODED) and (fault := path_fault(request.lora_path)) is not None:
+    # A mix as the engine knows it may be longer than a path.
+    is_mix = is_known and request.lora_path.startswith(ENCODED)
+    if not is_mix and (fault := path_fault(request.lora_path)) is not None:
         return str(adapter_error(brief(request.lora_name), [fault])), HTTPStatus.BAD_REQUEST
     if not tenant.may_load or not tenant.may_use(request.lora_name):
         return f"this key may not load an adapter named {brief(request.lora_name)}", HTTPStatus.FORBIDDEN
@@ -132,8 +138,12 @@ def _bound_error_texts() -> None:
         importlib.import_module("vllm.entrypoints.serve.exception_handling.error_response"),
         importlib.import_module("vllm.entrypoints.serve.exception_handling.handlers.http"),
         importlib.import_module("vllm.entrypoints.serve.exception_handling.handlers.validation"),
+        importlib.import_module("vllm.entrypoints.speech_to_text.realtime.connection"),
     ):
         vars(module)["sanitize_message"] = _bounded_after(module.sanitize_message)
+    # Where in the request the fault is, of whose keys may be of any length.
+    place = importlib.import_module("vllm.entrypoints.serve.exception_handling.handlers.validation")
+    place.clean_loc_for_param = _bounded(place.clean_loc_for_param)
 
 
 def _bounded_after(sanitize: Any) -> Any:
@@ -142,6 +152,14 @@ def _bounded_after(sanitize: Any) -> Any:
         return bounded(sanitize(bounded(message)))
 
     return sanitize_message
+
+
+def _bounded(write: Any) -> Any:
+    @functools.wraps(write)
+    def bounded_text(*args: Any) -> str:
+        return bounded(write(*args))
+
+    return bounded_text
 
 
 class Locks:

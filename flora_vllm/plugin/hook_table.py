@@ -269,7 +269,7 @@ _ENGINES = (
     Hook("vllm.v1.worker.worker_base:WorkerBase.__init__", ("self",), sets=("vllm_config", "parallel_config")),
     Hook("vllm.v1.executor.abstract:Executor.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.remove_lora", ("self", "lora_id")),
-    Hook("vllm.v1.executor.abstract:Executor.is_sleeping"),
+    Hook("vllm.v1.executor.abstract:Executor.__init__", ("self", "vllm_config"), sets=("sleeping_tags",)),
     Hook("vllm.v1.executor.abstract:Executor.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(
         "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc", ("self", "method", "args", "non_block")
@@ -323,6 +323,8 @@ _SERVER = (
     Hook("vllm.entrypoints.serve.exception_handling.error_response:sanitize_message", ("message",)),
     Hook("vllm.entrypoints.serve.exception_handling.handlers.http:sanitize_message", ("message",)),
     Hook("vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message", ("message",)),
+    Hook("vllm.entrypoints.serve.exception_handling.handlers.validation:clean_loc_for_param", ("loc",)),
+    Hook("vllm.entrypoints.speech_to_text.realtime.connection:sanitize_message", ("message",)),
     Hook("vllm.entrypoints.serve.lora.api_router:attach_router", ("app",)),
     Hook("vllm.envs:VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
     Hook("vllm.utils.counter:AtomicCounter.inc", ("self", "num")),

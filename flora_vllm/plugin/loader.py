@@ -161,6 +161,10 @@ class AdapterLoader:
         self._retired.pop(adapter_id, None)
         return adapter
 
+    def forget_base(self) -> None:
+        """Its weights may be others from now on."""
+        self._base.forget()
+
     def retire(self, adapter_id: int) -> None:
         """The adapter was unloaded: its copy may go once no request can be on its way any more."""
         if (self._root / str(adapter_id)).is_dir():

@@ -222,6 +222,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             except Exception:  # no memory: a part of it would stay in the slot
                 self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, {}))
                 raise
+        self._last_mapping = None  # what a mapping means depends on what its slots hold
         self.lora_index_to_id[index] = lora_id
         self._active_adapters[lora_id] = None
         self._in_slots[index + 1] = adapter

@@ -26,7 +26,7 @@ MIX = "MIX"  # the family of a sum
 MOST_PARTS = 8
 MOST_ROUTED = 64
 _ROUTED = "arrow"
-_PART = re.compile(r"(?P<name>.+)\*(?P<weight>-?(\d+\.?\d*|\.\d+)(e-?\d+)?)", re.DOTALL)
+_PART = re.compile(r"(?P<name>.+)\*(?P<weight>-?(\d+(\.\d*)?|\.\d+)(e-?\d+)?)", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Loading:
         """What `add_lora` answers: at once of an adapter that is held, or later."""
         adapter = request.lora_int_id
         if adapter in self._held and not request.load_inplace and self._load_of(adapter) is None:
-            return self._core.model_executor.add_lora(request)
+            return self._is_without_memory() or self._core.model_executor.add_lora(request)
         load = self._load_of(adapter)
         if load is None or load.request.lora_name != request.lora_name:
             load = self._begin(request, again=False)
@@ -109,8 +109,7 @@ class Loading:
 
     def poll(self, *, is_stepping: bool) -> None:
         """Between steps: have one adapter that is loaded let in, so that no two steps are further apart than that."""
-        # Asleep, slots have no memory.
-        if self._core.model_executor.is_sleeping:
+        if self._is_without_memory():
             return
         for ticket in self._loads:
             self._give(ticket)
@@ -147,6 +146,10 @@ class Loading:
         asked, self._asked = self._asked, None
         return asked.result()
 
+    def _is_without_memory(self) -> bool:
+        """Asleep, slots have none, and the base, which a load may ask. A trainer loads before the KV cache wakes."""
+        return "weights" in self._core.model_executor.sleeping_tags
+
     def _load_of(self, adapter: int) -> _Load | None:
         """The load of this adapter that began last and will end with it held."""
         loads = (load for load in reversed(self._loads.values()) if load.request.lora_int_id == adapter)
@@ -155,7 +158,7 @@ class Loading:
     def _begin(self, request: Any, *, again: bool) -> _Load:
         ticket = next(self._tickets)
         load = self._loads[ticket] = _Load(request, again)
-        if not self._core.model_executor.is_sleeping:  # a load may ask the base, which has no memory then
+        if not self._is_without_memory():
             self._give(ticket)
         return load
 

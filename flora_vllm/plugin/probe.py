@@ -96,6 +96,9 @@ class EngineBase:
         self._norms: dict[str, torch.Tensor] = {}
         self._places = {name: (layer, parts) for layer, name, parts in _places(attached)}
 
+    def forget(self) -> None:
+        self._norms.clear()
+
     def holds(self, place: str) -> bool:
         """Whether this rank has the module that the engine calls `place`, or a part of it."""
         return place in self._places

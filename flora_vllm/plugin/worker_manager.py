@@ -92,7 +92,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         manager.add_adapter(adapter)
         # Who only loads takes no adapter's slot: writing one costs all requests milliseconds, and perhaps for nothing.
         if manager.has_slot(keep) if again else manager.has_empty_slot:
-            manager.activate_adapter(adapter.id)
+            self._fill_slot(adapter.id)
         return evicted
 
     def give_up(self, adapter_id: int) -> None:
@@ -208,7 +208,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
                     self._make_room(adapter, needed)
                 if request.lora_int_id not in manager._active_adapters and not manager.has_slot(done):
                     raise adapter_error(str(request.lora_int_id), ["pinned adapters leave its step too few slots"])
-                self._give_slot(request)
+                self._give_slot(request.lora_int_id)
             except Exception as error:  # its copy is gone, memory is: no reason to end the engine
                 if not isinstance(error, AdapterError):
                     logger.exception("adapter %r cannot be had again", request.lora_name)
@@ -217,17 +217,24 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             adapter.last_used = time.time()
             done.add(request.lora_int_id)
 
-    def _give_slot(self, request: Any) -> None:
+    def _give_slot(self, adapter_id: int) -> None:
         """Raises on every rank, and leaves none with it, if there is no memory for its slot on one."""
-        manager, adapter_id = self._adapter_manager, request.lora_int_id
+        manager = self._adapter_manager
         if adapter_id in manager._active_adapters:
             manager.activate_adapter(adapter_id)  # the one used last
             return
         try:
-            together(repr(request.lora_name), manager.device, lambda: manager.activate_adapter(adapter_id))
+            together(str(adapter_id), manager.device, lambda: manager.activate_adapter(adapter_id))
         except Exception:
             manager.deactivate_adapter(adapter_id)
             raise
+
+    def _fill_slot(self, adapter_id: int) -> None:
+        """For an adapter that is loaded, whether a slot can be written or not: the step that needs it tries again."""
+        try:
+            self._give_slot(adapter_id)
+        except Exception:
+            logger.exception("adapter %d is loaded, and has no slot yet", adapter_id)
 
     def _check_pins(self, adapter_id: int) -> None:
         if (fault := self._adapter_manager.pin_fault(adapter_id)) is not None:
@@ -260,8 +267,13 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             self._admit(adapter)
         else:
             self._make_room(self._adapter_manager.get_adapter(adapter_id))
-        self._adapter_manager.activate_adapter(adapter_id)
+        self._fill_slot(adapter_id)
         return True
+
+    def remove_all_adapters(self) -> None:
+        """Asked for where the base gets other weights, too."""
+        super().remove_all_adapters()
+        self._loader.forget_base()
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._loader.retire(adapter_id)
