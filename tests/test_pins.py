@@ -32,7 +32,7 @@ def _manager(slots: int, places: int) -> Any:
     manager.options, manager.device = SimpleNamespace(adapter_memory=None), torch.device("cpu")
     manager.lora_config = SimpleNamespace(max_loras=slots, max_cpu_loras=places)
     manager.attached = SimpleNamespace(write_slot=lambda *_: {})
-    manager.loads, manager._left_out, manager._in_slots = Loads(), {}, {}
+    manager.loads, manager._left_out, manager._in_slots, manager.gone = Loads(), {}, {}, set()
     manager._paths = PathCounts()
     manager.lora_index_to_id = [None] * slots
     manager._registered_adapters = AdapterLRUCache(places, manager.deactivate_adapter)

@@ -19,8 +19,9 @@ class Rank:
     """A worker's side without the thread: what it is given is done when the test says so."""
 
     def __init__(self, places: int) -> None:
-        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(beside=self))
+        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(beside=self, take_gone=self.take_gone))
         self.places = places
+        self.gone: list[int] = []
         self.sizes: dict[int, int] = {}  # of those that take more than one place
         self.given: dict[int, Any] = {}
         self.ready: set[int] = set()
@@ -32,6 +33,10 @@ class Rank:
 
     def done(self, wait_s: float) -> list[int]:
         return [ticket for ticket, adapter in self.given.items() if adapter in self.ready]
+
+    def take_gone(self) -> list[int]:
+        gone, self.gone = self.gone, []
+        return gone
 
     def finish(self, ticket: int, keep: frozenset[int], waits: bool) -> Finished:
         adapter = self.given[ticket]
@@ -325,6 +330,17 @@ def test_a_session_that_waits_for_its_client_loads_nothing(installed):
     session.status.name = "WAITING"
     assert not scheduler._handle_blocked_waiting_request(session)
     assert core.loading.is_busy
+
+
+def test_what_went_in_a_step_is_loaded_beside_the_next():
+    core = Core(places=3)
+    core.load(1, 2)
+    core.ranks[0].held, core.ranks[0].gone = [2], [1]
+    core.load(3)
+    assert core.loading.is_ready(_request(2))
+    assert not core.loading.is_ready(_request(1))
+    core.poll(1)
+    assert core.loading.is_ready(_request(1))
 
 
 def test_nothing_is_let_in_while_the_engine_sleeps():

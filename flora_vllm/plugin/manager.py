@@ -94,6 +94,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         # all it holds: 0.26 ms with 2,576 adapters.
         self._in_slots: dict[int, LoadedAdapter] = {}
         self._paths = PathCounts()
+        self.gone: set[int] = set()  # ids of adapters that host memory has let go of and nobody has asked about since
         self._left_out: dict[int, str] = {}  # adapter id -> why this step does without it
         self.loads = Loads()
         self.turns = Turns()
@@ -259,7 +260,12 @@ class FloraModelManager(LRUCacheLoRAModelManager):
             self._paths.write_slot(index + 1, self.attached.write_slot(index + 1, {}))
 
     def _add_adapter(self, lora: LoadedAdapter) -> None:
+        self.gone.discard(lora.id)
         self._registered_adapters[lora.id] = lora
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self.gone.add(adapter_id)
+        return super().remove_adapter(adapter_id)
 
     def set_adapter_mapping(self, mapping: Any) -> None:
         if mapping.type.name != "LANGUAGE":
@@ -317,6 +323,7 @@ class FloraModelManager(LRUCacheLoRAModelManager):
         }
 
     def remove_all_adapters(self) -> None:
+        self.gone.update(self._registered_adapters.cache)
         for adapter_id in list(self._active_adapters.cache):
             self._deactivate_adapter(adapter_id)
         super().remove_all_adapters()

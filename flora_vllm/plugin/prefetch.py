@@ -130,7 +130,7 @@ class Loading:
 
     def _done_soon(self) -> list[list[int]]:
         self._asked = None
-        return self._core.collective_rpc(_done, args=(IDLE_WAIT_S,))
+        return self._heard(self._core.collective_rpc(_done, args=(IDLE_WAIT_S,)))
 
     def _done_beside_steps(self) -> list[list[int]] | None:
         """What each rank has done; None while it is not known. To wait for the answer would be to wait for the step
@@ -144,7 +144,12 @@ class Loading:
         if not self._asked.done() and self._rounds <= _ROUNDS:
             return None
         asked, self._asked = self._asked, None
-        return asked.result()
+        return self._heard(asked.result())
+
+    def _heard(self, answers: list[tuple[list[int], list[int]]]) -> list[list[int]]:
+        for _, gone in answers:
+            self._held.difference_update(gone)
+        return [done for done, _ in answers]
 
     def _is_without_memory(self) -> bool:
         """Asleep, slots have none, and the base, which a load may ask. A trainer loads before the KV cache wakes."""
@@ -249,8 +254,10 @@ def _begin(worker: Any, ticket: int, request: Any, again: bool) -> None:
     worker.model_runner.lora_manager.beside.begin(ticket, request, again)
 
 
-def _done(worker: Any, wait_s: float) -> list[int]:
-    return worker.model_runner.lora_manager.beside.done(wait_s)
+def _done(worker: Any, wait_s: float) -> tuple[list[int], list[int]]:
+    """(tickets that are done, adapters that went for others in steps)."""
+    manager = worker.model_runner.lora_manager
+    return manager.beside.done(wait_s), manager.take_gone()
 
 
 def _finish(worker: Any, ticket: int, keep: frozenset[int], waits: bool) -> Any:

@@ -157,6 +157,11 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             reason = "alora_invocation_tokens: rows of a tower or connector have no place before or after them"
             raise adapter_error(plain_name(name), [f"{elsewhere[0]}: {reason}; leave them or this layer out"])
 
+    def take_gone(self) -> list[int]:
+        """Adapters that are in host memory no more, since this was asked last."""
+        gone, self._adapter_manager.gone = self._adapter_manager.gone, set()
+        return [*gone]
+
     def report(self, most: int | None) -> dict[str, Any]:
         """See FloraModelManager.report."""
         return self._adapter_manager.report(most)
