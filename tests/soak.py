@@ -163,7 +163,7 @@ def leave_stream(url: str, model: str, after_bytes: int) -> None:
     body = {"model": model, "prompt": ASKS[0].prompt, "max_tokens": 400, "stream": True, "ignore_eos": True}
     content = json.dumps(body)
     head = f"Host: {address.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=300) as connection:
         connection.sendall(f"POST {address.path}/completions HTTP/1.1\r\n{head}\r\n\r\n{content}".encode())
         if after_bytes:
             connection.recv(after_bytes)

@@ -143,7 +143,7 @@ def _bound_error_texts() -> None:
         vars(module)["sanitize_message"] = _bounded_after(module.sanitize_message)
     # Where in the request the fault is, of whose keys may be of any length.
     place = importlib.import_module("vllm.entrypoints.serve.exception_handling.handlers.validation")
-    place.clean_loc_for_param = _bounded(place.clean_loc_for_param)
+    vars(place)["clean_loc_for_param"] = _bounded(place.clean_loc_for_param)
 
 
 def _bounded_after(sanitize: Any) -> Any:
