@@ -138,6 +138,28 @@ def test_a_step_leaves_out_what_it_has_no_memory_for():
     assert not manager._left_out
 
 
+def test_an_idle_step_keeps_what_is_loaded():
+    """Of a data-parallel rank without requests, for which vLLM makes up adapters with the ids that there are."""
+    from vllm.lora.layers import LoRAMapping
+
+    from flora_vllm.pacing import Turns
+
+    worker, mappings = _manager(2, 4), []
+    manager = worker._adapter_manager
+    manager.turns, manager.set_adapter_mapping = Turns(), mappings.append
+    worker.add_adapter(*_requests(1))
+    worker.pin_adapter(1)
+    with worker.idle_step():
+        for request in _requests(1, 2):
+            assert worker.add_dummy_lora(request, rank=8)
+        worker.set_active_adapters(_requests(1, 2), LoRAMapping((1, 2, 1), (1, 2)))
+        assert manager.turns.steps_run()
+        worker.remove_all_adapters()
+    assert [(one.index_mapping, one.prompt_mapping) for one in mappings] == [((0, 0, 0), (0, 0))]
+    assert {*manager._registered_adapters.order} == {*manager._active_adapters.order} == {1}
+    assert 1 in manager._registered_adapters.pinned_items
+
+
 def test_a_load_without_memory_for_a_slot_is_a_load(monkeypatch: pytest.MonkeyPatch):
     from flora_vllm.plugin.manager import LoadedAdapter
 

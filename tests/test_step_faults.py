@@ -23,7 +23,7 @@ def test_a_step_without_requests_is_a_step_too(has_adapters: bool, monkeypatch: 
     monkeypatch.setattr(Worker, "execute_dummy_batch", lambda _: during.append(turns.between_steps().locked()))
     step_faults.note_on_outputs.__wrapped__()
     worker: Any = object.__new__(Worker)
-    manager = SimpleNamespace(_adapter_manager=SimpleNamespace(turns=turns)) if has_adapters else None
+    manager = SimpleNamespace(idle_step=turns.step) if has_adapters else None
     worker.model_runner = SimpleNamespace(lora_manager=manager)
     worker.execute_dummy_batch()
     assert during == [has_adapters]

@@ -66,8 +66,8 @@ def note_on_outputs() -> None:
     @functools.wraps(dummy)
     def execute_dummy_batch(self: Any) -> None:
         """A step without requests, beside other data-parallel ranks' steps."""
-        manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
-        with manager.turns.step() if hasattr(manager, "turns") else contextlib.nullcontext():
+        loaded: Any = getattr(self.model_runner, "lora_manager", None)
+        with loaded.idle_step() if hasattr(loaded, "idle_step") else contextlib.nullcontext():
             dummy(self)
 
     worker.execute_dummy_batch = execute_dummy_batch

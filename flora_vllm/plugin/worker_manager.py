@@ -1,9 +1,11 @@
 """The LoRA manager of one worker: loads, checks and evicts adapters; FloraModelManager has them in slots and caches."""
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     engine has a process of its own both happen beside the steps (prefetch.py)."""
 
     _manager_cls = FloraModelManager
+    _is_idle = False
     _adapter_manager: Any
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
@@ -171,7 +174,21 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         named = [(name, 0 if lora is None else lora.lora_int_id, prompt) for name, lora, prompt in requests]
         self.base_rows.note(named, computed, scheduled, sampled)
 
+    @contextlib.contextmanager
+    def idle_step(self) -> Iterator[None]:
+        """Around a step without requests, for which vLLM makes adapters up, and lets go of all there are after it."""
+        with self._adapter_manager.turns.step():
+            self._is_idle = True
+            try:
+                yield
+            finally:
+                self._is_idle = False
+
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        if self._is_idle and mapping is not None:
+            nobody, sampled = (0,) * len(mapping.index_mapping), (0,) * len(mapping.prompt_mapping)
+            super().set_active_adapters(set(), replace(mapping, index_mapping=nobody, prompt_mapping=sampled))
+            return
         loaded = (self._adapter_manager.get_adapter(request.lora_int_id) for request in requests)
         rehearses = any(adapter is not None and adapter.is_stand_in for adapter in loaded)
         if mapping is not None and mapping.type.name == "LANGUAGE" and not rehearses:
@@ -186,6 +203,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         self._ran = of_step
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
+        if self._is_idle:
+            return True
         dummy = self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
         return self._adapter_manager.add_adapter(dummy)
 
@@ -277,6 +296,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
 
     def remove_all_adapters(self) -> None:
         """Asked for where the base gets other weights, too."""
+        if self._is_idle:
+            return
         super().remove_all_adapters()
         self._loader.forget_base()
 
