@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def content_digest(path: str | os.PathLike[str], root: str | os.PathLike[str] | 
     return digest_of_task(read_files(directory, root).digest, task)
 
 
-def digest_of(files: dict[str, bytearray]) -> str:
+def digest_of(files: Mapping[str, bytes | bytearray]) -> str:
     """SHA-256 over name, size and content of each file, names in order."""
     digest = hashlib.sha256()
     for name in sorted(files):

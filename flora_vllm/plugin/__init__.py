@@ -42,6 +42,8 @@
     traffic.py        tokens, first tokens and requests by adapter
     path_counts.py    which way products took
     waiting.py        why requests wait
+    default_adapters.py  the adapter of requests that have images, audio or video
+    stored_responses.py  /v1/responses with a store: whose a response is
     handed.py         adapters given as tensors or files instead of by a path
     sleeping.py       the sleep that would lose adapters
     ending.py         the status of a server whose engine died

@@ -18,7 +18,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -231,3 +231,29 @@ class ScopedRequests(dict[str, Any]):
 
     def items(self) -> Any:
         return [(name, super(ScopedRequests, self).__getitem__(name)) for name in self]
+
+
+class TenantTable(MutableMapping[str, Any]):
+    """A table in which each tenant has entries of its own, the operator too: the same key may have one for each."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[bool, str], dict[str, Any]] = {}
+
+    def _own(self) -> dict[str, Any]:
+        tenant = CURRENT.get()
+        return self._entries.setdefault((tenant == OPERATOR, tenant.name), {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._own()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._own()[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._own()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own())
+
+    def __len__(self) -> int:
+        return len(self._own())

@@ -24,6 +24,13 @@ from flora_vllm.plugin.options import FloraOptions, options_of
 
 logger = logging.getLogger(__name__)
 
+_KINDS = {
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+}
+MAY_NOT_LOAD = "this key may not load or unload adapters"
+
 # Two steps at least, so that fractions and patterns in a message stay.
 _PATH = re.compile(r"(?<![\w.:>/])/[^\s'\"`,;:()\[\]<>]+/[^\s'\"`,;:()\[\]<>]*")
 
@@ -72,7 +79,7 @@ async def _unload(unload: Any, self: Any, options: FloraOptions, request: Any) -
     if name and name not in self.lora_requests:
         return _error(f"The lora adapter {brief(name)} cannot be found.", HTTPStatus.NOT_FOUND)
     if not CURRENT.get().may_load:
-        return _error("this key may not load or unload adapters", HTTPStatus.FORBIDDEN)
+        return _error(MAY_NOT_LOAD, HTTPStatus.FORBIDDEN)
     return presentable(await unload(request), None)
 
 
@@ -91,17 +98,24 @@ def load_fault(request: Any, options: FloraOptions, *, is_known: bool = False) -
 
     `is_known`: the command line names what it names.
     """
-    tenant = CURRENT.get()
     if not request.lora_name or not request.lora_path:
         return None  # refused by vLLM's own check, in its words
-    if (fault := name_fault(request.lora_name, options.adapter_names)) is not None:
-        return fault, HTTPStatus.BAD_REQUEST
+    if (refused := name_refusal(request.lora_name, options)) is not None:
+        return refused
     # A mix as the engine knows it may be longer than a path.
     is_mix = is_known and request.lora_path.startswith(ENCODED)
     if not is_mix and (fault := path_fault(request.lora_path)) is not None:
         return str(adapter_error(brief(request.lora_name), [fault])), HTTPStatus.BAD_REQUEST
-    if not tenant.may_load or not tenant.may_use(request.lora_name):
-        return f"this key may not load an adapter named {brief(request.lora_name)}", HTTPStatus.FORBIDDEN
+    return None
+
+
+def name_refusal(name: str, options: FloraOptions) -> tuple[str, HTTPStatus] | None:
+    """Why the present request may load nothing under this name: (message, status), or None."""
+    tenant = CURRENT.get()
+    if (fault := name_fault(name, options.adapter_names)) is not None:
+        return fault, HTTPStatus.BAD_REQUEST
+    if not tenant.may_load or not tenant.may_use(name):
+        return f"this key may not load an adapter named {brief(name)}", HTTPStatus.FORBIDDEN
     return None
 
 
@@ -127,9 +141,12 @@ def without_paths(message: str, sent: str | None) -> str:
 
 def _error(message: str, status: HTTPStatus) -> Any:
     serving: Any = importlib.import_module("vllm.entrypoints.openai.models.serving")
-    kinds = {HTTPStatus.NOT_FOUND: "NotFoundError", HTTPStatus.FORBIDDEN: "PermissionDeniedError"}
-    kind = kinds.get(status, "BadRequestError")
-    return serving.create_error_response(message=bounded(message), err_type=kind, status_code=status)
+    return serving.create_error_response(message=bounded(message), err_type=error_kind(status), status_code=status)
+
+
+def error_kind(status: HTTPStatus) -> str:
+    """What OpenAI calls an error of this status."""
+    return _KINDS.get(status, "BadRequestError")
 
 
 def _bound_error_texts() -> None:

@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +28,17 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "flora-handed-"
 _users: Counter[Path] = Counter()
+# Uploads are written in threads.
+_lock = threading.Lock()
+
+
+def _root() -> Path:
+    with _lock:
+        return _make_root()
 
 
 @functools.cache
-def _root() -> Path:
+def _make_root() -> Path:
     root = scratch.make(_PREFIX)
     atexit.register(scratch.remove, root)
     return root
@@ -46,27 +54,43 @@ def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
     """A directory with the adapter; equal content has the same path. It is there within the context.
 
     Raises AdapterError if there is no room for it."""
-    files = {CONFIG_NAME: bytearray(config), WEIGHTS_NAME: bytearray(weights)}
-    needed = sum(map(len, files.values()))
+    files = {CONFIG_NAME: config, WEIGHTS_NAME: weights}
     try:
         path = _root() / digest_of(files)[:32]
+        if not _is_used(path):
+            _write(path, files)
     except OSError as error:
-        raise no_room(needed, error) from error
-    _users[path] += 1
+        raise no_room(len(config) + len(weights), error) from error
     try:
-        if _users[path] == 1:
-            try:
-                path.mkdir(exist_ok=True)
-                for name, content in files.items():
-                    (path / name).write_bytes(content)
-            except OSError as error:
-                raise no_room(needed, error) from error
         yield str(path)
     finally:
-        _users[path] -= 1
-        if not _users[path]:
-            del _users[path]
-            shutil.rmtree(path, ignore_errors=True)
+        with _lock:
+            _users[path] -= 1
+            if not _users[path]:
+                del _users[path]
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_used(path: Path) -> bool:
+    """Whether it is there; then it has one user more."""
+    with _lock:
+        if path in _users:
+            _users[path] += 1
+        return path in _users
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> None:
+    """Its first user's, unless another thread was faster; nobody waits for whoever writes."""
+    written = Path(tempfile.mkdtemp(dir=path.parent))
+    try:
+        for name, content in files.items():
+            (written / name).write_bytes(content)
+        with _lock:
+            if path not in _users:
+                written.rename(path)
+            _users[path] += 1
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def no_room(needed: int, error: OSError) -> AdapterError:

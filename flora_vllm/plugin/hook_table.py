@@ -3,6 +3,7 @@
 from flora_vllm.plugin.hook import Hook
 from flora_vllm.plugin.metrics_hooks import METRICS_HOOKS
 from flora_vllm.plugin.scheduler_hooks import SCHEDULER_HOOKS
+from flora_vllm.plugin.serving_hooks import SERVING_HOOKS
 from flora_vllm.plugin.tower_hooks import TOWER_HOOKS
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -279,6 +280,7 @@ _ENGINES = (
     Hook(f"{_SHARED}.wait", ("self", "timeout_ms")),
 )
 _SERVER = (
+    *SERVING_HOOKS,
     Hook(
         f"{_SERVING}.__init__",
         ("self", "engine_client"),

@@ -3,25 +3,55 @@
 Parts: `lora_name`, `config` (adapter_config.json), `weights` (adapter_model.safetensors), optionally `load_inplace`.
 The files become a directory that only this process made; then vLLM's own route answers, as for any path. Only
 safetensors is read. It works where loading by request is on (VLLM_ALLOW_RUNTIME_LORA_UPDATING), behind the same key.
+
+A body is large: who may not load is told so before it is read, and few are read at a time.
 """
 
+import asyncio
 import contextlib
 import importlib
 import json
+from http import HTTPStatus
 from typing import Any
 
-from flora_vllm.errors import AdapterError
+from flora_vllm.errors import AdapterError, bounded
+from flora_vllm.plugin.access import CURRENT
 from flora_vllm.plugin.answers import error_answer
+from flora_vllm.plugin.guard import MAY_NOT_LOAD, error_kind, name_refusal
 from flora_vllm.plugin.handed import directory_of, no_room
 from flora_vllm.plugin.preload import options_of_engine
 
 ROUTE = "/v1/load_lora_adapter"
 _FORM = b"multipart/form-data"
 _PARTS = ("lora_name", "config", "weights")
+# How many uploads there are at a time, how long others wait, and how long one may take to arrive.
+MOST_AT_A_TIME = 4
+WAIT_S = 60.0
+ARRIVAL_S = 600.0
 
 
 class TooLargeError(AdapterError):
     """More bytes than an upload may have."""
+
+
+class NotAllowedError(AdapterError):
+    """Another's name, or no key to load with."""
+
+
+class BusyError(AdapterError):
+    """Other uploads took too long."""
+
+
+class TooSlowError(AdapterError):
+    """The upload itself took too long."""
+
+
+_STATUS: dict[type[AdapterError], HTTPStatus] = {
+    TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    NotAllowedError: HTTPStatus.FORBIDDEN,
+    BusyError: HTTPStatus.TOO_MANY_REQUESTS,
+    TooSlowError: HTTPStatus.REQUEST_TIMEOUT,
+}
 
 
 def install() -> None:
@@ -43,6 +73,7 @@ class AdapterUploads:
 
     def __init__(self, app: Any) -> None:
         self._app = app
+        self._places = asyncio.Semaphore(MOST_AT_A_TIME)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         options = self._options(scope)
@@ -51,12 +82,11 @@ class AdapterUploads:
             return
         with contextlib.ExitStack() as kept:
             try:
-                fields, config, weights = await _read(scope, receive, options.max_upload_bytes)
-                path = kept.enter_context(directory_of(config, weights))
+                await self._enter(kept)
+                body = await _written(scope, receive, options, kept)
             except AdapterError as error:
                 await _refuse(error)(scope, receive, send)
                 return
-            body = json.dumps({**fields, "lora_path": path}).encode()
             headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-type", b"content-length")]
             headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
 
@@ -64,6 +94,16 @@ class AdapterUploads:
                 return {"type": "http.request", "body": body, "more_body": False}
 
             await self._app({**scope, "headers": headers}, once, send)
+
+    async def _enter(self, kept: contextlib.ExitStack) -> None:
+        """Take one of the places, if this request may load at all. Raises AdapterError."""
+        if not CURRENT.get().may_load:
+            raise NotAllowedError(MAY_NOT_LOAD)
+        try:
+            await asyncio.wait_for(self._places.acquire(), WAIT_S)
+        except TimeoutError:
+            raise BusyError(f"{MOST_AT_A_TIME} other uploads took longer than {WAIT_S:.0f} s; send it again") from None
+        kept.callback(self._places.release)
 
     @staticmethod
     def _options(scope: Any) -> Any:
@@ -75,11 +115,22 @@ class AdapterUploads:
         return options_of_engine(getattr(scope["app"].state, "engine_client", None))
 
 
-async def _read(scope: Any, receive: Any, most: int) -> tuple[dict[str, Any], bytes, bytes]:
+async def _written(scope: Any, receive: Any, options: Any, kept: contextlib.ExitStack) -> bytes:
+    """The body of vLLM's own request for the upload, whose files are there while `kept` is. Raises AdapterError."""
+    try:
+        async with asyncio.timeout(ARRIVAL_S):
+            fields, config, weights = await _read(scope, receive, options)
+    except TimeoutError:
+        raise TooSlowError(f"the upload did not arrive within {ARRIVAL_S:.0f} s") from None
+    path = await asyncio.to_thread(kept.enter_context, directory_of(config, weights))
+    return json.dumps({**fields, "lora_path": path}).encode()
+
+
+async def _read(scope: Any, receive: Any, options: Any) -> tuple[dict[str, Any], bytes, bytes]:
     """(fields of vLLM's own request, config, weights). Raises AdapterError."""
     requests = importlib.import_module("starlette.requests")
     exceptions = importlib.import_module("starlette.exceptions")
-    taken = 0
+    taken, most = 0, options.max_upload_bytes
 
     async def counted() -> Any:
         nonlocal taken
@@ -101,8 +152,12 @@ async def _read(scope: Any, receive: Any, most: int) -> tuple[dict[str, Any], by
                     f"an upload has the parts {', '.join(_PARTS)} and may have load_inplace; missing: {missing}, "
                     f"unknown: {unknown}"
                 )
+            name = str(form["lora_name"])
+            if (refused := name_refusal(name, options)) is not None:
+                message, status = refused
+                raise (NotAllowedError if status == HTTPStatus.FORBIDDEN else AdapterError)(message)
             fields = {
-                "lora_name": str(form["lora_name"]),
+                "lora_name": name,
                 "load_inplace": str(form.get("load_inplace", "false")).lower() in ("1", "true"),
             }
             return fields, await _content(form["config"]), await _content(form["weights"])
@@ -117,4 +172,5 @@ async def _content(part: Any) -> bytes:
 
 
 def _refuse(error: AdapterError) -> Any:
-    return error_answer(str(error), 413 if isinstance(error, TooLargeError) else 400)
+    status = _STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
+    return error_answer(bounded(str(error)), status, error_kind(status))
