@@ -8,12 +8,11 @@ import asyncio
 import functools
 import importlib
 import logging
-import re
 import weakref
 from http import HTTPStatus
 from typing import Any
 
-from flora_vllm.errors import adapter_error, bounded
+from flora_vllm.errors import adapter_error, bounded, without_paths
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests
@@ -22,9 +21,6 @@ from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
 
 logger = logging.getLogger(__name__)
-
-# Two steps at least, so that fractions and patterns in a message stay.
-_PATH = re.compile(r"(?<![\w.:>/])/[^\s'\"`,;:()\[\]<>]+/[^\s'\"`,;:()\[\]<>]*")
 
 
 def install() -> None:
@@ -110,13 +106,6 @@ def presentable(answer: Any, sent_path: str | None) -> Any:
     else:
         error.message = bounded(without_paths(error.message, sent_path))
     return answer
-
-
-def without_paths(message: str, sent: str | None) -> str:
-    """`message` with every absolute path but `sent` replaced."""
-    if not sent or not sent.startswith("/"):
-        return _PATH.sub("<path>", message)
-    return sent.join(_PATH.sub("<path>", piece) for piece in message.split(sent))
 
 
 def _error(message: str, status: HTTPStatus) -> Any:
