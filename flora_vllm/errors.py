@@ -43,6 +43,8 @@ MAX_MESSAGE_BYTES = 8 << 10
 _MAX_FAULT_BYTES = 2 << 10
 # A module's or tensor's name; the start of a word only, so that a long one is looked at once.
 _DOTTED = re.compile(r"(?<![\w-])[\w-]++(?:\.[\w-]++){2,}+")
+# Two steps at least, so that fractions and patterns in a message stay.
+_PATH = re.compile(r"(?<![\w.:>/])/[^\s'\"`,;:()\[\]<>]+/[^\s'\"`,;:()\[\]<>]*")
 
 
 def adapter_error(where: str, faults: Sequence[str]) -> AdapterError:
@@ -73,3 +75,10 @@ def bounded(text: str, most_bytes: int = MAX_MESSAGE_BYTES) -> str:
     if len(data) > most_bytes:
         return data[: most_bytes - 3].decode(errors="ignore") + "…"
     return data.decode()
+
+
+def without_paths(message: str, sent: str | None) -> str:
+    """`message` with every absolute path but `sent` replaced."""
+    if not sent or not sent.startswith("/"):
+        return _PATH.sub("<path>", message)
+    return sent.join(_PATH.sub("<path>", piece) for piece in message.split(sent))

@@ -12,7 +12,11 @@ from cluster_support import play, write_adapter
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, to_data
 from flora_vllm.cluster.controller import PlacementController
-from flora_vllm.cluster.streams import LostError
+from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.refusals import refusal_of
+from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
+from flora_vllm.cluster.streams import ENDED, LostError
+from flora_vllm.errors import AdapterError, adapter_error
 
 with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
@@ -61,13 +65,16 @@ def test_names_over_several_base_models(directory):
         assert await found("tiny:smol") == ("tiny", "smol")
         for name, words in (
             ("prose", "smol:prose or tiny:prose"),
-            ("nobody", "'nobody' does not exist"),
-            ("tiny:poems", "'tiny:poems' does not exist"),
-            ("big:poems", "there is no base model 'big'"),
+            ("nobody", r"^The model `nobody` does not exist\.$"),
+            ("tiny:poems", "`tiny:poems` does not exist"),
+            ("big:poems", "`big:poems` does not exist"),
+            ("long" * 9999, r"^The model `(long)+l…` does not exist\.$"),
+            ("lone\ud800", "does not exist"),
             (None, "names no model"),
         ):
-            with pytest.raises(UnknownModelError, match=words):
+            with pytest.raises(UnknownModelError, match=words) as refused:
                 await directory.find(name)
+            assert len(str(refused.value).encode()) < 300
         listed = [(name, base) for name, base, _ in await directory.listing()]
         assert listed == [("poems", "smol"), ("smol:prose", "smol"), ("tiny:prose", "tiny"), ("tiny:smol", "tiny")]
 
@@ -145,7 +152,7 @@ def test_a_broken_answer_ends_aloud_and_is_not_repeated(directory):
     for fault in (ActorDiedError(), raised_in_a_replica()):
         chunks, targets = ask(directory, ["data: x", fault])
         assert chunks[0] == "data: x"
-        assert '"error"' in chunks[1]
+        assert f'"error": {{"message": "{ENDED}"' in chunks[1]
         assert chunks[1].endswith(DONE)
         assert len(targets) == 1
 
@@ -168,6 +175,80 @@ def test_nobody_there_for_too_long(directory):
 
     with pytest.raises(LostError, match="ActorDiedError"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            StaleVersionError("s3://bucket/poems no longer has version 1"),
+            409,
+            "the adapter poems has changed or is gone; ask again",
+        ),
+        (
+            StoreError("cannot fetch s3://bucket/poems: ClientError: An error occurred (403)"),
+            503,
+            "the adapter poems cannot be fetched now; the replica's log says why",
+        ),
+        (NoRoomError("all 8 adapter slots are in use"), 503, "all 8 adapter slots are in use"),
+        (
+            adapter_error("poems", ["file:///a/b c: 3/4 of /cache/poems@1/adapter_model.safetensors, gs://x/y"]),
+            400,
+            "adapter poems cannot be served (1 fault):\n  - <uri> c: 3/4 of <path>, <uri>",
+        ),
+        (AdapterError("x" * 99999), 400, None),
+    ],
+)
+def test_a_refusal_is_short_and_names_no_place(caplog, error, status, message):
+    entry = Entry("poems", "1", "s3://bucket/poems", 1, 4)
+    told = refusal_of(error, entry)
+    assert told[0] == status
+    assert told[1] == message or (message is None and len(told[1].encode()) == 8 << 10)
+    assert str(error) in caplog.text
+
+
+def test_an_error_is_answered_in_vllms_form():
+    from ray import cloudpickle
+    from ray.llm._internal.serve.core.ingress.ingress import init, make_fastapi_ingress
+    from starlette.testclient import TestClient
+    from vllm.exceptions import VLLMValidationError
+
+    from flora_vllm.cluster.ray_hooks import OpenAIHTTPException, more_endpoints
+    from flora_vllm.cluster.serve_llm import ANSWERS, ROUTES, FloraIngress
+
+    app = init()
+    with more_endpoints(ROUTES, ANSWERS):
+        make_fastapi_ingress(FloraIngress, app=app)
+    errors = {
+        "unknown": OpenAIHTTPException(404, "The model `x` does not exist.", "NotFoundError"),
+        "long": OpenAIHTTPException(400, "y" * 99999, "BadRequestError"),
+        "failed": RayTaskError("chat", "a traceback", RuntimeError("of a library")).as_instanceof_cause(),
+        "client": RayTaskError("chat", "a traceback", VLLMValidationError("too many tokens")).as_instanceof_cause(),
+    }
+
+    @app.get("/raise/{name}")
+    async def fail(name: str) -> None:
+        raise errors[name]
+
+    cloudpickle.dumps(app)
+    client = TestClient(app)
+    answers = {name: client.get(f"/raise/{name}") for name in errors}
+    assert {name: answer.status_code for name, answer in answers.items()} == {
+        "unknown": 404,
+        "long": 400,
+        "failed": 500,
+        "client": 400,
+    }
+    told = {name: answer.json()["error"] for name, answer in answers.items()}
+    assert told["unknown"] == {
+        "message": "The model `x` does not exist.",
+        "type": "NotFoundError",
+        "param": None,
+        "code": 404,
+    }
+    assert len(told["long"]["message"].encode()) == 8 << 10
+    assert told["failed"]["message"] == "the replica failed at the request; its log says why"
+    assert told["client"]["message"] == "too many tokens"
 
 
 class Broadcast:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from flora_vllm.errors import adapter_error
+from flora_vllm.errors import adapter_error, without_paths
 from flora_vllm.formats import write_flora
 from flora_vllm.plugin import flags, frontend, gate, guard, mix_requests
 from flora_vllm.plugin.access import CURRENT, NOBODY, Tenant
-from flora_vllm.plugin.guard import Locks, presentable, without_paths
+from flora_vllm.plugin.guard import Locks, presentable
 from flora_vllm.plugin.mixes import Mix, Part, encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

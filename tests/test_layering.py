@@ -72,9 +72,10 @@ PARTS = (
     Part("demo", ("environment", "errors", "commands.server_process", "demo.model_assets"), ("openai", "tqdm")),
     Part("commands.bootstrap"),
     Part("commands.cli", ("", "environment", "errors")),
+    Part("commands.own_server", (), ("yaml",)),
     Part("commands.server_process", ("errors",), ("torch",)),
-    Part("commands", ("", "commands.cli", "commands.server_process", "errors", "adapter", "formats", "ops", "options",
-                      "terms", "train_request", "training", "plugin", "demo.model_assets"),
+    Part("commands", ("", "commands.cli", "commands.own_server", "commands.server_process", "errors", "adapter",
+                      "formats", "ops", "options", "terms", "train_request", "training", "plugin", "demo.model_assets"),
          ("torch", "tqdm", "peft", "transformers", "safetensors", "matplotlib", "rich")),
     Part("", ("errors", "formats", "plugin")),
 )  # fmt: skip

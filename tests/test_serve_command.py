@@ -3,6 +3,7 @@
 The server here is a few lines of Python that answer like one and can be told to die: what is tested is the watching.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from urllib.parse import quote
 import pytest
 
 from flora_vllm.commands import serve, server_process
+from flora_vllm.commands.own_server import ServerAddress, address_in
 
 SERVER = """
-import json, os, sys
+import json, os, socket, ssl, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import unquote
 words = sys.argv[1:]
@@ -34,20 +36,53 @@ for w in words[words.index("--lora-modules") + 1:] if "--lora-modules" in words 
     # As vLLM's LoRAParserAction.
     name, path = w.split("=", 1) if "=" in w and "," not in w else json.loads(w).values()
     adapters[name] = path
+settings = dict(zip(words, [*words[1:], ""]))
+if "--config" in words:
+    lines = [line.split(": ") for line in open(settings["--config"]).read().splitlines()]
+    settings = {**{f"--{name}": value for name, value in lines}, **settings}
+asked = 0
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        global asked
+        asked += 1
+        # What waits for a server to be asked reads its process here.
+        print(os.getpid(), file=open(os.environ["SEEN"] + ".asked", "a"), flush=True)
         if self.path == "/die":
             os._exit(9)
         if self.path.startswith("/load?"):
             adapters.update([unquote(self.path[6:]).split("=", 1)])
         cards = [{"id": "base", "root": "m", "parent": None}]
         cards += [{"id": n, "root": p, "parent": "base"} for n, p in adapters.items()]
-        self.send_response(200)
+        key = settings.get("--api-key")
+        is_known = key is None or self.headers["Authorization"] == f"Bearer {key}"
+        self.send_response(200 if is_known and "--locked" not in words else 401)
+        body = json.dumps({"data": cards}).encode()
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(json.dumps({"data": cards}).encode())
+        if "--cut" in words and asked > 1:
+            self.wfile.write(body[:5])
+            self.wfile.flush()
+            os._exit(9)
+        self.wfile.write(body)
+    def address_string(self):
+        return ""
     def log_message(self, *args):
         pass
-HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+if "--uds" in words:
+    class UnixServer(HTTPServer):
+        address_family = socket.AF_UNIX
+        def server_bind(self):
+            if os.path.exists(self.server_address):
+                os.unlink(self.server_address)
+            self.socket.bind(self.server_address)
+    server = UnixServer(settings["--uds"], Handler)
+else:
+    server = HTTPServer((settings.get("--host", "127.0.0.1"), int(settings["--port"])), Handler)
+if "--ssl-certfile" in settings:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(settings["--ssl-certfile"], settings["--ssl-keyfile"])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
 """
 
 
@@ -63,14 +98,17 @@ def seen(tmp_path: Path) -> Path:
     return tmp_path / "seen"
 
 
-def start(tmp_path: Path, seen: Path, *words: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, seen: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     (tmp_path / "server.py").write_text(SERVER)
     command = [sys.executable, str(tmp_path / "server.py"), "serve", "MODEL", *words]
     code = (
         f"from flora_vllm.commands.serve import Supervisor; import sys; sys.exit(Supervisor({command}, 0.1, 0.1).run())"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ, "SEEN": str(seen)}
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SEEN": str(seen), **environment},
     )
 
 
@@ -144,6 +182,98 @@ def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(
     supervised.send_signal(signal.SIGINT)
     _, said = supervised.communicate(timeout=60)
     assert "did not come up with a, bad" in said
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """The supervisor, with its server no longer there after the block."""
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def _wait_for_lines(path: Path, count: int) -> list[str]:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if path.exists() and len(lines := path.read_text().splitlines()) >= count:
+            return lines
+        time.sleep(0.05)
+    raise AssertionError(f"fewer than {count} lines in {path.name}")
+
+
+def _killed_once_asked(process: subprocess.Popen[str], seen: Path) -> str:
+    """Kill the supervised server after its second question, wait for its successor, and end: what was said."""
+    asked = seen.with_name(f"{seen.name}.asked")
+    os.kill(int(_wait_for_lines(asked, 2)[0]), signal.SIGKILL)
+    end = time.monotonic() + 30
+    while process.poll() is None and len(set(asked.read_text().split())) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "ended with status -9; again in" in said
+    return said
+
+
+@pytest.mark.parametrize("where", ["host", "uds", "tls", "config", "proxy", "key"])
+def test_a_server_is_reached_wherever_it_listens(tmp_path: Path, seen: Path, port: int, where: str) -> None:
+    environment = {}
+    words = ["--port", str(port), "--lora-modules", f"a={tmp_path}/a"]
+    if where == "host":
+        words += ["--host", "127.0.0.2"]
+    elif where == "uds":
+        words += ["--uds", str(tmp_path / "socket")]
+    elif where == "tls":
+        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+        made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=elsewhere", "-days", "1"]
+        subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+        words += ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)]
+    elif where == "config":
+        (tmp_path / "config.yaml").write_text(f"host: 127.0.0.2\nport: {port}\napi-key: secret\n")
+        words = [*words[2:], "--config", str(tmp_path / "config.yaml")]
+    elif where == "proxy":
+        environment = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    else:
+        words += ["--api-key", "secret"]
+    (tmp_path / "a").mkdir()
+    with _ended(start(tmp_path, seen, *words, **environment)) as process:
+        said = _killed_once_asked(process, seen)
+    assert "again in 0 s with 1 adapter(s)" in said
+    assert "will not come back" not in said
+
+
+def test_what_cannot_be_followed_is_said_once_and_served_again(tmp_path: Path, seen: Path, port: int) -> None:
+    with _ended(start(tmp_path, seen, "--port", str(port), "--locked")) as process:
+        said = _killed_once_asked(process, seen)
+    assert said.count("will not come back after a restart") == 1
+
+
+def test_a_server_killed_in_an_answer_is_started_again(tmp_path: Path, seen: Path, port: int) -> None:
+    with _ended(start(tmp_path, seen, "--port", str(port), "--cut")) as process:
+        _wait_for_lines(seen, 2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert "IncompleteRead" not in said
+    assert "ended with status 9; again in" in said
+
+
+def test_an_address_is_what_vllm_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "ours")
+    config = tmp_path / "config.yaml"
+    config.write_text("port: 9000\nhost: 10.0.0.1\napi_key: [one, two]\nenforce-eager: true\n")
+    command = ["vllm", "serve", "MODEL"]
+    assert address_in(command) == ServerAddress("127.0.0.1", 8000, key="ours")
+    assert address_in([*command, "--host", "::", "--port=1", "--port", "2"]) == ServerAddress("::1", 2, key="ours")
+    configured = [*command, "--config", str(config)]
+    assert address_in(configured) == ServerAddress("10.0.0.1", 9000, key="one")
+    assert address_in([*configured, "--api-key", "three", "--host=0.0.0.0"]) == ServerAddress(
+        "127.0.0.1", 9000, key="three"
+    )
+    config.write_text("[not: closed")
+    assert address_in([*configured, "--ssl_certfile=c"]) == ServerAddress("127.0.0.1", 8000, is_tls=True, key="ours")
 
 
 def test_a_killed_servers_engine_does_not_stay() -> None:

@@ -110,7 +110,7 @@ def build_app(config: ClusterConfig) -> Any:
     import ray
 
     from flora_vllm.cluster.ray_hooks import build_openai_app, check_hooks, more_endpoints
-    from flora_vllm.cluster.serve_llm import ROUTES, FloraIngress
+    from flora_vllm.cluster.serve_llm import ANSWERS, ROUTES, FloraIngress
 
     check_hooks()
     if not ray.is_initialized():
@@ -122,7 +122,7 @@ def build_app(config: ClusterConfig) -> Any:
         llm_configs = [_llm_config(config, model) for model in config.models]
     except ValueError as error:
         raise ConfigError(f"ray.serve.llm refuses the configuration: {error}") from error
-    with more_endpoints(ROUTES):
+    with more_endpoints(ROUTES, ANSWERS):
         return build_openai_app(
             {
                 "llm_configs": llm_configs,

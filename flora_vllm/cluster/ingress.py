@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.cluster.ray_hooks import controller_link, until_lost
+from flora_vllm.cluster.refusals import unknown
 from flora_vllm.cluster.store import Entry
 from flora_vllm.cluster.streams import LostError, guarded
 from flora_vllm.cluster.view import CatalogueView
@@ -53,7 +54,7 @@ class Directory:
         base, colon, adapter = model.partition(":")
         bases = [base] if colon else list(self._handles)
         if colon and base not in self._handles:
-            raise UnknownModelError(f"there is no base model {base!r}; there are {', '.join(sorted(self._handles))}")
+            raise UnknownModelError(unknown(model))
         name = adapter if colon else model
         entries = await asyncio.gather(*(self._views[b].known(name) for b in bases))
         if all(entry is None or entry == newer_than for entry in entries):
@@ -61,7 +62,7 @@ class Directory:
             entries = await asyncio.gather(*(self._views[b].get(name, newer_than=newer_than) for b in bases))
         found = [Target(b, e) for b, e in zip(bases, entries, strict=True) if e is not None]
         if not found:
-            raise UnknownModelError(f"the model {model!r} does not exist")
+            raise UnknownModelError(unknown(model))
         if len(found) > 1:
             raise UnknownModelError(
                 f"the adapter {model!r} belongs to several base models; ask for "

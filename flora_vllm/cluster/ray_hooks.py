@@ -92,6 +92,7 @@ LLM_HOOKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("ray.llm._internal.serve.core.ingress.utils", "_sanitize_chat_completion_request", ("request",), "pickling"),
     ("ray.llm._internal.serve.core.configs.openai_api_models", "ErrorResponse", ("error",), "errors as answers"),
     ("ray.llm._internal.serve.core.configs.openai_api_models", "OpenAIHTTPException", ("status_code",), "HTTP errors"),
+    ("ray.llm._internal.serve.utils.server_utils", "get_response_for_error", ("e", "request_id"), "what failed"),
     ("ray.llm._internal.common.callbacks.base", "CallbackBase.on_before_node_init", (), "no download task"),
 )
 
@@ -109,6 +110,7 @@ _LLM_NAMES = {
     "OpenAiIngress": "ray.serve.llm.ingress",
     "RawRequestInfo": "ray.llm._internal.serve.core.protocol",
     "build_openai_app": "ray.serve.llm",
+    "get_response_for_error": "ray.llm._internal.serve.utils.server_utils",
     "_sanitize_chat_completion_request": "ray.llm._internal.serve.core.ingress.utils",
 }
 
@@ -266,11 +268,14 @@ async def ask_replicas(handle: Any, method: str, timeout_s: float) -> list[Any]:
 
 
 @contextlib.contextmanager
-def more_endpoints(routes: Mapping[str, str]) -> Iterator[None]:
-    """Ingresses built within answer GET at these routes, too. `routes`: method of the ingress class -> path."""
+def more_endpoints(routes: Mapping[str, str], answers: Mapping[Any, Any]) -> Iterator[None]:
+    """Ingresses built within answer GET at these routes, too. `routes`: method of the ingress class -> path.
+
+    `answers`: class of exceptions -> what answers them in place of Ray.
+    """
     there = importlib.import_module("ray.llm._internal.serve.core.ingress.ingress").DEFAULT_ENDPOINTS
     before = dict(there)
-    there.update({method: functools.partial(_get, path) for method, path in routes.items()})
+    there.update({method: functools.partial(_get, path, answers) for method, path in routes.items()})
     try:
         yield
     finally:
@@ -278,7 +283,9 @@ def more_endpoints(routes: Mapping[str, str]) -> Iterator[None]:
         there.update(before)
 
 
-def _get(path: str, app: Any) -> Any:
+def _get(path: str, answers: Mapping[Any, Any], app: Any) -> Any:
+    for kind, answer in answers.items():
+        app.add_exception_handler(kind, answer)
     return app.get(path)
 
 

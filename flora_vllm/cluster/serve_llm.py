@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from starlette.responses import Response
+from ray.exceptions import RayTaskError
+from starlette.responses import JSONResponse, Response
 
 from flora_vllm.cluster.ingress import Directory, Target, UnknownModelError, answer
-from flora_vllm.cluster.memory import NoRoomError
 from flora_vllm.cluster.merged import MergedMetrics, merged_adapters
 from flora_vllm.cluster.ray_hooks import (
     CallbackBase,
@@ -23,12 +24,16 @@ from flora_vllm.cluster.ray_hooks import (
     RawRequestInfo,
     _sanitize_chat_completion_request,
     ask_replicas,
+    get_response_for_error,
 )
+from flora_vllm.cluster.refusals import FAILED, REFUSALS, UNREACHED, refusal_of
 from flora_vllm.cluster.replica import ReplicaRuntime
-from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
+from flora_vllm.cluster.store import Entry
 from flora_vllm.cluster.streams import LostError
 from flora_vllm.cluster.vllm_engine import VllmEngineAdapters
-from flora_vllm.errors import AdapterError, ConfigError
+from flora_vllm.errors import ConfigError, bounded
+
+log = logging.getLogger("ray.serve")
 
 # Key of our settings among LLMConfig.experimental_configs.
 SETTINGS = "flora_cluster"
@@ -36,7 +41,6 @@ SETTINGS = "flora_cluster"
 ROUTES = {"metrics": "/metrics", "adapters": "/v1/flora/adapters"}
 # A replica that takes longer is not waited for: it waits for its engine for 5 s, and Prometheus for a scrape for 10.
 WAIT_S = 8.0
-_STATUS = {AdapterError: 400, StaleVersionError: 409, StoreError: 503, NoRoomError: 503}
 
 
 class LocalModel(CallbackBase):
@@ -46,9 +50,27 @@ class LocalModel(CallbackBase):
         self.ctx.run_init_node = False
 
 
-def _refusal(error: Exception) -> Any:
-    status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
-    return ErrorResponse(error=ErrorInfo(message=str(error), type=type(error).__name__, code=status))
+def _refusal(error: Exception, adapter: Entry) -> Any:
+    status, message = refusal_of(error, adapter)
+    return ErrorResponse(error=ErrorInfo(message=message, type=type(error).__name__, code=status))
+
+
+async def _answer_refused(_request: Any, error: Any) -> Response:
+    """As vLLM's server answers; Ray's own handler adds the exception's text and class, twice."""
+    code = int(error.status_code)
+    content = {"message": bounded(error.message), "type": error.type, "param": None, "code": code}
+    return JSONResponse({"error": content}, status_code=code)
+
+
+async def _answer_failed(request: Any, error: Any) -> Response:
+    """What a replica raised, which Ray's own function logs and gives a status."""
+    code = get_response_for_error(error, "").error.code
+    if code < 500:
+        return await _answer_refused(request, OpenAIHTTPException(code, str(error.cause), "BadRequestError"))
+    return await _answer_refused(request, OpenAIHTTPException(code, FAILED, "InternalServerError"))
+
+
+ANSWERS = {OpenAIHTTPException: _answer_refused, RayTaskError: _answer_failed}
 
 
 class FloraLLMServer(LLMServer):
@@ -78,8 +100,8 @@ class FloraLLMServer(LLMServer):
                 if adapter is not None:
                     try:
                         await held.enter_async_context(self._runtime.memory.using(adapter))
-                    except (AdapterError, StaleVersionError, StoreError, NoRoomError) as error:
-                        yield _refusal(error)
+                    except REFUSALS as error:
+                        yield _refusal(error, adapter)
                         return
                 async for chunk in await method(request, raw):
                     if is_first:
@@ -131,6 +153,11 @@ class FloraLLMServer(LLMServer):
         await super().__del__()
 
 
+def _unreached(error: LostError) -> Exception:
+    log.warning("no replica could serve a request: %s", error)
+    return OpenAIHTTPException(503, UNREACHED, "Unavailable")
+
+
 class FloraIngress(OpenAiIngress):
     """ray.serve.llm's endpoints; adapters by plain name, retry before the first byte, no silent end after it."""
 
@@ -178,17 +205,17 @@ class FloraIngress(OpenAiIngress):
         except UnknownModelError as error:
             raise OpenAIHTTPException(404, str(error.args[0]), "NotFoundError") from error
         except LostError as error:
-            raise OpenAIHTTPException(503, f"no replica could serve the request: {error}", "Unavailable") from error
+            raise _unreached(error) from error
 
     async def model(self, model_id: str) -> Any:
         if model_id in self._cards:
             return self._cards[model_id]
         try:
             target = await self._names().find(model_id)
-        except UnknownModelError:
-            return None
+        except UnknownModelError as error:
+            raise OpenAIHTTPException(404, str(error.args[0]), "NotFoundError") from error
         except LostError as error:
-            raise OpenAIHTTPException(503, str(error), "Unavailable") from error
+            raise _unreached(error) from error
         assert target.adapter is not None, "base models are answered above"
         return self._card(model_id, target.base, target.adapter)
 

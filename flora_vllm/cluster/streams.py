@@ -5,13 +5,17 @@ Works on any async iterator of server-sent chunks; knows neither Ray nor HTTP fr
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from flora_vllm.errors import FloraError
 
+log = logging.getLogger("ray.serve")
+
 DONE = "data: [DONE]"
+ENDED = "the stream ended early: the replica that served it failed or went away"
 
 
 class LostError(FloraError, ConnectionError):
@@ -54,11 +58,12 @@ async def guarded(
             if not sent:
                 raise LostError("the replica ended the answer before its first byte")
             if not is_whole:
-                yield error_event("the stream ended early: the replica that served it went away")
+                yield error_event(ENDED)
             return
         except LostError as error:
             if sent:
-                yield error_event(f"the stream ended early: {error}")
+                log.warning("a stream ended early: %s", error)
+                yield error_event(ENDED)
                 return
             if time.monotonic() + pause_s > deadline:
                 raise

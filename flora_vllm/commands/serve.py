@@ -7,19 +7,21 @@ that has served and cannot come up again is tried without end, after TRIES times
 
 import argparse
 import contextlib
+import http.client
 import json
 import math
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
+from flora_vllm.commands.own_server import address_in
 from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
 from flora_vllm.plugin.access import CHOICE
 from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, PREFIX, paths_in
@@ -90,8 +92,9 @@ class Supervisor:
 
     def __init__(self, command: Sequence[str], watch_s: float = WATCH_S, first_pause_s: float = FIRST_PAUSE_S) -> None:
         self._command, self._watch_s, self._first_pause_s = list(command), watch_s, first_pause_s
-        self._url = f"http://127.0.0.1:{_value_of(self._command, '--port') or 8000}"
+        self._address = address_in(self._command)
         self._adapters: dict[str, str] = {}
+        self._is_followed = True
         self._process: subprocess.Popen[bytes] | None = None
         self._told: int | None = None
 
@@ -156,19 +159,27 @@ class Supervisor:
 
         Mixes that requests made are not among them: whoever asks for one makes it again, and may be the only one to.
         """
-        request = urllib.request.Request(f"{self._url}/v1/models")
-        key = _value_of(self._command, "--api-key") or os.environ.get("VLLM_API_KEY")
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
         try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                cards = json.load(response)["data"]
-        except urllib.error.HTTPError:
-            return self._adapters  # it serves, and has a key that is not known here
-        except (urllib.error.URLError, OSError, ValueError, KeyError):
+            status, body = self._address.get("/v1/models")
+            if status == HTTPStatus.UNAUTHORIZED:
+                return self._not_followed("asks for a key, and none of --api-key or VLLM_API_KEY fits")
+            if status != HTTPStatus.OK:
+                return self._adapters  # it serves, and cannot say now what
+            adapters = {card["id"]: card["root"] for card in json.loads(body)["data"] if card.get("parent")}
+        except ssl.SSLEOFError:
+            return None  # it ended meanwhile
+        except ssl.SSLError as error:
+            return self._not_followed(f"refuses the supervisor's TLS ({error.reason})")
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
             return None
-        adapters = {card["id"]: card["root"] for card in cards if card.get("parent")}
         return {name: root for name, root in adapters.items() if not _is_made_by_a_request(name, root)}
+
+    def _not_followed(self, reason: str) -> dict[str, str]:
+        """The adapters as far as they are known, of a server that serves but does not tell; said once."""
+        if self._is_followed:
+            self._is_followed = False
+            _say(f"the server {reason}: adapters that are loaded while it serves will not come back after a restart")
+        return self._adapters
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._told = number
@@ -187,15 +198,6 @@ def _directories(root: str) -> list[Path]:
     paths = paths_in(root) or [root.removeprefix(CHOOSER_PREFIX)]
     # The path of one task of several is directory#task.
     return [Path(path if Path(path).is_dir() else path.rpartition("#")[0] or path) for path in paths]
-
-
-def _value_of(command: Sequence[str], flag: str) -> str | None:
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
 
 
 def _say(text: str) -> None:

@@ -8,12 +8,11 @@ import asyncio
 import functools
 import importlib
 import logging
-import re
 import weakref
 from http import HTTPStatus
 from typing import Any
 
-from flora_vllm.errors import adapter_error, bounded
+from flora_vllm.errors import adapter_error, bounded, without_paths
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests
@@ -30,9 +29,6 @@ _KINDS = {
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
 }
 MAY_NOT_LOAD = "this key may not load or unload adapters"
-
-# Two steps at least, so that fractions and patterns in a message stay.
-_PATH = re.compile(r"(?<![\w.:>/])/[^\s'\"`,;:()\[\]<>]+/[^\s'\"`,;:()\[\]<>]*")
 
 
 def install() -> None:
@@ -130,13 +126,6 @@ def presentable(answer: Any, sent_path: str | None) -> Any:
     else:
         error.message = bounded(without_paths(error.message, sent_path))
     return answer
-
-
-def without_paths(message: str, sent: str | None) -> str:
-    """`message` with every absolute path but `sent` replaced."""
-    if not sent or not sent.startswith("/"):
-        return _PATH.sub("<path>", message)
-    return sent.join(_PATH.sub("<path>", piece) for piece in message.split(sent))
 
 
 def _error(message: str, status: HTTPStatus) -> Any:
