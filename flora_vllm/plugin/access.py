@@ -54,6 +54,14 @@ CURRENT: ContextVar[Tenant] = ContextVar("flora_tenant", default=OPERATOR)
 SHARE: ContextVar[str] = ContextVar("flora_share", default="")
 
 
+def is_operators(static: Iterable[Any] | None, name: str, path: str) -> bool:
+    """Whether the command line names this adapter (among `static`): its path is not confined to the adapter root.
+
+    A tenant that gives the same may have put something else there since.
+    """
+    return CURRENT.get() is OPERATOR and any(given.name == name and given.path == path for given in static or ())
+
+
 def root_of_request(adapter_root: str | None) -> str | None:
     """The root that paths of the present request are confined to: the tenant's part of the operator's."""
     directory = CURRENT.get().directory

@@ -21,7 +21,7 @@ from flora_vllm.formats import digest_and_family, resolve_under, split_task
 from flora_vllm.formats.dlp import read_chooser
 from flora_vllm.formats.files import CONFIG_NAME
 from flora_vllm.plugin import choosers, mixes, preload, sleeping, traffic, uploads
-from flora_vllm.plugin.access import CHOICE, CURRENT, OPERATOR, root_of_request
+from flora_vllm.plugin.access import CHOICE, CURRENT, OPERATOR, is_operators, root_of_request
 from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
@@ -91,22 +91,14 @@ async def _show_available_models(original: Any, self: Any) -> Any:
     return models
 
 
-def is_operators(self: Any, name: str, path: str) -> bool:
-    """Whether the command line names this adapter: such a path is not confined to the adapter root.
-
-    A tenant that gives it may have put something else there since.
-    """
-    return CURRENT.get() is OPERATOR and any(
-        static.name == name and static.path == path for static in self.static_lora_modules or ()
-    )
-
-
 async def _load_lora_adapter(original: Any, self: Any, request: Any, base_model_name: str | None = None) -> Any:
     async with self.lora_resolver_lock[request.lora_name]:
         refused = await self._check_load_lora_adapter_request(request)
         if refused is not None:
             return refused
-        confined = not (is_operators(self, request.lora_name, request.lora_path) or is_handed(request.lora_path))
+        confined = not (
+            is_operators(self.static_lora_modules, request.lora_name, request.lora_path) or is_handed(request.lora_path)
+        )
         result = await admit(self, request.lora_name, request.lora_path, base_model_name, confined)
     if isinstance(result, str):
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
@@ -322,7 +314,7 @@ async def _admit_offered(self: Any, request: Any) -> None:
     try:
         if choosers.is_chooser(path):
             raise AdapterError(f"{path!r}: DLP-LoRA needs a vLLM in which the plugin loads adapters itself")
-        await _identify(self, request, not is_operators(self, request.lora_name, path))
+        await _identify(self, request, not is_operators(self.static_lora_modules, request.lora_name, path))
     except AdapterError as error:
         kind = errors.VLLMNotFoundError if _is_missing(self, path) else errors.VLLMValidationError
         raise kind(str(error)) from error

@@ -15,8 +15,7 @@ from typing import Any
 from flora_vllm.errors import adapter_error, bounded, without_paths
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
-from flora_vllm.plugin.access import CURRENT, ScopedRequests
-from flora_vllm.plugin.frontend import is_operators
+from flora_vllm.plugin.access import CURRENT, ScopedRequests, is_operators
 from flora_vllm.plugin.mix_paths import ENCODED
 from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -64,7 +63,7 @@ def _if_flora(original: Any, guarded: Any) -> Any:
 
 
 async def _load(load: Any, self: Any, options: FloraOptions, request: Any, base_model_name: str | None = None) -> Any:
-    is_known = is_operators(self, request.lora_name or "", request.lora_path or "")
+    is_known = is_operators(self.static_lora_modules, request.lora_name or "", request.lora_path or "")
     if (refused := load_fault(request, options, is_known=is_known)) is not None:
         return _error(*refused)
     return presentable(await load(request, base_model_name), request.lora_path)
