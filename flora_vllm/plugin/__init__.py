@@ -2,7 +2,7 @@
 
     options.py        what the user may set: one field an option
     carried.py        how the options reach every process
-    hook.py, hook_table.py, scheduler_hooks.py, metrics_hooks.py  the vLLM symbols we rely on
+    hook.py, hook_table.py, scheduler_hooks.py, metrics_hooks.py, serving_hooks.py  the vLLM symbols we rely on
     hooks.py          versions, and the check of the table before anything is replaced
     install.py        replaces the seams listed in patches/, each only where vLLM does not offer the hook itself
     flags.py          command-line flags and their way into the engine's config
