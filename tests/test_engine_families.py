@@ -38,7 +38,7 @@ NEW = 4
 # Maps across ranks: blocks that a cut would go through, outputs whose sum no rank has.
 REFUSED_BY_TWO = {"road-1-bias", "road-2", "road-4"}
 # PEFT computes in float32 too: what is compared is two roundings of the same sums, relative to what the adapter does.
-TOLERANCE = 1e-4
+TOLERANCE = 2e-4  # float32 rounding: of PiSSA, whose factors are as large as the weights, 1.1e-4 on one CPU
 # Parameters, or those of a case, that would make PEFT's own rounding larger than that: OFT sums a map's
 # powers; PEANuT moves logprobs by 16.
 SMALLER = {"oft_R": 0.3, "lora-bdlora": 0.7, "lora-kasa": 0.7, "peanut": 0.8}
