@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,12 @@ class Door:
         self.ask("/v1/completions", key, body)
         return time.monotonic()
 
-    def waiting(self) -> float:
-        lines = self.ask("/metrics", OPERATOR).splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_waiting{"))
-
 
 def answered_before_quiet(door: Door) -> int:
     """How many of a flood's requests are answered while a quiet tenant waits for its first token."""
     with ThreadPoolExecutor(FLOOD) as pool:
-        flood = [pool.submit(door.complete, LOUD, seed, 256) for seed in range(FLOOD)]
-        while door.waiting() < FLOOD // 2:
-            assert not all(one.done() for one in flood), "the flood was over before it had begun"
+        flood = [pool.submit(door.complete, LOUD, seed, 480) for seed in range(FLOOD)]
+        wait(flood, return_when=FIRST_COMPLETED)  # by then the others are in the engine
         asked = time.monotonic()
         answered = door.complete(QUIET, FLOOD, 1)
         return sum(asked < one.result() < answered for one in flood)
@@ -64,7 +59,7 @@ def test_a_flood_with_one_key_is_not_before_another_keys_request(
         with httpx.Client(base_url=root, timeout=300, limits=httpx.Limits()) as http:
             between = answered_before_quiet(Door(http))
     if shares == "none":
-        assert between >= FLOOD // 2 - AT_ONCE, "as plain vLLM: all that came before"
+        assert between >= FLOOD // 2, "as plain vLLM: all that came before"
     else:
         # One place gets free, and what ends while answers travel.
         assert between <= FLOOD // 5
