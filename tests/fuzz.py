@@ -57,7 +57,7 @@ TOLERANCE = 2e-3  # of the largest output
 # TinyLoRA's rank), or more of them than is used changes nothing (bases of which layers use the first rows), or only
 # training uses them.
 _ANY_SIZE = re.compile(r"oft_R|tinylora_[ABPv]|p?vera_[AB]|randlora_[AB]|lora_velora_embed|lora_monteclora_sampler")
-
+# What says nothing, in whichever of these forms.
 _EMPTY = (None, [], {})
 
 

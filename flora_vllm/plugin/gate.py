@@ -125,7 +125,7 @@ async def _refuse_nested(_request: Any, _error: RecursionError) -> Any:
 async def _forbid(scope: Scope, receive: Any, send: Any) -> None:
     if scope["type"] == "websocket":
         return await _refuse(scope, receive, send)
-    answer = error_answer("only the operator's key may use this route", HTTPStatus.FORBIDDEN, "PermissionDeniedError")
+    answer = error_answer("only the operator's key may use this route", HTTPStatus.FORBIDDEN)
     return await answer(scope, receive, send)
 
 

@@ -16,17 +16,13 @@ from flora_vllm.errors import adapter_error, bounded, without_paths
 from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests, is_operators
+from flora_vllm.plugin.answers import error_kind
 from flora_vllm.plugin.mix_paths import ENCODED
 from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {
-    HTTPStatus.NOT_FOUND: "NotFoundError",
-    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
-    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
-}
 MAY_NOT_LOAD = "this key may not load or unload adapters"
 
 
@@ -130,11 +126,6 @@ def presentable(answer: Any, sent_path: str | None) -> Any:
 def _error(message: str, status: HTTPStatus) -> Any:
     serving: Any = importlib.import_module("vllm.entrypoints.openai.models.serving")
     return serving.create_error_response(message=bounded(message), err_type=error_kind(status), status_code=status)
-
-
-def error_kind(status: HTTPStatus) -> str:
-    """What OpenAI calls an error of this status."""
-    return _KINDS.get(status, "BadRequestError")
 
 
 def _bound_error_texts() -> None:

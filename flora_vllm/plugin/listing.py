@@ -76,7 +76,7 @@ def attach(app: Any) -> None:
         if report is None:
             late = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
             message = "this server has no engine" if engine is None else late
-            return error_answer(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
+            return error_answer(message, HTTPStatus.SERVICE_UNAVAILABLE)
         return responses.JSONResponse({"object": "list", "data": entries(state, report)})
 
     app.router.add_route(ROUTE, adapters, methods=["GET"])

@@ -17,7 +17,7 @@ from typing import Any
 from flora_vllm.errors import AdapterError, bounded
 from flora_vllm.plugin.access import CURRENT
 from flora_vllm.plugin.answers import error_answer
-from flora_vllm.plugin.guard import MAY_NOT_LOAD, error_kind, name_refusal
+from flora_vllm.plugin.guard import MAY_NOT_LOAD, name_refusal
 from flora_vllm.plugin.handed import directory_of, no_room
 from flora_vllm.plugin.preload import options_of_engine
 
@@ -172,5 +172,4 @@ async def _content(part: Any) -> bytes:
 
 
 def _refuse(error: AdapterError) -> Any:
-    status = _STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
-    return error_answer(bounded(str(error)), status, error_kind(status))
+    return error_answer(bounded(str(error)), _STATUS.get(type(error), HTTPStatus.BAD_REQUEST))
