@@ -253,9 +253,13 @@ def test_sleep_and_pause_while_an_adapter_loads(client, world, loaded, right, tm
 
 def test_unloaded_while_its_requests_run_and_wait(client, world, loaded, right, expected):
     loaded("many", world.adapters["ia3"])
-    with ThreadPoolExecutor(16 * MOST_RUNNING) as pool:
-        running = [pool.submit(client.ask, "many", ASKS[0].prompt, 400) for _ in range(16 * MOST_RUNNING)]
-        wait_until(lambda: client.metric("vllm:num_requests_waiting") > 0)
+    # In the order in which no request is counted twice.
+    asked = ("vllm:request_success_total", "vllm:num_requests_running", "vllm:num_requests_waiting")
+    before, count = sum(map(client.metric, asked)), 16 * MOST_RUNNING
+    with ThreadPoolExecutor(count) as pool:
+        running = [pool.submit(client.ask, "many", ASKS[0].prompt, 400) for _ in range(count)]
+        # All have arrived: of so many new connections some come late.
+        wait_until(lambda: sum(map(client.metric, asked)) >= before + count)
         assert client.unload("many")[0] == 200
         with pytest.raises(openai.NotFoundError):
             client.ask("many", ASKS[0].prompt)
