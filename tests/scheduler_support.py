@@ -24,7 +24,8 @@ class Clock:
 class Run:
     """A scheduler, and the steps of an engine that answers at once; `is_async`: one step after it is decided.
 
-    Requests are named after their adapter (0: none), `started` has when each ran first, `done` how many tokens it got.
+    Requests are named after their adapter (0: none), `started` has when each ran first, `done` how many tokens it got,
+    `failed` those that ended with an error.
     """
 
     def __init__(
@@ -37,8 +38,11 @@ class Run:
         blocks: int = 64,
         slots: int = SLOTS,
         is_async: bool = False,
+        is_caching: bool = False,
     ) -> None:
         from vllm.config import CacheConfig, DeviceConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
+        from vllm.utils.hashing import sha256_cbor
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -55,7 +59,7 @@ class Run:
                 policy=policy,
                 async_scheduling=is_async,
             ),
-            cache_config=CacheConfig(block_size=16, enable_prefix_caching=False),
+            cache_config=CacheConfig(block_size=16, enable_prefix_caching=is_caching),
             device_config=DeviceConfig("cpu"),
             lora_config=LoRAConfig(max_loras=slots, max_lora_rank=8, lora_dtype="bfloat16"),
         )
@@ -71,7 +75,12 @@ class Run:
         self.clock = clock
         self.started: dict[str, float] = {}
         self.done: Counter[str] = Counter()
+        self.failed: set[str] = set()
+        self.scheduled: dict[str, int] = {}  # of the last step, how many tokens of each request
+        self.fault: Any = None  # of the next step that is answered
         self._slots, self._is_async = slots, is_async
+        self._hasher = get_request_block_hasher(16, sha256_cbor) if is_caching else None
+        init_none_hash(sha256_cbor)
         self._undone: deque[Any] = deque()
         self._numbers = itertools.count()
 
@@ -96,6 +105,7 @@ class Run:
                 lora_request=lora,
                 priority=priority,
                 trace_headers={"x-flora-share": key} if key else None,
+                block_hasher=self._hasher,
             )
         )
         return name
@@ -103,7 +113,8 @@ class Run:
     def step(self) -> set[int]:
         """The adapters that ran."""
         output = self.scheduler.schedule()
-        names = list(output.num_scheduled_tokens)
+        self.scheduled = output.num_scheduled_tokens
+        names = list(self.scheduled)
         ran = {int(name.split("-")[0]) for name in names} - {0}
         assert len(ran) <= self._slots
         for name in names:
@@ -119,9 +130,13 @@ class Run:
 
         names = list(output.num_scheduled_tokens)
         numbers = {name: number for number, name in enumerate(names)}
-        made = self.scheduler.update_from_output(output, ModelRunnerOutput(names, numbers, [[5]] * len(names)))
+        answer = ModelRunnerOutput(names, numbers, [[5]] * len(names))
+        if self.fault is not None:
+            self.fault, answer._flora_fault = None, self.fault  # pyright: ignore[reportAttributeAccessIssue]
+        made = self.scheduler.update_from_output(output, answer)
         for outputs in made.values():
             self.done.update({one.request_id: len(one.new_token_ids) for one in outputs.outputs})
+            self.failed |= {one.request_id for one in outputs.outputs if str(one.finish_reason) == "error"}
 
     def keep_busy(self, adapters: range, seconds: float) -> None:
         """Requests of these adapters keep coming, so that each always runs, were it not for others."""

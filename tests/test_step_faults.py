@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scheduler_support import Clock, Run
 
 from flora_vllm.pacing import Turns
 
@@ -29,3 +30,29 @@ def test_a_step_without_requests_is_a_step_too(has_adapters: bool, monkeypatch: 
     assert during == [has_adapters]
     assert turns.steps_run() == has_adapters
     assert not turns.between_steps().locked()
+
+
+@pytest.mark.parametrize("fault_of", [frozenset({1}), None])
+def test_a_failed_steps_requests_fail_with_those_that_were_given_its_blocks(fault_of, tiny_model, monkeypatch) -> None:
+    """The next step may be made before a step is known to have failed: its requests read what was never written."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from flora_vllm.plugin import step_faults
+
+    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
+    step_faults.install_scheduler_side()
+    run = Run(tiny_model("llama"), None, Clock(), slots=2, is_async=True, is_caching=True)
+    running = run.ask(1, prompt=3)
+    run.step()
+    others = [run.ask(adapter, prompt=40) for adapter in (1, 2, 0)]
+    run.step()
+    run.fault = step_faults.StepFault("gone", fault_of)
+    followers = [run.ask(adapter, prompt=40) for adapter in (1, 2, 0)]
+    run.step()
+    wrong = 1 if fault_of else 2
+    assert run.failed == {running, *others[:wrong], *followers[:wrong]}
+    assert [run.scheduled[name] for name in followers] == [8, 8, 8], "the followers were to share blocks"
+    assert not run.scheduler.requests.keys() & run.failed
+    again = run.ask(1, prompt=40)
+    run.step()
+    assert run.scheduled[again] == 40, "what was never written is not found any more"

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,17 +142,22 @@ def _raising(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> list[Any]:
-    """Finish the step's requests that the fault is of; before the scheduler would take their tokens."""
+    """Finish the requests that the fault is of; before the scheduler would take the step's tokens."""
     status = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ERROR
+    def is_its(request: Any) -> bool:
+        adapter = request.lora_request
+        return adapter is not None and (fault.adapters is None or adapter.lora_int_id in fault.adapters)
+
+    def blocks_of(names: Iterable[str]) -> set[int]:
+        return {block for name in names for group in scheduler.kv_cache_manager.get_block_ids(name) for block in group}
+
     known = [scheduler.requests[name] for name in scheduled if name in scheduler.requests]
-    failing = [
-        request.request_id
-        for request in known
-        if request.lora_request is not None
-        and (fault.adapters is None or request.lora_request.lora_int_id in fault.adapters)
-    ]
-    blocks = {block for name in failing for group in scheduler.kv_cache_manager.get_block_ids(name) for block in group}
-    scheduler.kv_cache_manager.evict_blocks(blocks)
+    failing = [request.request_id for request in known if is_its(request)]
+    unfilled = blocks_of(failing) - {scheduler.kv_cache_manager.block_pool.null_block.block_id}
+    # Under asynchronous scheduling the next step is made by now, with blocks that this one was to fill.
+    later = [request.request_id for request in scheduler.running if is_its(request)]
+    failing += [name for name in later if name not in scheduled and not unfilled.isdisjoint(blocks_of([name]))]
+    scheduler.kv_cache_manager.evict_blocks(blocks_of(failing))
     requests = [scheduler.requests[name] for name in failing]
     failed = scheduler.finish_requests(failing, status)
     drop_encodings(scheduler.encoder_cache_manager, requests)
