@@ -12,6 +12,8 @@ from pathlib import Path
 import aiohttp
 
 PROMPT = list(range(1000, 1016))
+# Of one request of a steady stream: what it is watched beside is over before it has them all and begins anew.
+STEADY_TOKENS = 1900
 
 
 async def first_token_s(session: aiohttp.ClientSession, url: str, model: str) -> float:
@@ -43,10 +45,13 @@ async def gaps_while(
     async def stream(session: aiohttp.ClientSession, model: str) -> None:
         while not stop.is_set():
             last = None
-            async for at in _tokens(session, url, model, 64):
-                if last is not None and begun.is_set() and not stop.is_set():
-                    gaps.append(at - last)
-                last = at
+            async with contextlib.aclosing(_tokens(session, url, model, STEADY_TOKENS)) as tokens:
+                async for at in tokens:
+                    if stop.is_set():
+                        break
+                    if last is not None and begun.is_set():
+                        gaps.append(at - last)
+                    last = at
 
     begun = asyncio.Event()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:

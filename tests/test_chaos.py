@@ -27,6 +27,7 @@ from server_support import BASE, TINY_OPTIONS, Client, World, make_ask, make_wor
 from soak import ASKS, MOST_RUNNING, NEW_TOKENS, Soak, leave_stream, left_behind, resident_bytes, wait_until_idle
 
 from flora_vllm.commands.server_process import ServerProcess
+from flora_vllm.plugin.scratch import HANDED
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -332,7 +333,7 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_worker_brings_its_server_back(world: World, tmp_path: Path) -> None:
-    """Two ranks, `flora-vllm serve --restart`: the same adapters, those loaded by request and mixes too."""
+    """Two ranks, `flora-vllm serve --restart`: the same adapters, those loaded by request, uploads and mixes too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -359,7 +360,13 @@ def test_a_killed_worker_brings_its_server_back(world: World, tmp_path: Path) ->
         assert client.load("asked", world.adapters["flora5"])[0] == 200
         mix = {"lora_name": "mixed", "mix": {"told": 0.5, "asked": 0.5}}
         assert client.post("load_lora_adapter", mix)[0] == 200
-        before = {name: client.ask(name, ask.prompt) for name in ("told", "asked", "mixed", BASE)}
+        files = {
+            "config": (world.adapters["hira"] / "adapter_config.json").read_bytes(),
+            "weights": (world.adapters["hira"] / "adapter_model.safetensors").read_bytes(),
+        }
+        sent = {"lora_name": "sent"}
+        assert httpx.post(f"{client.url}/load_lora_adapter", data=sent, files=files, timeout=60).status_code == 200
+        before = {name: client.ask(name, ask.prompt) for name in ("told", "asked", "sent", "mixed", BASE)}
         time.sleep(5)  # the list of adapters is looked at every two seconds
         folders = left_behind(scratch)
         there = kill(supervisor.pid, "VLLM::Worker")
@@ -369,11 +376,13 @@ def test_a_killed_worker_brings_its_server_back(world: World, tmp_path: Path) ->
         assert "the engine died" in said
         wait_until(serves, 600)
         assert "the server ended with status 1; again in" in log.read_text(errors="replace")
-        assert client.names() == {BASE, "told", "asked", "mixed"}
+        assert client.names() == {BASE, "told", "asked", "sent", "mixed"}
         for name, answer in before.items():
             assert client.ask(name, ask.prompt).tokens == answer.tokens
         assert oracle.error(world.states["flora5"], ask, client.ask("asked", ask.prompt)) < LOGPROB_TOLERANCE
-        assert not {*folders} & {*left_behind(scratch)}, "of the server that was killed"
+        kept = [path.name for path in scratch.glob(f"{HANDED}*")]
+        assert {*folders} & {*left_behind(scratch)} == {*kept}, "no more of the server that was killed"
+        assert len(kept) == 1
     finally:
         supervisor.send_signal(signal.SIGINT)
         assert supervisor.wait(END_S) == 130

@@ -27,6 +27,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import unquote
 words = sys.argv[1:]
 print("started", *words, os.environ["OMP_NUM_THREADS"], file=open(os.environ["SEEN"], "a"), flush=True)
+open(os.environ["SEEN"] + ".uploads", "w").write(os.environ["FLORA_KEPT_UPLOADS"])
 if "--broken" in words or any(w.startswith('{"name": "bad"') for w in words):
     sys.exit(3)
 adapters = {}
@@ -169,6 +170,26 @@ def test_mixes_and_choosers_come_back(supervised, tmp_path: Path, seen: Path, po
     supervised.send_signal(signal.SIGINT)
     assert "adapter lost:" in supervised.communicate(timeout=60)[1]
     assert json.dumps({"name": "mixed", "path": f"mix:{json.dumps(parts)}"}) in seen.read_text()
+
+
+def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path: Path, seen: Path, port: int) -> None:
+    ask(port, "/v1/models")
+    folder = Path(Path(f"{seen}.uploads").read_text())
+    for name in ("served", "arriving", "unloaded"):
+        (folder / name).mkdir()
+    ask(port, f"/load?sent={folder}/served")
+    time.sleep(1.5)  # it is watched ten times a second
+    for name in ("served", "unloaded"):
+        os.utime(folder / name, (0, 0))
+    end = time.monotonic() + 60
+    while (folder / "unloaded").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"served", "arriving"}
+    ask(port, "/die")
+    assert ask(port, "/v1/models") == ["base", "a", "sent"]
+    supervised.send_signal(signal.SIGINT)
+    supervised.communicate(timeout=60)
+    assert not folder.exists()
 
 
 def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(

@@ -4,7 +4,9 @@ a real disk."""
 import asyncio
 import json
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from flora_vllm.plugin import handed, uploads
 from flora_vllm.plugin.access import CURRENT, NOBODY, Tenant
+from flora_vllm.plugin.scratch import HANDED, KEPT_UPLOADS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ACME = Tenant("acme", ("acme/*",), directory="acme")
@@ -180,3 +183,21 @@ def test_threads_that_keep_one_content_share_its_directory() -> None:
     assert len(paths) == 1
     assert not handed._users
     assert not [path for path in handed._root().iterdir() if path.is_dir()]
+
+
+def test_a_supervisors_server_keeps_what_was_handed_over(tmp_path: Path, monkeypatch: Any) -> None:
+    """So that it can be loaded again; the supervisor removes it (test_serve_command.py)."""
+    kept = tmp_path / f"{HANDED}kept"
+    kept.mkdir()
+    monkeypatch.setenv(KEPT_UPLOADS, str(kept))
+    handed._make_root.cache_clear()
+    try:
+        for _ in range(2):
+            with handed.directory_of(b"{}", b"weights") as path:
+                assert handed.is_handed(path)
+                assert time.time() - Path(path).stat().st_mtime < 60
+            assert (Path(path) / "adapter_model.safetensors").read_bytes() == b"weights"
+            assert list(kept.iterdir()) == [Path(path)]
+            os.utime(path, (0, 0))
+    finally:
+        handed._make_root.cache_clear()

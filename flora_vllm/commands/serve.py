@@ -1,8 +1,9 @@
 """`flora-vllm serve MODEL …`: `vllm serve MODEL --enable-flora …` with settings that fit this machine.
 
 With --restart a server that has served and then ends is started again, with the adapters that it had by then, mixes
-among them, but those whose directory is gone. One that never came up is not: the same command would fail again. One
-that has served and cannot come up again is tried without end, after TRIES times with its command's adapters alone.
+and uploads among them, but those whose directory is gone. One that never came up is not: the same command would fail
+again. One that has served and cannot come up again is tried without end, after TRIES times with its command's adapters
+alone.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import http.client
 import json
 import math
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -23,6 +25,7 @@ from types import FrameType
 
 from flora_vllm.commands.own_server import address_in
 from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
+from flora_vllm.plugin import scratch
 from flora_vllm.plugin.access import CHOICE
 from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, PREFIX, paths_in
 
@@ -44,6 +47,8 @@ NODES = Path("/sys/devices/system/node")
 WATCH_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 TRIES = 3
+# An upload that no adapter is from goes then: longer than one takes to arrive and be loaded.
+UPLOAD_KEPT_S = 1800.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +106,13 @@ class Supervisor:
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
+        self._uploads = scratch.make(scratch.HANDED)
+        try:
+            return self._run()
+        finally:
+            scratch.remove(self._uploads)
+
+    def _run(self) -> int:
         pause_s, fruitless, ever_served = self._first_pause_s, 0, False
         while True:
             started = time.monotonic()
@@ -125,13 +137,15 @@ class Supervisor:
     def _serve_once(self) -> tuple[int, bool]:
         """Run the server to its end: its status, and whether it ever answered."""
         has_served = False
+        environment = {**server_environment(), scratch.KEPT_UPLOADS: str(self._uploads)}
         # Ctrl-C reaches this process alone, which passes it on once.
-        with subprocess.Popen(self._with_adapters(), env=server_environment(), start_new_session=True) as process:
+        with subprocess.Popen(self._with_adapters(), env=environment, start_new_session=True) as process:
             self._process = process
             while process.poll() is None:
                 adapters = self._listed()
                 if adapters is not None:
                     has_served, self._adapters = True, adapters
+                    self._remove_uploads()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(self._watch_s)
             end_group(process.pid)  # a killed server's engine does not notice, and has the memory
@@ -173,6 +187,14 @@ class Supervisor:
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
             return None
         return {name: root for name, root in adapters.items() if not _is_made_by_a_request(name, root)}
+
+    def _remove_uploads(self) -> None:
+        """Those that no adapter is from any more."""
+        used = {path for root in self._adapters.values() for path in _directories(root)}
+        for path in set(filter(Path.is_dir, self._uploads.iterdir())) - used:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > UPLOAD_KEPT_S:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _not_followed(self, reason: str) -> dict[str, str]:
         """The adapters as far as they are known, of a server that serves but does not tell; said once."""

@@ -330,23 +330,24 @@ async def release(self: Any, request: Any) -> None:
     # Choices of one chooser may be equal in content, and then are one adapter; whoever asks, all names count.
     elif all(live.lora_int_id != request.lora_int_id for live in dict.values(self.lora_requests)):
         await engine.remove_lora(request.lora_int_id)
-        if mixes.is_mix(request.lora_path):
-            _retire(self, request.lora_name)
+        _retire(self, request.lora_name)
 
 
 async def _release_when_idle(self: Any, request: Any) -> None:
     while _in_flight(self.engine_client, request.lora_name):
         await asyncio.sleep(_POLL_S)
-    await release(self, request)
+    # Not beside a load that brings it back.
+    async with self.lora_resolver_lock[plain_name(request.lora_name)]:
+        await release(self, request)
 
 
 def _retired(self: Any) -> OrderedDict[str, None]:
-    """Identities of mixes that were released and not asked for since, the oldest first."""
+    """Identities of adapters that were released and not asked for since, the oldest first."""
     return self.__dict__.setdefault("_flora_retired", OrderedDict())
 
 
 def _retire(self: Any, known: str) -> None:
-    """Prompts' mixes are without number: their ids are forgotten, long after any request can be on its way."""
+    """Contents, and prompts' mixes, are without number: ids are forgotten, long after any request can be on its way."""
     _retired(self)[known] = None
     while len(_retired(self)) > MOST_RETIRED:
         oldest, _ = _retired(self).popitem(last=False)

@@ -2,7 +2,8 @@
 
 Trainers keep an adapter's tensors in memory and give vLLM a LoRARequest of their own with `peft_config` and
 `lora_tensors`. Everything behind reads two files, so both kinds become a directory of this process until the workers
-have made their copies of it. Nothing is ever unpickled.
+have made their copies of it; or of the supervisor's, who loads them again if the server dies, and removes them when
+they are not served any more. Nothing is ever unpickled.
 """
 
 import atexit
@@ -11,6 +12,7 @@ import functools
 import importlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -26,7 +28,6 @@ from flora_vllm.plugin import scratch
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "flora-handed-"
 _users: Counter[Path] = Counter()
 # Uploads are written in threads.
 _lock = threading.Lock()
@@ -39,19 +40,21 @@ def _root() -> Path:
 
 @functools.cache
 def _make_root() -> Path:
-    root = scratch.make(_PREFIX)
+    if kept := os.environ.get(scratch.KEPT_UPLOADS):
+        return Path(kept)
+    root = scratch.make(scratch.HANDED)
     atexit.register(scratch.remove, root)
     return root
 
 
 def is_handed(path: str) -> bool:
-    """Whether this process made the directory."""
-    return Path(path).parent.name.startswith(_PREFIX) and Path(path).parent == _root()
+    """Whether the directory is of such an adapter."""
+    return Path(path).parent.name.startswith(scratch.HANDED) and Path(path).parent == _root()
 
 
 @contextmanager
 def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
-    """A directory with the adapter; equal content has the same path. It is there within the context.
+    """A directory with the adapter; equal content has the same path. It is there within the context, or longer.
 
     Raises AdapterError if there is no room for it."""
     files = {CONFIG_NAME: config, WEIGHTS_NAME: weights}
@@ -68,7 +71,8 @@ def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
             _users[path] -= 1
             if not _users[path]:
                 del _users[path]
-                shutil.rmtree(path, ignore_errors=True)
+                if scratch.KEPT_UPLOADS not in os.environ:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_used(path: Path) -> bool:
@@ -80,14 +84,18 @@ def _is_used(path: Path) -> bool:
 
 
 def _write(path: Path, files: Mapping[str, bytes]) -> None:
-    """Its first user's, unless another thread was faster; nobody waits for whoever writes."""
+    """Its first user's, unless another was faster; nobody waits for whoever writes."""
     written = Path(tempfile.mkdtemp(dir=path.parent))
     try:
         for name, content in files.items():
             (written / name).write_bytes(content)
         with _lock:
-            if path not in _users:
+            try:
                 written.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+                os.utime(path)  # kept from before, or by another server: used anew
             _users[path] += 1
     finally:
         shutil.rmtree(written, ignore_errors=True)

@@ -110,7 +110,8 @@ def _load(engine: Any, lora_request: Any, load: Callable[[Any], Any]) -> Any:
 async def _load_async(engine: Any, lora_request: Any, load: Callable[[Any], Any]) -> Any:
     if options_of_engine(engine) is None:
         return await load(lora_request)
-    with on_disk(lora_request) as given:
+    with contextlib.ExitStack() as kept:
+        given = await asyncio.to_thread(kept.enter_context, on_disk(lora_request))  # it may be large
         request = given if _identified.get() else await asyncio.to_thread(_identify, engine, given)
         result = await load(request)
     _known(engine)[request.lora_int_id] = request.lora_name

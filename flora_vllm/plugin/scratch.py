@@ -12,6 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# What the folders of adapters that were handed over begin with; an environment variable that names a supervisor's.
+HANDED, KEPT_UPLOADS = "flora-handed-", "FLORA_KEPT_UPLOADS"
 _LOCK = ".held"
 _held: dict[Path, int] = {}
 

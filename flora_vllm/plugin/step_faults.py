@@ -144,6 +144,7 @@ def _raising(run: Callable[..., Any]) -> Callable[..., Any]:
 def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> list[Any]:
     """Finish the requests that the fault is of; before the scheduler would take the step's tokens."""
     status = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ERROR
+
     def is_its(request: Any) -> bool:
         adapter = request.lora_request
         return adapter is not None and (fault.adapters is None or adapter.lora_int_id in fault.adapters)
