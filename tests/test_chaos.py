@@ -367,6 +367,9 @@ def test_a_killed_worker_brings_its_server_back(world: World, tmp_path: Path) ->
         sent = {"lora_name": "sent"}
         assert httpx.post(f"{client.url}/load_lora_adapter", data=sent, files=files, timeout=60).status_code == 200
         before = {name: client.ask(name, ask.prompt) for name in ("told", "asked", "sent", "mixed", BASE)}
+        broken = shutil.copytree(world.adapters["ia3"], tmp_path / "broken")
+        assert client.load("broken", broken)[0] == 200
+        (broken / "adapter_config.json").write_text("{}")
         time.sleep(5)  # the list of adapters is looked at every two seconds
         folders = left_behind(scratch)
         there = kill(supervisor.pid, "VLLM::Worker")
@@ -375,7 +378,9 @@ def test_a_killed_worker_brings_its_server_back(world: World, tmp_path: Path) ->
         assert "died unexpectedly" in said
         assert "the engine died" in said
         wait_until(serves, 600)
-        assert "the server ended with status 1; again in" in log.read_text(errors="replace")
+        said = log.read_text(errors="replace")
+        assert "the server ended with status 1; again in" in said
+        assert "adapter 'broken' cannot be loaded again" in said
         assert client.names() == {BASE, "told", "asked", "sent", "mixed"}
         for name, answer in before.items():
             assert client.ask(name, ask.prompt).tokens == answer.tokens

@@ -27,7 +27,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import unquote
 words = sys.argv[1:]
 print("started", *words, os.environ["OMP_NUM_THREADS"], file=open(os.environ["SEEN"], "a"), flush=True)
-open(os.environ["SEEN"] + ".uploads", "w").write(os.environ["FLORA_KEPT_UPLOADS"])
+told = {name: os.environ.get(name) for name in ("FLORA_KEPT_UPLOADS", "FLORA_RESTARTED")}
+print(json.dumps(told), file=open(os.environ["SEEN"] + ".told", "a"), flush=True)
 if "--broken" in words or any(w.startswith('{"name": "bad"') for w in words):
     sys.exit(3)
 adapters = {}
@@ -52,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(9)
         if self.path.startswith("/load?"):
             adapters.update([unquote(self.path[6:]).split("=", 1)])
+        if self.path.startswith("/unload?"):
+            del adapters[self.path[8:]]
         cards = [{"id": "base", "root": "m", "parent": None}]
         cards += [{"id": n, "root": p, "parent": "base"} for n, p in adapters.items()]
         key = settings.get("--api-key")
@@ -126,6 +129,11 @@ def ask(port: int, path: str) -> list[str]:
             time.sleep(0.05)
 
 
+def told(seen: Path) -> list[dict[str, str | None]]:
+    """What each server was told by its environment."""
+    return [json.loads(line) for line in Path(f"{seen}.told").read_text().splitlines()]
+
+
 @pytest.fixture
 def supervised(tmp_path: Path, seen: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     for name in ("a", "b", "c"):
@@ -174,7 +182,7 @@ def test_mixes_and_choosers_come_back(supervised, tmp_path: Path, seen: Path, po
 
 def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path: Path, seen: Path, port: int) -> None:
     ask(port, "/v1/models")
-    folder = Path(Path(f"{seen}.uploads").read_text())
+    folder = Path(told(seen)[0]["FLORA_KEPT_UPLOADS"])
     for name in ("served", "arriving", "unloaded"):
         (folder / name).mkdir()
     ask(port, f"/load?sent={folder}/served")
@@ -190,6 +198,18 @@ def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path:
     supervised.send_signal(signal.SIGINT)
     supervised.communicate(timeout=60)
     assert not folder.exists()
+    assert [one["FLORA_KEPT_UPLOADS"] for one in told(seen)] == [str(folder)] * 2
+    assert [one["FLORA_RESTARTED"] for one in told(seen)] == [None, "1"], "see test_restarted.py"
+
+
+def test_what_was_unloaded_does_not_come_back(supervised, seen: Path, port: int) -> None:
+    assert ask(port, "/unload?a") == ["base"]
+    time.sleep(1.5)
+    ask(port, "/die")
+    assert ask(port, "/v1/models") == ["base"]
+    supervised.send_signal(signal.SIGINT)
+    assert "again in 0 s with 0 adapter(s)" in supervised.communicate(timeout=60)[1]
+    assert "--lora-modules" not in seen.read_text().splitlines()[1]
 
 
 def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(

@@ -1,9 +1,9 @@
 """`flora-vllm serve MODEL …`: `vllm serve MODEL --enable-flora …` with settings that fit this machine.
 
 With --restart a server that has served and then ends is started again, with the adapters that it had by then, mixes
-and uploads among them, but those whose directory is gone. One that never came up is not: the same command would fail
-again. One that has served and cannot come up again is tried without end, after TRIES times with its command's adapters
-alone.
+and uploads among them, but those whose directory is gone or that have a fault now (plugin/restarted.py). One that never
+came up is not: the same command would fail again. One that has served and cannot come up again is tried without end,
+after TRIES times with its command's adapters alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from types import FrameType
 
 from flora_vllm.commands.own_server import address_in
 from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
-from flora_vllm.plugin import scratch
+from flora_vllm.plugin import restarted, scratch
 from flora_vllm.plugin.access import CHOICE
 from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, PREFIX, paths_in
 
@@ -98,7 +98,7 @@ class Supervisor:
     def __init__(self, command: Sequence[str], watch_s: float = WATCH_S, first_pause_s: float = FIRST_PAUSE_S) -> None:
         self._command, self._watch_s, self._first_pause_s = list(command), watch_s, first_pause_s
         self._address = address_in(self._command)
-        self._adapters: dict[str, str] = {}
+        self._adapters: dict[str, str] | None = None  # None: those of its command
         self._is_followed = True
         self._process: subprocess.Popen[bytes] | None = None
         self._told: int | None = None
@@ -126,11 +126,10 @@ class Supervisor:
             fruitless = 0 if has_served else fruitless + 1
             if fruitless >= TRIES and self._adapters:
                 _say(f"it did not come up with {', '.join(self._adapters)}; now with the adapters of its command alone")
-                self._adapters = {}
+                self._adapters = None
             pause_s = self._first_pause_s if time.monotonic() - started > LONGEST_PAUSE_S else pause_s
-            _say(
-                f"the server ended with status {status}; again in {pause_s:.0f} s with {len(self._adapters)} adapter(s)"
-            )
+            count = "its command's" if self._adapters is None else len(self._adapters)
+            _say(f"the server ended with status {status}; again in {pause_s:.0f} s with {count} adapter(s)")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
@@ -138,13 +137,13 @@ class Supervisor:
         """Run the server to its end: its status, and whether it ever answered."""
         has_served = False
         environment = {**server_environment(), scratch.KEPT_UPLOADS: str(self._uploads)}
+        environment |= {} if self._adapters is None else {restarted.RESTARTED: "1"}
         # Ctrl-C reaches this process alone, which passes it on once.
         with subprocess.Popen(self._with_adapters(), env=environment, start_new_session=True) as process:
             self._process = process
             while process.poll() is None:
-                adapters = self._listed()
-                if adapters is not None:
-                    has_served, self._adapters = True, adapters
+                if self._follow():
+                    has_served = True
                     self._remove_uploads()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(self._watch_s)
@@ -154,7 +153,7 @@ class Supervisor:
 
     def _with_adapters(self) -> list[str]:
         """The command with the adapters that the last server had; those whose directory is gone are left out."""
-        if not self._adapters:
+        if self._adapters is None:
             return self._command
         there = {name: root for name, root in self._adapters.items() if all(map(Path.is_dir, _directories(root)))}
         for name in self._adapters.keys() - there.keys():
@@ -168,40 +167,40 @@ class Supervisor:
         modules = [json.dumps({"name": name, "path": path}) for name, path in there.items()]
         return [*kept, "--lora-modules", *modules] if there else kept
 
-    def _listed(self) -> dict[str, str] | None:
-        """Name -> directory of the adapters that the server has; None if it does not answer.
+    def _follow(self) -> bool:
+        """Whether the server answers; learns name -> directory of the adapters that it has, if it tells.
 
         Mixes that requests made are not among them: whoever asks for one makes it again, and may be the only one to.
         """
         try:
             status, body = self._address.get("/v1/models")
             if status == HTTPStatus.UNAUTHORIZED:
-                return self._not_followed("asks for a key, and none of --api-key or VLLM_API_KEY fits")
+                self._cannot_follow("asks for a key, and none of --api-key or VLLM_API_KEY fits")
             if status != HTTPStatus.OK:
-                return self._adapters  # it serves, and cannot say now what
+                return True  # it serves, and cannot say now what
             adapters = {card["id"]: card["root"] for card in json.loads(body)["data"] if card.get("parent")}
         except ssl.SSLEOFError:
-            return None  # it ended meanwhile
+            return False  # it ended meanwhile
         except ssl.SSLError as error:
-            return self._not_followed(f"refuses the supervisor's TLS ({error.reason})")
+            self._cannot_follow(f"refuses the supervisor's TLS ({error.reason})")
+            return True
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return {name: root for name, root in adapters.items() if not _is_made_by_a_request(name, root)}
+            return False
+        self._adapters = {name: root for name, root in adapters.items() if not _is_made_by_a_request(name, root)}
+        return True
 
     def _remove_uploads(self) -> None:
         """Those that no adapter is from any more."""
-        used = {path for root in self._adapters.values() for path in _directories(root)}
+        used = {path for root in (self._adapters or {}).values() for path in _directories(root)}
         for path in set(filter(Path.is_dir, self._uploads.iterdir())) - used:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > UPLOAD_KEPT_S:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _not_followed(self, reason: str) -> dict[str, str]:
-        """The adapters as far as they are known, of a server that serves but does not tell; said once."""
+    def _cannot_follow(self, reason: str) -> None:
         if self._is_followed:
             self._is_followed = False
             _say(f"the server {reason}: adapters that are loaded while it serves will not come back after a restart")
-        return self._adapters
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._told = number

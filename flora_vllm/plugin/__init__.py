@@ -45,6 +45,7 @@
     default_adapters.py  the adapter of requests that have images, audio or video
     stored_responses.py  /v1/responses with a store: whose a response is
     handed.py         adapters given as tensors or files instead of by a path
+    restarted.py      what a server that is started again cannot load
     sleeping.py       the sleep that would lose adapters
     ending.py         the status of a server whose engine died
     uploads.py        the route that takes an adapter's files

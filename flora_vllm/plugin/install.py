@@ -39,7 +39,16 @@ def device_type() -> str:
 def install_all() -> None:
     """Verify this vLLM, then replace every seam in this process. Raises HookError with all faults."""
     hooks.verify(device_type())
-    from flora_vllm.plugin import default_adapters, ending, frontend, gate, guard, mix_requests, stored_responses
+    from flora_vllm.plugin import (
+        default_adapters,
+        ending,
+        frontend,
+        gate,
+        guard,
+        mix_requests,
+        restarted,
+        stored_responses,
+    )
 
     _once("cpu platform", _keep_compile_on_cpu)
     frontend.install()
@@ -48,6 +57,7 @@ def install_all() -> None:
     _once("mixes", mix_requests.install)
     _once("default adapters", default_adapters.install)
     _once("stored responses", stored_responses.install)
+    _once("restarted", restarted.install)
     _once("ending", ending.install)
     _once("published names", published.name_metrics)
     _once("traces", traces.install)

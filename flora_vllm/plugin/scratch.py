@@ -12,8 +12,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# What the folders of adapters that were handed over begin with; an environment variable that names a supervisor's.
-HANDED, KEPT_UPLOADS = "flora-handed-", "FLORA_KEPT_UPLOADS"
+HANDED = "flora-handed-"  # what the folders of adapters that were handed over begin with
+# An environment variable by which a supervisor names its own such folder to its server.
+KEPT_UPLOADS = "FLORA_KEPT_UPLOADS"
 _LOCK = ".held"
 _held: dict[Path, int] = {}
 
