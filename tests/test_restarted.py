@@ -14,13 +14,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's own table of models, whose adapters `b` and `d` are refused."""
-    from vllm.entrypoints.openai.engine.protocol import ErrorInfo, ErrorResponse
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels, create_error_response
 
     async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         assert [module.name for module in self.static_lora_modules] == [request.lora_name] or not self.by_supervisor
         if request.lora_name in "bd":
-            return ErrorResponse(error=ErrorInfo(message="it has changed", type="BadRequestError", code=400))
+            return create_error_response(message="it has changed")
         self.lora_requests[request.lora_name] = request
         return "loaded"
 
