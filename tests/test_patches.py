@@ -27,7 +27,7 @@ FIXED_ELSEWHERE = {"0002"}
 # the route that takes an adapter's files, the sleep that would lose slots, the gate in front of the API, the output
 # layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot and of tenants, a
 # request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each, the status of a
-# server whose engine died, the tables of stored responses.
+# server whose engine died, the tables of stored responses, the adapters of a server that is started again.
 WITHOUT_DIFF = {
     "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
     "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
@@ -35,6 +35,7 @@ WITHOUT_DIFF = {
     "vllm.entrypoints.llm:LLM._run_engine",
     "vllm.entrypoints.llm:LLM._run_tiling_engine",
     f"{_SERVING}.__init__",
+    f"{_SERVING}.init_static_loras",
     "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
     "vllm.entrypoints.serve.exception_handling.error_response:sanitize_message",
     "vllm.entrypoints.serve.exception_handling.handlers.http:sanitize_message",
