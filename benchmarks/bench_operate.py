@@ -142,17 +142,20 @@ async def _load_cost(server: ServerProcess, pool: Mapping[str, Path], name: str)
 
 async def _loads(server: ServerProcess, pools: Mapping[str, Mapping[str, Path]], sizes: Sizes) -> dict:
     """Streams with and without adapters loading: one after another, eight at once, and at their first use. And with the
-    same requests as the first uses were, of adapters that are there: what they cost whoever loads them when."""
+    same requests as the first uses were, of adapters that are there, eight at once (all their prompts are one step's)
+    and one after another: what they cost whoever loads them when."""
     url = server.url
     result = await _load_cost(server, pools["flora"], "flora_r8") | await _load_cost(server, pools["lora"], "lora_r8")
-    quiet = percentile(await gaps_while(url, ["base"] * STREAMS, lambda _: asyncio.sleep(10.0)), 99)
+    undisturbed = await gaps_while(url, ["base"] * STREAMS, lambda _: asyncio.sleep(10.0))
+    quiet = percentile(undisturbed, 99)
     result["itl_p99_quiet_ms"] = round(1e3 * quiet, 2)
+    result["itl_p50_quiet_ms"] = round(1e3 * statistics.median(undisturbed), 2)
     for family, pool in pools.items():
         gaps = await _gaps_by_kind_of_load(url, list(pool.items())[: sizes.loads])
         shown = "" if family == "flora" else f"{family}_"
         for kind, of_kind in gaps.items():
             result[f"itl_p99_{shown}{kind}_over_quiet"] = round(percentile(of_kind, 99) / quiet, 3)
-        busy = [gap for kind, of_kind in gaps.items() if kind != "warm_use" for gap in of_kind]
+        busy = [gap for kind, of_kind in gaps.items() if not kind.startswith("warm") for gap in of_kind]
         result[f"itl_p99_{shown}loads_ms"] = round(1e3 * percentile(busy, 99), 2)
         result[f"itl_p99_{shown}loads_over_quiet"] = round(percentile(busy, 99) / quiet, 3)
         result[f"itl_max_{shown}loads_over_quiet"] = round(max(busy) / quiet, 3)
@@ -161,21 +164,23 @@ async def _loads(server: ServerProcess, pools: Mapping[str, Mapping[str, Path]],
 
 
 async def _gaps_by_kind_of_load(url: str, wanted: Sequence[tuple[str, Path]]) -> dict[str, list[float]]:
-    """Seconds between tokens of the streams, a third of the adapters loading in each of three ways; `warm_use` last."""
+    """Seconds between tokens of the streams, a third of the adapters loading in each of three ways; warm uses last."""
     third = len(wanted) // 3
     found = [name for name, _ in wanted[2 * third :]]
+    warm = [*found[-SLOTS:]] * (len(found) // SLOTS)
 
     async def by_api(session: aiohttp.ClientSession, some: Sequence[tuple[str, Path]], width: int) -> None:
         await in_parallel([lambda n=n, p=p: load(session, url, n, p) for n, p in some], width)
 
-    async def by_use(session: aiohttp.ClientSession, used: Sequence[str]) -> None:
-        await in_parallel([lambda n=n: first_token_s(session, url, n) for n in used], 8)
+    async def by_use(session: aiohttp.ClientSession, used: Sequence[str], width: int) -> None:
+        await in_parallel([lambda n=n: first_token_s(session, url, n) for n in used], width)
 
     works = {
         "one_by_one": lambda session: by_api(session, wanted[:third], 1),
         "eight_at_once": lambda session: by_api(session, wanted[third : 2 * third], 8),
-        "first_use": lambda session: by_use(session, found),
-        "warm_use": lambda session: by_use(session, [*found[-SLOTS:]] * (len(found) // SLOTS)),
+        "first_use": lambda session: by_use(session, found, 8),
+        "warm_use": lambda session: by_use(session, warm, 8),
+        "warm_one_by_one": lambda session: by_use(session, warm, 1),
     }
     gaps = {kind: await gaps_while(url, ["base"] * STREAMS, work) for kind, work in works.items()}
     async with aiohttp.ClientSession() as session:
