@@ -287,6 +287,17 @@ def test_mla_serves_all_but_the_absorbed_projection(tmp_path):
 
 
 @pytest.mark.slow
+def test_without_mla_its_projection_is_as_any(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    model = _deepseek(tmp_path / "model", first_k_dense_replace=LAYERS)
+    base = support.load(model)
+    expected = _plain_answers(tmp_path, base, support.write_flora_adapter(base, tmp_path / "all", 3, "mean", seed=1))
+    with support.running(model, max_loras=2) as engine:
+        served = [engine.ask([Ask(PROMPT, path)])[0] for path in (None, tmp_path / "all")]
+    _check(served, expected)
+
+
+@pytest.mark.slow
 def test_experts_beside_shared_ones_are_their_merged_weights(tmp_path):
     """DeepSeek's: two shared experts in one, beside those that are chosen; the first layer dense."""
     model = _deepseek(

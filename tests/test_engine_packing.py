@@ -3,6 +3,7 @@
 The oracle is transformers on merged weights.
 """
 
+import inspect
 from collections.abc import Callable
 
 import engine_support as support
@@ -162,3 +163,15 @@ def test_queries_and_keys_that_vllm_reorders_are_named_and_those_of_its_tower_ar
     names = [*(f"{attention}.{own}_proj" for own in "qkvo"), "vision_model.layers.0.self_attn.q_proj"]
     assert [*reordered_modules(model, names)] == names[:2]
     assert reordered_modules(torch.nn.Module(), names) == {}
+
+
+@pytest.mark.parametrize(("rope", "folds", "reordered"), [(4, True, 2), (8, True, 0), (4, False, 0)])
+def test_k2_horizons_queries_and_keys_are_reordered_with_its_partial_rotary(rope: int, folds: bool, reordered: int):
+    from vllm.model_executor.models import k2_horizon
+
+    assert "fold_rope_weights" in inspect.getsource(k2_horizon.K2HorizonModel.load_weights)
+    model = torch.nn.Module()
+    model.self_attn = torch.nn.Module()
+    model.self_attn.fold_rope_weights, model.self_attn.rope_head_dim, model.self_attn.head_dim = folds, rope, 8
+    names = [f"self_attn.{own}_proj" for own in "qkvo"]
+    assert [*reordered_modules(model, names)] == names[:reordered]

@@ -188,6 +188,29 @@ def test_a_layout_with_other_names(flora: Path) -> None:
     assert f"module '{Q0}' is selected by target_modules but has no tensors" in the_fault(flora, layout=layout)
 
 
+OWN = ("self_attn.q_proj", "self_attn.k_proj", "fc1")
+
+
+def renamed_within(module: str) -> str:
+    """As vLLM's Whisper, Falcon-H1 and Molmo: within each layer, and the last name."""
+    return module.replace(".fc1", ".mlp.fc1").replace("self_attn.q_proj", "self_attn.query")
+
+
+def test_a_deep_layout_whose_layers_have_other_names(tmp_path: Path) -> None:
+    names = [f"model.{half}.layers.{n}.{own}" for half in ("encoder", "decoder") for n in range(70) for own in OWN]
+    layout = ModelLayout({renamed_within(name): (8, 6) for name in names}, rename=renamed_within)
+    pairs = {name: (torch.ones(2, 6), torch.ones(8, 2)) for name in names}
+    folder = write_flora(tmp_path / "deep", pairs, target_modules=[own.rpartition(".")[2] for own in OWN])
+    assert read_adapter(folder, layout=layout).modules.keys() == set(names)
+    gone = [name for name in names if name.endswith(("r.layers.66.fc1", "encoder.layers.3.self_attn.q_proj"))]
+    for name in gone:
+        edit_tensors(folder, **{A.format(name): None, B.format(name): None})
+    faults = faults_of(folder, layout=layout)
+    assert len(faults) == len(gone) == 3
+    for name in gone:
+        assert any(f"module {name!r} is selected by target_modules but has no tensors" in fault for fault in faults)
+
+
 def test_two_names_of_one_module(flora: Path) -> None:
     tensors = {A.format(renamed(V1)): torch.ones(2, 6), B.format(renamed(V1)): torch.ones(4, 2)}
     edit_tensors(flora, **tensors)
@@ -225,7 +248,6 @@ def test_tensors_that_peft_would_ignore(flora: Path) -> None:
         ("lm_head", ModelLayout({}), "this model has no output layer of its own"),
         ("model.embed_tokens", LAYOUT, "this embedding cannot be adapted"),
         ("layers.0.mlp.experts.3.up_proj", ModelLayout({}, {"layers.0.mlp.experts": "too many"}), "too many"),
-        ("model.layers.0.self_attn.kv_b_proj", None, "MLA"),
         (Q0, ModelLayout({}, {Q0: "because"}), "because"),
     ],
 )

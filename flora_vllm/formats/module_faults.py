@@ -18,10 +18,10 @@ from flora_vllm.pacing import pace
 UNSUPPORTED_MODULES: Mapping[str, str] = {
     **dict.fromkeys(("lm_head", "embed_out"), "this model has no output layer of its own that adapters may change"),
     **dict.fromkeys((*sorted(EMBEDDINGS), "wpe"), "this embedding cannot be adapted"),
-    "kv_b_proj": "MLA's kv_b_proj is absorbed into the attention and cannot be adapted yet",
 }
 # Names that a checkpoint's modules may have in place of the layout's, in front of what they share with it.
 MAX_PREFIXES = 64
+_NUMBER = "#"  # in such a prefix: any, the same in both
 _MEANINGS = {"R": "rank", "I": "in features", "O": "out features"}
 _UNSELECTING_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
 
@@ -252,8 +252,9 @@ def refusal(module: str, layout: ModelLayout | None) -> str | None:
         for key in (path, names[-1], path.rsplit(".", 2)[0]):
             if key in layout.refused:
                 return layout.refused[key]
-    is_there = layout is None or layout.shape_of(module) is not None
-    if is_there and (names[-1] in OUTPUT_LAYERS or is_embedding(module, layout)):
+        if layout.shape_of(module) is not None:
+            return None
+    elif names[-1] in OUTPUT_LAYERS or is_embedding(module, None):
         return None
     return next((UNSUPPORTED_MODULES[name] for name in reversed(names) if name in UNSUPPORTED_MODULES), None)
 
@@ -281,21 +282,35 @@ def _layout_faults(
             continue
         if (path in layout.norms) != of_norms or (path in layout.embeddings and targets.is_all_linear):
             continue
-        # What this checkpoint would call the layout's path: with the prefix that its own modules have.
-        name = next(
-            (theirs + path.removeprefix(ours) for ours, theirs in reversed(prefixes) if path.startswith(ours)), path
-        )
+        name = _called(path, prefixes)
         if path not in present and refusal(name, layout) is None and targets.select(name):
             yield f"module {name!r} is selected by target_modules but has no tensors; the file is incomplete"
 
 
-def _renamed_prefix(module: str, layout: ModelLayout) -> tuple[str, str]:
-    """The layout's and the checkpoint's prefix of `module`, up to where their names agree; both empty if equal."""
+def _renamed_prefix(module: str, layout: ModelLayout) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layout's and the checkpoint's prefix of `module`, up to where their names agree; both empty if equal.
+
+    Numbers that are the same in both are any: deep models have as many layers as they like.
+    """
     theirs, ours = module.split("."), layout.rename(module).split(".")
     while theirs and ours and theirs[-1] == ours[-1]:
         theirs.pop()
         ours.pop()
-    return "".join(f"{name}." for name in ours), "".join(f"{name}." for name in theirs)
+    if list(filter(str.isdecimal, ours)) == list(filter(str.isdecimal, theirs)):
+        ours, theirs = ([_NUMBER if name.isdecimal() else name for name in names] for names in (ours, theirs))
+    return tuple(ours), tuple(theirs)
+
+
+def _called(path: str, prefixes: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> str:
+    """What a checkpoint would call the layout's path: with the longest prefix that its own modules have."""
+    names = path.split(".")
+    for ours, theirs in reversed(prefixes):
+        head, rest = names[: len(ours)], names[len(ours) :]
+        fits = (own == name or (own == _NUMBER and name.isdecimal()) for own, name in zip(ours, head, strict=False))
+        if len(head) == len(ours) and all(fits):
+            numbers = filter(str.isdecimal, head)
+            return ".".join([*(next(numbers) if name == _NUMBER else name for name in theirs), *rest])
+    return path
 
 
 # What PEFT adds to the `modules_to_save` of a classifier by itself, whichever of them the model has.

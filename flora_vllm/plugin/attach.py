@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 UNKNOWN_ROWS = "vLLM does not count it to this multimodal model's language model, tower or connector; train without it"
 LEFT_OUT = "the server's --lora-target-modules leaves it out"
+ABSORBED = "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
 POOLED_ROWS = (
     "it runs on pooled rows, one a request, which adapters cannot follow yet; train the layers below the head only"
 )
@@ -107,12 +109,13 @@ def attach(
     steps: dict[str, Step] = {}
     seen: set[int] = set()
     mapped = origins_by_mapper(model)
-    pooled = {id(module) for module in _heads(model)}
+    apart = {id(module): ABSORBED for module in _absorbed(model)}
+    apart |= {id(module): POOLED_ROWS for module in _heads(model)}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and id(module) not in seen:
             seen.add(id(module))
             step = step_of(name)
-            reason = POOLED_ROWS if id(module) in pooled else _refusal(name, only)
+            reason = apart.get(id(module)) or (None if only(name) else LEFT_OUT)
             if step is None or reason is not None:
                 attached.refused[name] = reason or UNKNOWN_ROWS
                 _give_back(module)
@@ -189,10 +192,13 @@ def _name_parts(attached: Attached, packed_modules: Mapping[str, Sequence[str]])
             attached.refused.setdefault(f"{parent}.{part}" if parent else part, reason)
 
 
-def _refusal(name: str, only: Callable[[str], bool]) -> str | None:
-    if name.endswith("kv_b_proj"):
-        return "MLA's kv_b_proj is absorbed into the attention weights and cannot be adapted yet; train without it"
-    return None if only(name) else LEFT_OUT
+def _absorbed(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """MLA's kv_b_proj, where it is held by vLLM's attention layer, which makes other weights of it."""
+    yield from (
+        module.kv_b_proj
+        for module in model.modules()
+        if isinstance(module, AttentionLayerBase) and hasattr(module, "kv_b_proj")
+    )
 
 
 def _kind(module: Any) -> tuple[type, type]:

@@ -76,12 +76,18 @@ def idle_modules(model: torch.nn.Module) -> dict[str, str]:
 def reordered_modules(model: torch.nn.Module, modules: Iterable[str]) -> dict[str, str]:
     """Those of `modules` whose rows are in another order than the checkpoint's: path -> why they are not adapted.
 
-    Llama 4's queries and keys, which vLLM reorders for its rotary embedding when it loads them.
+    Llama 4's and K2-Horizon's queries and keys, which vLLM reorders for its rotary embedding when it loads them.
     """
-    owners = [path for path, module in model.named_modules() if hasattr(module, "permute_qk_weight_for_rotary")]
+    owners = [path for path, module in model.named_modules() if _reorders(module)]
     prefixes = tuple(f"{path}." if path else "" for path in owners)
     why = "vLLM keeps its rows in another order than the checkpoint, which adapters cannot follow yet; train without it"
     return {m: why for m in modules if m.startswith(prefixes) and m.rpartition(".")[2] in ("q_proj", "k_proj")}
+
+
+def _reorders(module: Any) -> bool:
+    if getattr(module, "fold_rope_weights", False):
+        return module.rope_head_dim != module.head_dim
+    return hasattr(module, "permute_qk_weight_for_rotary")
 
 
 def _sources(mapper: Any, layer: str) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
