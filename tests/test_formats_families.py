@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from formats_support import edit_config, faults_of, linear_layout, save_peft_adapter, the_fault, tiny_model
-from peft import HiraConfig, IA3Config, LoraConfig
+from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
 
 from flora_vllm.formats import read_adapter
 from flora_vllm.terms import Product
@@ -45,6 +45,26 @@ def test_lora_features_that_change_the_result(case: str, tmp_path: Path) -> None
     assert read_adapter(tmp_path, max_lora_rank=4, max_flora_rank=1).rank == 4
     edit_config(tmp_path, **changes)
     assert message in the_fault(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_reduced_for_every_token_is_none_of_an_adapter_that_begins_later(start: str, tmp_path: Path) -> None:
+    """PEFT itself: a prompt without the sequence is not the base model's."""
+    tokens = torch.randint(0, 80, (1, 9), generator=torch.Generator().manual_seed(3))
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=start, alora_invocation_tokens=[79, 79], task_type="CAUSAL_LM"
+    )
+    with torch.no_grad():
+        before = tiny_model("llama")(tokens).logits
+        after = get_peft_model(tiny_model("llama"), config).eval()(input_ids=tokens).logits
+    assert float((after - before).abs().max()) > 1e-4
+    config.alora_invocation_tokens = None
+    save_peft_adapter(tiny_model("llama"), config, tmp_path)
+    for none in (None, []):
+        edit_config(tmp_path, alora_invocation_tokens=none)
+        assert read_adapter(tmp_path).invocation_tokens is None
+    edit_config(tmp_path, alora_invocation_tokens=[79, 79])
+    assert "'alora_invocation_tokens' is [79, 79]; allowed: null or empty" in the_fault(tmp_path)
 
 
 def test_ia3_side_and_shape_must_agree(tmp_path: Path) -> None:

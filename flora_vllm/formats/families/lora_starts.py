@@ -15,13 +15,23 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.config_keys import Key, only
+from flora_vllm.formats import activation
+from flora_vllm.formats.config_keys import NOTHING, Key, only
 from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
 from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, LORA_NAMES, bias_terms, lora_parts, low_rank
 from flora_vllm.formats.families.singular import largest_part, smallest_part
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 
 LORA_DIAG = "lora_diag"
+
+# PEFT reduces the base for all tokens; here those before an adapter's own meet the base as it was.
+_EVERY_TOKEN = {
+    activation.KEY: replace(
+        NOTHING,
+        allowed="null or empty: PEFT computes the tokens before these on the base that training reduced, here they are "
+        "the base model's; train without one of both",
+    )
+}
 
 # (W (O, I), rank, scale of the file's own factors) -> what the base lost, as up (O, R) and down (R, I).
 Lost = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
@@ -92,7 +102,7 @@ PISSA = _row(
     "PiSSA, unconverted",
     _largest,
     lambda config: config.get("init_lora_weights") == "pissa",
-    {"init_lora_weights": only("pissa"), "lora_bias": only(False)},
+    {"init_lora_weights": only("pissa"), "lora_bias": only(False), **_EVERY_TOKEN},
 )
 
 
@@ -105,7 +115,7 @@ OLORA = _row(
     "OLoRA, unconverted",
     _leading_columns,
     lambda config: _is_olora(config.get("init_lora_weights")),
-    {"init_lora_weights": Key("'olora'", _is_olora), "lora_bias": only(False)},
+    {"init_lora_weights": Key("'olora'", _is_olora), "lora_bias": only(False), **_EVERY_TOKEN},
     note="reads every base weight at load",
 )
 
