@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families_support import fill_normal, save_filled
-from formats_support import edit_config, tiny_model
+from formats_support import edit_config, edit_tensors, tiny_model
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
@@ -34,6 +34,7 @@ EQUAL = (
     lora(lora_alpha=5, target_modules=["q_proj", "o_proj"]),
 )
 UNEQUAL = (lora(4), lora(6, lora_alpha=3, rank_pattern={"v_proj": 8}), lora(2, use_rslora=True))
+EMBEDDED = (lora(target_modules=["q_proj", "embed_tokens"]), lora(lora_alpha=3, target_modules=["embed_tokens"]))
 WEIGHTS = (0.7, -0.4, 1.3)
 
 # Arguments beside the adapters and weights.
@@ -56,6 +57,11 @@ CASES: dict[str, tuple[tuple[peft.LoraConfig, ...], dict[str, Any]]] = {
     "magnitude_prune_svd": (UNEQUAL, {"method": "magnitude_prune_svd", **DENSE}),
     "dare_linear_svd": (UNEQUAL, {"method": "dare_linear_svd", **DENSE, "seed": 5}),
     "dare_ties_svd": (UNEQUAL, {"method": "dare_ties_svd", **DENSE, "seed": 6}),
+    "embedding-linear": (EMBEDDED, {"method": "linear"}),
+    "embedding-cat": (EMBEDDED, {"method": "cat"}),
+    "embedding-svd": (EMBEDDED, {"method": "svd"}),
+    "embedding-ties": (EMBEDDED, {"method": "ties", **DENSE}),
+    "embedding-dare_linear": (EMBEDDED, {"method": "dare_linear", **DENSE, "seed": 7}),
 }
 
 
@@ -66,8 +72,12 @@ def save_parts(configs: tuple[peft.LoraConfig, ...], folder: Path) -> list[Path]
 
     paths: list[Path] = []
     for number, config in enumerate(configs):
-        save_filled(tiny_model("llama"), config, folder / f"part{number}", fill)
-        paths.append(folder / f"part{number}")
+        path = folder / f"part{number}"
+        save_filled(tiny_model("llama"), config, path, fill)
+        # PEFT saves the base's own weights of an embedding, too.
+        whole = [name for name in load_file(path / "adapter_model.safetensors") if "lora_" not in name]
+        edit_tensors(path, **dict.fromkeys(whole))
+        paths.append(path)
     return paths
 
 
@@ -89,7 +99,7 @@ def places_of(model: peft.PeftModel, names: list[str], method: Method) -> list[s
     places = []
     for module, layer in model.get_base_model().named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
-            there = range(sum(name in layer.lora_A for name in names))
+            there = range(sum(name in layer.lora_A or name in layer.lora_embedding_A for name in names))
             sides = ("",) if method.decomposes else ("/A", "/B")
             places += [f"{module}{side}/{number}" for side in sides for number in there]
     return places
@@ -126,6 +136,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("case", CASES)
 def test_equals_pefts(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configs, options = CASES[case]
@@ -133,7 +144,7 @@ def test_equals_pefts(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     theirs = pefts(paths, weights, options)
     assert ours(paths, weights, options, tmp_path / "out") == 0, capsys.readouterr().err
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    wanted = peft.get_peft_model_state_dict(theirs, adapter_name="merged")
+    wanted = peft.get_peft_model_state_dict(theirs, adapter_name="merged", save_embedding_layers=False)
     assert set(found) == set(wanted)
     unequal = {name for name, tensor in found.items() if not torch.equal(tensor, wanted[name])}
     assert not unequal

@@ -18,6 +18,7 @@ from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.files import CONFIG_NAME, collect_files
 from flora_vllm.formats.lora_writer import LoraFactors
 from flora_vllm.formats.merge_methods import ON_FACTORS, Method, combined
+from flora_vllm.formats.module_faults import is_embedding
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
 from flora_vllm.formats.tensor_file import load_json_object
@@ -123,6 +124,22 @@ def _merged_pair(
     shapes = {(down.shape[1], up.shape[0]) for down, up in zip(downs, ups, strict=True)}
     if len(shapes) > 1:
         raise AdapterError(f"the adapters are for layers of different (in, out) features: {sorted(shapes)}")
+    if not is_embedding(module, None):
+        return _merged_sides(shares, downs, ups, method, module, rank)
+    # PEFT's A of an embedding is the up side, and what it does to A (signs, of sides apart) it does to that.
+    a, b = _merged_sides(shares, [up.T for up in ups], [down.T for down in downs], method, module, rank)
+    return b.T, a.T
+
+
+def _merged_sides(
+    shares: Sequence[tuple[float, Added]],
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    method: Method,
+    module: str,
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the method makes of all A (R, …) and all B (…, R)."""
     if method.method == "cat":
         down = torch.cat([down * weight * term.scale for down, (weight, term) in zip(downs, shares, strict=True)])
         up = torch.cat(ups, 1)
