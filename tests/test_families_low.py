@@ -51,6 +51,8 @@ CASES: dict[str, Case] = {
     "lora-pissa-conv1d": lora("gpt2", CONV1D, init_lora_weights="pissa", fan_in_fan_out=True),
     "lora-olora": lora("llama", LINEAR, init_lora_weights="olora"),
     "lora-olora-fused": lora("phi3", FUSED, init_lora_weights="olora", use_rslora=True),
+    # PEFT's start has the sides of the base's own weight: only of a square layer can its file be used.
+    "lora-olora-conv1d": lora("gpt2", ["attn.c_proj"], init_lora_weights="olora", fan_in_fan_out=True),
     "lora-kasa": lora("llama", LINEAR, kasa_config=peft.KasaConfig()),
     "lora-kasa-lora_bias": lora("qwen2", ATTENTION, kasa_config=peft.KasaConfig(), lora_bias=True, use_rslora=True),
     "lora-bdlora": lora(

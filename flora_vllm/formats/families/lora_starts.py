@@ -33,22 +33,27 @@ _EVERY_TOKEN = {
     )
 }
 
-# (W (O, I), rank, scale of the file's own factors) -> what the base lost, as up (O, R) and down (R, I).
-Lost = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
+# (W (O, I), rank, the file's scale, fan_in_fan_out) -> what the base lost, as up (O, R) and down (R, I).
+Lost = Callable[[torch.Tensor, int, float, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _largest(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _largest(weight_OI: torch.Tensor, rank: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return largest_part(weight_OI, rank)
 
 
-def _smallest(weight_OI: torch.Tensor, rank: int, _scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _smallest(weight_OI: torch.Tensor, rank: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     if rank >= min(weight_OI.shape):
         raise AdapterError(f"rank {rank} leaves nothing of a base weight of shape {tuple(weight_OI.shape)}")
     return smallest_part(weight_OI, rank)
 
 
-def _leading_columns(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Q_r R_r` of W's QR factors: what the first r columns span."""
+def _leading_columns(
+    weight_OI: torch.Tensor, rank: int, scale: float, is_transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Q_r R_r` of the QR factors of W as the base stores it: what the first r columns span."""
+    if is_transposed:
+        up_IR, down_RO = _leading_columns(weight_OI.T, rank, scale, False)
+        return down_RO.T, up_IR.T
     columns = torch.linalg.qr(weight_OI[:, :rank].double())[0].float()
     return columns * scale, columns.T @ weight_OI
 
@@ -59,9 +64,10 @@ def _less(lost: Lost) -> Callable[[ModuleFile], tuple[Term, ...]]:
             return bias_terms(module, 1.0)
         down, up, scale = low_rank(module)
         own = Added(down, up, scale, mid=module.get(LORA_DIAG))
+        is_transposed = module.config.get("fan_in_fan_out", False)
 
         def build(probe: Probe) -> tuple[Term, ...]:
-            lost_up, lost_down = lost(probe.weight(), own.rank, scale)
+            lost_up, lost_down = lost(probe.weight(), own.rank, scale, is_transposed)
             return own, Added(lost_down.contiguous(), lost_up.contiguous(), -1.0)
 
         tensors = (down, up) if own.mid is None else (down, up, own.mid)
