@@ -185,6 +185,18 @@ def test_shared_factors_are_held_once_whatever_asks_for_them() -> None:
     assert held_bytes() == before
 
 
+def test_a_shared_factor_that_leaves_the_range_of_the_dtype_is_refused() -> None:
+    """Every time it is asked for: what was refused is not held."""
+    large = Shared("large", (64, 64), lambda: torch.full((64, 64), 7e4))
+    added = Added(large, shared("fine", 64, 64), mid=normal(64))
+    bases = Bases(shared("fine", 5, 64), large, normal(5, 7), normal(7, I), meets_input=True)
+    for term in (added, bases):
+        for _ in range(2):
+            with pytest.raises(AdapterError, match=r"leave the range of torch\.float16, the model's dtype; serve"):
+                fold([term], Cut(slice(0, O), slice(0, I), torch.float16, CPU))
+        fold([term], Cut(slice(0, O), slice(0, I), torch.bfloat16, CPU))
+
+
 def test_terms_that_wait_for_the_base_are_never_folded() -> None:
     with pytest.raises(AssertionError, match="resolved before"):
         folded([FromBase(lambda _probe: (), ())], None, "whole")

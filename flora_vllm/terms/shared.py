@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flora_vllm.errors import AdapterError
+
 # All live as long as some slot's contents or some term holds them.
 _known: "weakref.WeakValueDictionary[str, torch.Tensor]" = weakref.WeakValueDictionary()
 _wholes: "weakref.WeakValueDictionary[tuple, torch.Tensor]" = weakref.WeakValueDictionary()
@@ -59,11 +61,20 @@ def by_content(tensor: torch.Tensor) -> Shared:
 
 
 def held(factor: Shared, rows: slice, columns: slice, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A view of these rows and columns of the one copy of a factor in this dtype."""
+    """A view of these rows and columns of the one copy of a factor in this dtype.
+
+    Raises AdapterError for a factor that leaves its range: what looks at an adapter's own numbers never sees this one.
+    """
     key = (factor.key, dtype, device)
     whole = _wholes.get(key)
     if whole is None:
-        whole = _wholes[key] = factor.tensor.to(device, dtype)
+        whole = factor.tensor.to(device, dtype)
+        if whole.numel() and not torch.isfinite(torch.stack(whole.aminmax())).all():
+            raise AdapterError(
+                f"values of a shared factor leave the range of {dtype}, the model's dtype; serve the model "
+                "in bfloat16 or float32, or retrain with smaller factors"
+            )
+        _wholes[key] = whole
     part = whole[rows, columns]
     _whole_of[part] = whole
     return part
