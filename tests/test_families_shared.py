@@ -21,6 +21,7 @@ from peft.tuners.lokr.layer import factorization
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
 from flora_vllm.formats.base_model import base_layout, open_base
 from flora_vllm.formats.families.lokr import split
@@ -312,6 +313,18 @@ def test_a_thousand_vera_adapters_add_their_own_vectors_and_one_basis(tmp_path: 
     basis = 4 * 16 * (96 + 96)
     assert held_bytes() - before == basis
     assert own == 4 * 1000 * sum(1 + 16 + out_features for out_features, _ in shapes.values())
+
+
+def test_a_module_that_the_hugging_face_model_names_otherwise_has_no_number(tmp_path: Path) -> None:
+    """Trained without the head, and served with it."""
+    model = tiny_model("llama")
+    save_peft_adapter(tiny_model("llama"), tinylora(Q0)(), tmp_path)
+    terms = read_adapter(tmp_path).modules[Q0].terms
+    probe = ModelProbe(model, model.state_dict(), Q0)
+    assert len(resolve(terms, probe)) == 1
+    probe.module = Q0.removeprefix("model.")
+    with pytest.raises(AdapterError, match=r"module 'layers\.0\.self_attn\.q_proj' is not among the 1 that the config"):
+        resolve(terms, probe)
 
 
 @pytest.mark.parametrize("case", ["vera-unsaved", "tinylora-conv1d", "supertuning-unsaved"])

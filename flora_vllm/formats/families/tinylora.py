@@ -51,6 +51,11 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
 
     def build(probe: Probe) -> tuple[Term, ...]:
         targets = targets_in_order(probe, config)
+        if probe.module not in targets:
+            raise AdapterError(
+                f"module {probe.module!r} is not among the {len(targets)} that the config selects in the Hugging Face "
+                "model, whose order numbers them; train it on that class of the model"
+            )
         number = targets.index(probe.module)
         group = group_of(number, len(targets), config.get("weight_tying", 0.0))
         vector = module.shared.get(f"{TINYLORA_V}.{group}")
