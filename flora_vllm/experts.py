@@ -85,11 +85,12 @@ class ExpertLinear:
             return
         if self._shell is None:
             self._shell = Shell(self.kernel, self._sizes, device=self._device)
-        self._shell.write_slot(slot, terms)
+        # Noted first: a write that fails leaves a part of the terms, which is cleared by the same call as any slot.
         if slot not in self._slots:
             self._slots.add(slot)
             self._users[slot] += 1
-        elif terms is None:
+        self._shell.write_slot(slot, terms)
+        if terms is None:
             self._slots.remove(slot)
             self._users[slot] -= 1
 

@@ -1,5 +1,7 @@
 """Experts computed one by one against vLLM's fused CPU kernel, and the adapted ones against merged weights."""
 
+from dataclasses import replace
+
 import engine_support as support
 import pytest
 import torch
@@ -7,9 +9,10 @@ from device_stand_in import Device, OnDevice, on_host
 from experts_support import CPU, HIDDEN, INNER, Layer, low_rank, noise, some_tokens
 
 from flora_vllm.experts import ACTIVATIONS
+from flora_vllm.ops import shell
 from flora_vllm.ops.dispatch import NEVER
 from flora_vllm.ops.rare import Swapped
-from flora_vllm.ops.terms import SliceTerms
+from flora_vllm.ops.terms import SliceTerms, group_by_slot
 from flora_vllm.step import GraphSteps, Step
 
 # vLLM and what it imports warn: it is imported where the marks hold.
@@ -57,6 +60,34 @@ def test_adapted_rows_are_those_of_merged_weights_and_others_the_kernels_own():
         expert.gate_up.write_slot(2, None)
         expert.down.write_slot(2, None)
     assert torch.equal(adapted.forward(*(t[2:3] for t in tokens)), layer.fused(*(t[2:3] for t in tokens)))
+
+
+def test_a_write_that_fails_halfway_is_cleared_like_any(monkeypatch):
+    """There is no memory for the rare term; the low-rank one is in the slot by then."""
+    layer, step = Layer("silu"), Step()
+    adapted, experts = layer.adapted(step)
+    linear = experts[0].down
+    swapped = Swapped(noise(HIDDEN, seed=1), noise(HIDDEN, seed=2), 2)
+    terms = (replace(low_rank(HIDDEN, INNER, seed=50)[0], rare=(swapped,)),)
+    tokens = some_tokens(12)
+    step.set_mapping([1] * 12, {1: 1})
+
+    def no_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shell, "placed", no_memory)
+        with pytest.raises(MemoryError):
+            linear.write_slot(1, terms)
+    linear.write_slot(1, None)
+    assert torch.equal(adapted.forward(*tokens), layer.fused(*tokens)), "nobody uses the slot"
+    x, segments = noise(4, INNER, seed=3), group_by_slot([1] * 4)
+    assert torch.equal(linear.forward(x, segments), linear.forward(x, group_by_slot([0] * 4)))
+    # And the slot counts once, whatever failed before.
+    linear.write_slot(1, terms)
+    assert not torch.equal(adapted.forward(*tokens), layer.fused(*tokens))
+    linear.write_slot(1, None)
+    assert torch.equal(adapted.forward(*tokens), layer.fused(*tokens))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
