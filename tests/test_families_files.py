@@ -170,6 +170,16 @@ def test_unilora_without_indices_needs_the_model(tmp_path: Path) -> None:
         resolve(adapter.modules[Q0].terms, probe)
 
 
+def test_unilora_draws_nothing_for_what_is_saved_whole(tmp_path: Path) -> None:
+    """Though target_modules names it: every other module's numbers come from another place of the draw without it."""
+    config = peft.UniLoraConfig(
+        r=3, theta_d_length=50, target_modules=["q_proj", "o_proj", "up_proj"], modules_to_save=["o_proj", "lm_head"]
+    )
+    error, effect = worst_errors(config, tmp_path, "llama")
+    assert effect > 0.01
+    assert error < 1e-4
+
+
 def test_indices_outside_are_refused(tmp_path: Path) -> None:
     config = peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=["q_proj"], save_indices=True)
     save_filled(tiny_model("llama"), config, tmp_path / "unilora")

@@ -208,19 +208,30 @@ patterns = st.none() | st.sampled_from(["layers", "h", "experts"]) | st.lists(st
 
 
 @settings(max_examples=300, deadline=None)
-@example(["q_proj"], None, 1, "layers")
-@example(["q_proj"], None, [1], None)
-@example(["q_proj", "model.layers.1.self_attn.q_proj"], None, [2], "experts")
-@given(name_lists | regexes, st.none() | name_lists | regexes, layer_choice, patterns)
-def test_targets_match_as_in_peft(target: list | str, exclude: list | str | None, layers, pattern) -> None:
+@example(["q_proj"], None, 1, "layers", None)
+@example(["q_proj"], None, [1], None, None)
+@example(["q_proj", "model.layers.1.self_attn.q_proj"], None, [2], "experts", None)
+@example(".*", None, None, None, ["mlp", "1|2"])
+@given(
+    name_lists | regexes,
+    st.none() | name_lists | regexes,
+    layer_choice,
+    patterns,
+    st.none() | st.lists(names | regexes, max_size=2),
+)
+def test_targets_match_as_in_peft(target: list | str, exclude: list | str | None, layers, pattern, whole) -> None:
     if isinstance(target, str):
         layers = pattern = None
     elif not layers and layers != 0:
         pattern = None
     config = LoraConfig(
-        target_modules=target, exclude_modules=exclude, layers_to_transform=layers, layers_pattern=pattern
+        target_modules=target,
+        exclude_modules=exclude,
+        layers_to_transform=layers,
+        layers_pattern=pattern,
+        modules_to_save=whole,
     )
-    targets = Targets(target, exclude, layers, pattern)
+    targets = Targets(target, exclude, layers, pattern, whole)
     for module in MODULES:
         wanted = peft.tuners.tuners_utils.check_target_module_exists(config, module)
         assert targets.select(module) == bool(wanted), module

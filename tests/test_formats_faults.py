@@ -56,6 +56,7 @@ CONFIG_CASES = {
         {"modules_to_save": ["score"] * 65},
         "allowed: null or at most 64 names of modules",
     ),
+    "modules-to-save-regex": ({"modules_to_save": ["(q"]}, "'modules_to_save' is ['(q']; allowed: null or at most 64"),
     "targets-missing": ({"target_modules": ...}, "key 'target_modules' is missing"),
     "targets-null": ({"target_modules": None}, "'target_modules' is None"),
     "targets-type": ({"target_modules": [1]}, "'target_modules' is [1]"),

@@ -140,6 +140,12 @@ def test_patterns_share_their_time(flora: Path) -> None:
     assert "takes too long to match module names" in refused(flora)
 
 
+def test_names_of_what_is_saved_whole_share_their_time(flora: Path) -> None:
+    """They are patterns, too."""
+    edit_config(flora, modules_to_save=[f"(?:.|..|...)+[#!]{'[#!]' * i}" for i in range(1, 60)])
+    assert "takes too long to match module names" in refused(flora)
+
+
 def write_header(flora: Path, header: bytes, data: bytes = b"") -> None:
     (flora / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + data)
 

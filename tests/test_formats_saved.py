@@ -123,6 +123,19 @@ def test_a_module_that_the_config_says_is_saved_is_in_the_file(tmp_path: Path) -
         assert f"modules_to_save names ['{name}'], of which the file has no tensor" in the_fault(path, layout=layout())
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_module_that_is_saved_whole_is_not_adapted(tmp_path: Path) -> None:
+    """As PEFT has it, whatever target_modules says; what lies in such a module is not adapted either."""
+    path = saved(tmp_path / "a", peft.LoraConfig(target_modules=[Q0, "lm_head"], modules_to_save=["lm_head"]))
+    found = examine(path, layout=layout())
+    assert not found.faults
+    assert found.adapter is not None
+    assert set(found.adapter.modules) == {Q0}
+    assert set(found.adapter.saved) == {"lm_head.weight"}
+    edit_config(path, modules_to_save=["lm_head", "self_attn"])
+    assert f"module '{Q0}' has tensors but the config does not select it" in the_fault(path, layout=layout())
+
+
 def test_rows_that_act_on_every_token_are_none_of_an_adapter_that_does_not(tmp_path: Path) -> None:
     path = saved(tmp_path / "a", peft.LoraConfig(**LORA, trainable_token_indices=[3, 1, 9]))
     edit_config(path, alora_invocation_tokens=[5])

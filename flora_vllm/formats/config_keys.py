@@ -140,7 +140,11 @@ TARGETS: Mapping[str, Key] = {
     "fan_in_fan_out": BOOLEAN,
     "modules_to_save": Key(
         f"null or at most {MAX_SAVED} names of modules that are saved whole",
-        lambda value: value is None or (_is_names(value) and len(value) <= MAX_SAVED),
+        # As expressions, with which PEFT keeps what they fit from being adapted.
+        lambda value: (
+            value is None
+            or (_is_names(value) and len(value) <= MAX_SAVED and all_speak_re(value, within=r"(^|.*\.){}($|\..*)"))
+        ),
     ),
     activation.KEY: Key(activation.ALLOWED, activation.is_invocation),
 }

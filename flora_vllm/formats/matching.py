@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.patterns import full_match, match_start, name_patterns
+from flora_vllm.formats.patterns import any_match_start, full_match, match_start, name_patterns
 
 ALL_LINEAR = "all-linear"
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "score", "classifier"})
@@ -29,6 +29,7 @@ class Targets:
     exclude_modules: str | Collection[str] | None = None
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None  # patterns, too: what lies in one of these is not adapted
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Targets":
@@ -44,6 +45,7 @@ class Targets:
             _as_set(config.get("exclude_modules")),
             _as_set(config.get("layers_to_transform")),
             layers,
+            config.get("modules_to_save"),
         )
 
     @property
@@ -64,6 +66,8 @@ class Targets:
         return _ends_with_one_of(module, self.target_modules) and self._layer_is_chosen(module)
 
     def _is_excluded(self, module: str) -> bool:
+        if any_match_start(tuple(rf"(^|.*\.){saved}($|\..*)" for saved in self.modules_to_save or ()), module):
+            return True
         if not self.exclude_modules:
             return False
         if isinstance(self.exclude_modules, str):

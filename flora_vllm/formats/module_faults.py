@@ -23,7 +23,9 @@ UNSUPPORTED_MODULES: Mapping[str, str] = {
 MAX_PREFIXES = 64
 _NUMBER = "#"  # in such a prefix: any, the same in both
 _MEANINGS = {"R": "rank", "I": "in features", "O": "out features"}
-_UNSELECTING_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
+_UNSELECTING_KEYS = frozenset(
+    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+)
 
 Records = Mapping[str, TensorRecord]
 
@@ -78,7 +80,7 @@ def module_faults(
             yield (
                 f"module {module!r} has tensors but the config does not select it "
                 f"(target_modules {shown(config.values['target_modules'])}); PEFT would not apply them: "
-                "correct target_modules, exclude_modules or layers_to_transform, or remove the tensors"
+                "correct target_modules, exclude_modules, modules_to_save or layers_to_transform, or remove the tensors"
             )
     if layout is not None:
         all_are = family.implied(config.values)

@@ -86,6 +86,12 @@ def match_start(pattern: str, text: str) -> "regex.Match[str] | None":
     return _stopwatch(pattern).run(_compiled(pattern).match, text, pattern)
 
 
+def any_match_start(patterns: tuple[str, ...], text: str) -> bool:
+    """Whether `re.match` finds any; they have the time of one pattern together. Raises AdapterError likewise."""
+    stopwatch = _stopwatch(patterns)
+    return any(stopwatch.run(_compiled(pattern).match, text, pattern) is not None for pattern in patterns)
+
+
 @functools.lru_cache(maxsize=4 * MAX_PATTERNS)
 def _compiled(pattern: str) -> "regex.Pattern[str]":
     return regex.compile(pattern)
@@ -181,5 +187,5 @@ class _Stopwatch:
 
 
 @functools.lru_cache(maxsize=1024)
-def _stopwatch(_pattern: str) -> _Stopwatch:
+def _stopwatch(_of: str | tuple[str, ...]) -> _Stopwatch:
     return _Stopwatch()

@@ -21,7 +21,7 @@ from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 THETA = "unilora_theta_d"
 INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"
 SCALES_A, SCALES_B = "unilora_scales_A", "unilora_scales_B"
-_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
 def _saved(config: Config) -> bool:
