@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 
 from flora_vllm.adapter import Adapter, ModelLayout
 from flora_vllm.errors import MAX_MESSAGE_BYTES, AdapterError
-from flora_vllm.formats import read_adapter
+from flora_vllm.formats import activation, read_adapter
 from flora_vllm.formats.config_keys import ANYTHING, BOOKKEEPING, NOTHING
 from flora_vllm.formats.families.table import family_of
 from flora_vllm.terms import merged, resolve
@@ -238,14 +238,14 @@ def difference(weights: Weights, path: Path, task: str | None) -> str | None:
 
 def _restore_what_never_matters(path: Path, original: Path) -> bool:
     """Give the keys that describe the training, and those at one of several forms of nothing, which PEFT may choke on,
-    back their values; whether one changed."""
+    back their values, and the one that says which tokens an adapter acts on; whether one changed."""
     config = json.loads((path / CONFIG).read_text())
     old = json.loads((original / CONFIG).read_text())
     _, family = family_of(config)
     assert family is not None
     before = dict(config)
     idle = {key for key, rule in family.keys.items() if rule in (ANYTHING, NOTHING)}
-    idle |= {key for key, value in config.items() if value in _EMPTY and old.get(key) in _EMPTY}
+    idle |= {key for key, value in config.items() if value in _EMPTY and old.get(key) in _EMPTY} | {activation.KEY}
     for key in idle | (BOOKKEEPING.keys() - {"peft_type"}):
         config.pop(key, None)
         if key in old:

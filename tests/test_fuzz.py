@@ -50,6 +50,8 @@ FOUND: dict[str, tuple[dict, str]] = {
     "vblora": ({"topk": 64}, "topk is 64"),
     "vblora-weights": ({"modules_to_save": ["q_proj"]}, "of which the file has no tensor"),
     "tinylora-one-vector": ({"weight_tying": 3}, "'weight_tying' is 3; allowed: a number from 0 to 1"),
+    "waveft": ({"scaling": 10**30}, "'scaling' is 10000"),
+    "waveft-coif3": ({"scaling": 3e38}, "leaves the range of float32"),
     "supertuning-unsaved": ({"lora_alpha": 3}, "lora_alpha is set and r is null"),
 }
 

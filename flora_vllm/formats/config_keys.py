@@ -31,10 +31,10 @@ def _is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value))
-    except OverflowError:
-        return False
+    """Whether it is finite, and no integer that torch cannot multiply by."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 63
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_regex(value: object, within: str = "{}") -> bool:
@@ -84,7 +84,7 @@ SERIES, MAX_TASKS = integer(1, 1000), 4096
 ANYTHING = Key("anything", lambda _value: True)
 BOOLEAN = Key("true or false", lambda value: isinstance(value, bool))
 RANK = Key("an integer of at least 1", is_rank, required=True)
-NUMBER = Key("a finite number", is_number, required=True)
+NUMBER = Key("a finite number, an integer below 2^63", is_number, required=True)
 RANK_PATTERN = Key("an object of module name or regex -> integer of at least 1", _is_pattern_of(is_rank))
 NUMBER_PATTERN = Key("an object of module name or regex -> finite number", _is_pattern_of(is_number))
 MODULES = Key(

@@ -87,7 +87,10 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
         key = f"waveft {config['wavelet_family']} {shape} {count} {seed}"
         up = Shared(f"{key} out", (shape[0], count), lambda: side(0))
         down = Shared(f"{key} in", (count, shape[1]), lambda: side(1).T.contiguous())
-        return (Added(down, up, mid=spectrum.float() * config["scaling"]),)
+        scaled = spectrum.float() * config["scaling"]
+        if not scaled.isfinite().all():
+            raise AdapterError(f"its {SPECTRUM} times scaling leaves the range of float32; retrain with a smaller one")
+        return (Added(down, up, mid=scaled),)
 
     size = 0 if module.config.get("use_idwt", True) else 12 * len(spectrum)
     return (FromBase(build, (spectrum,), shape=(scope.out_features, scope.in_features), dense_bytes=size),)
