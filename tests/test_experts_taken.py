@@ -224,7 +224,7 @@ def test_terms_that_change_the_last_bias_know_what_all_ranks_add(settings, monke
 def test_each_rank_serves_its_own_experts(settings, monkeypatch):
     """Expert parallelism. All rows have terms here: vLLM's CPU kernel, which others take, knows no part of experts."""
     from flora_vllm.plugin.attach import Attached
-    from flora_vllm.plugin.loader import model_layout
+    from flora_vllm.plugin.model_layout import model_layout
     from flora_vllm.plugin.probe import EngineBase
 
     layer = Layer("silu")
@@ -266,7 +266,7 @@ def test_experts_are_found_by_the_names_of_checkpoints_and_of_transformers(runne
 
     from flora_vllm.plugin.attach import Attached
     from flora_vllm.plugin.experts import take_over
-    from flora_vllm.plugin.loader import model_layout
+    from flora_vllm.plugin.model_layout import model_layout
 
     path = "model.layers.0.block_sparse_moe.experts"
     taken = take_over(path, runner, Step(), CPU)

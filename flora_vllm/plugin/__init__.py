@@ -15,6 +15,7 @@
     encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are
     encoder_order.py  the order in which vLLM's runners encode
     loader.py         one adapter directory -> what a worker keeps
+    model_layout.py   what a checkpoint may address in a model
     module_names.py   what a checkpoint calls a module -> what the engine calls it
     planned.py        the same of an adapter like one met before, in a fraction of the time
     memory.py         adapters in memory and in slots within a number of bytes
