@@ -4,6 +4,7 @@ import contextlib
 import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,33 @@ def test_a_copy_that_another_rank_lacks_is_not_read(tmp_path: Path, monkeypatch:
     original.rmdir()
     with pytest.raises(AdapterError, match="nothing is there"):
         loader.load(1, original, again=True)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_mix_reads_a_part_where_the_part_is_kept(copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An upload's directory is gone once it was loaded. Ranks that differ in their copies read where it came from."""
+    from flora_vllm.plugin.mixes import Part
+
+    original = tmp_path / "original"
+    original.mkdir()
+    (tmp_path / "copies").mkdir()
+    (original / "file").write_text("content")
+    loader = Loader(tmp_path / "copies", monkeypatch)
+    loader.load(1, original)
+    shutil.rmtree(original)
+    own = loader.loader
+    own._collected = lambda place, *_: (own._read("", place)[0], [])
+    own._examined = lambda *_: SimpleNamespace(family="any")
+    own._mix = lambda name, parts, cut: cut[0]
+    monkeypatch.setattr("flora_vllm.plugin.loader.warn_of", lambda *_: None)
+    loader.others_have_copies = copies
+    part = Part(0.5, "a1", str(original))
+    for read in (lambda: own._read_mix("m", [part], None)[0], lambda: own._part(part, *own._place_of(part)).files):
+        if copies:
+            assert [bytes(content) for content in read().values()] == [b"content"]
+        else:
+            with pytest.raises(AdapterError, match="nothing is there"):
+                read()
 
 
 def test_copies_of_the_unloaded_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):

@@ -356,7 +356,11 @@ def test_an_adapters_files_can_be_sent_instead_of_a_path(client: Client, world: 
         response = _upload(client, {"lora_name": "sent", "load_inplace": str(bool(turn))}, files)
         assert response.status_code == 200, response.text
         assert world.oracle().error(world.states["flora5"], ask, client.ask("sent", ask.prompt)) < LOGPROB_TOLERANCE
-    assert client.unload("sent")[0] == 200
+    # Its directory is gone.
+    assert client.post("load_lora_adapter", {"lora_name": "mixed", "mix": {"sent": 1.0}})[0] == 200
+    assert world.oracle().error(world.states["flora5"], ask, client.ask("mixed", ask.prompt)) < LOGPROB_TOLERANCE
+    for name in ("sent", "mixed"):
+        assert client.unload(name)[0] == 200
     pickled = _upload(client, {"lora_name": "sent"}, files | {"weights": b"\x80\x04."})
     assert pickled.status_code == 400
     assert "cannot be served" in pickled.json()["error"]["message"]

@@ -226,7 +226,10 @@ class AdapterLoader:
         """The adapter that the parts become, as `flora-vllm merge` would write it: files of its own, read like any."""
         method = mix.method
         assert method is not None, "the sum of parts is no merge"
-        parts = [together(repr(name), self._device, functools.partial(self._part, part)) for part in mix.parts]
+        parts = [
+            together(repr(name), self._device, functools.partial(self._part, part, *self._place_of(part)))
+            for part in mix.parts
+        ]
 
         def merge() -> tuple[dict[str, bytearray], Adapter]:
             if isinstance(method, Routing):
@@ -241,10 +244,19 @@ class AdapterLoader:
         merged, adapter = together(repr(name), self._device, merge)
         return merged, together(repr(name), self._device, lambda: self._cut_once(repr(name), merged, adapter, None))
 
-    def _part(self, part: Part) -> LoraPart:
-        plain, digest = split_identity(part.name)
+    def _place_of(self, part: Part) -> tuple[Path | str, str | None]:
+        """(where every rank finds its files, task): the copy of an adapter that is loaded, whose own directory may be
+        gone (an upload's is, once it was answered); else that."""
         directory, task = split_task(part.path)
-        files, faults = self._collected(directory, digest, task)
+        # Adapters are removed between steps while this reads beside them.
+        ids = [number for number, name in [*self._names.items()] if name == part.name]
+        copy = self._root / str(ids[0]) if ids else None
+        has_copy = all_agree(copy is not None and copy.is_dir(), self._device)
+        return (copy if copy is not None and has_copy else directory), task
+
+    def _part(self, part: Part, place: Path | str, task: str | None) -> LoraPart:
+        plain, digest = split_identity(part.name)
+        files, faults = self._collected(place, digest, task)
         where = f"{plain!r} ({part.path})"
         adapter = self._examined(where, files, faults, task)
         warn_of(adapter.family, where)
@@ -256,8 +268,10 @@ class AdapterLoader:
         cut: list[CutAdapter] = []
         for number, part in enumerate(parts):
             plain, digest = split_identity(part.name)
-            directory, task = split_task(part.path)
-            place, digest = (directory, digest) if copy is None else (copy / str(number), None)
+            if copy is None:
+                place, task = self._place_of(part)
+            else:
+                place, task, digest = copy / str(number), split_task(part.path)[1], None
             part_files, adapter = self._read(plain, place, digest, part.path, task)
             files |= {f"{number}/{file}": content for file, content in part_files.items()}
             cut.append(adapter)
