@@ -24,6 +24,7 @@ from patched_encoder import encoder_results, speech_results
 
 from flora_vllm.errors import AdapterError, ConfigError
 from flora_vllm.plugin import hooks
+from flora_vllm.plugin.lent import LENT
 
 FLORA = {"flora": {"max_rank": 4}}
 ROOT_FAULT = "adapter 'bad' (x) cannot be served (2 faults):\n  - it's \"broken\"\n  - twice"
@@ -253,7 +254,12 @@ async def serving_results(place: Path) -> list[Any]:
     note(await models.resolve_lora("two"))
     note(await models.resolve_lora("absent"))
     note(await models.resolve_lora("bad"))
+    lent = LENT.lend(models.lora_requests["a"])
     await unload("a")
+    await asyncio.sleep(0.15)
+    client.engine_core.note("given back")
+    del lent
+    await asyncio.sleep(0.25)
     await unload("a")
     return [*seen, client.engine_core.calls]
 

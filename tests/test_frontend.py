@@ -1,10 +1,21 @@
 """Names, identities and error texts, without a server."""
 
+import asyncio
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from flora_vllm.errors import adapter_error
+from flora_vllm.plugin import frontend, guard, mixes
+from flora_vllm.plugin.access import ScopedRequests
 from flora_vllm.plugin.identity import identity, plain_name, split_identity
+from flora_vllm.plugin.lent import LENT
 from flora_vllm.plugin.refusals import our_message
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -32,3 +43,72 @@ def test_our_message_is_found_in_the_engines_text() -> None:
 
 def test_other_errors_are_not_ours() -> None:
     assert our_message("CUDA out of memory") is None
+
+
+MIX = mixes.Mix((mixes.Part(1.0, f"poems@{DIGEST[:16]}", "nowhere"),))
+
+
+class Engine:
+    """As much of vLLM's asynchronous engine as loads and unloads need: what it was asked for, and when it answers."""
+
+    def __init__(self, engines: int = 1) -> None:
+        parallel = SimpleNamespace(_api_process_count=1, _api_process_rank=0, data_parallel_size=engines)
+        self.vllm_config = SimpleNamespace(additional_config={"flora": {}}, parallel_config=parallel)
+        self.calls: list[tuple[str, int]] = []
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self.fault: Exception | None = None
+        self.on_remove: Callable[[], Any] = lambda: None
+
+    async def add_lora(self, request: Any) -> bool:
+        self.calls.append(("add", request.lora_int_id))
+        await self.ready.wait()
+        if self.fault is not None:
+            raise self.fault
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.calls.append(("remove", lora_id))
+        self.on_remove()
+        return True
+
+    async def until_asked(self) -> None:
+        while not self.calls:
+            await asyncio.sleep(0.001)
+
+
+def models_of(engine: Engine) -> Any:
+    """The server's models, as guard.py leaves them."""
+    counter = itertools.count(1)
+    return SimpleNamespace(
+        engine_client=engine,
+        lora_requests=ScopedRequests(),
+        lora_resolver_lock=guard.Locks(),
+        lora_id_counter=SimpleNamespace(inc=lambda _: next(counter)),
+        static_lora_modules=[],
+        lora_resolvers=[],
+    )
+
+
+async def done(models: Any) -> None:
+    while tasks := models.__dict__.get("_flora_tasks"):
+        await asyncio.gather(*tasks)
+
+
+def test_what_a_handler_may_still_ask_with_is_released_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tokens of a beam search, and two turns of a response, the engine knows of no request."""
+    monkeypatch.setattr(frontend, "_POLL_S", 0.001)
+
+    async def scenario() -> None:
+        models = models_of(engine := Engine())
+        await frontend.admit(models, "both", MIX)
+        lent = [LENT.lend(models.lora_requests["both"]) for _ in range(2)]
+        await frontend.release(models, models.lora_requests.pop("both"))
+        for _ in range(2):
+            await asyncio.sleep(0.02)
+            assert engine.calls == [("add", 1)]
+            lent.pop()
+        await done(models)
+        assert engine.calls == [("add", 1), ("remove", 1)]
+
+    asyncio.run(scenario())

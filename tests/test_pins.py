@@ -40,6 +40,7 @@ def _manager(slots: int, places: int) -> Any:
     worker: Any = object.__new__(FloraWorkerManager)
     worker._adapter_manager, worker._memory = manager, MemoryBudget(None, slots)
     worker._ran = set()
+    worker._loader = SimpleNamespace(retire=lambda _: None, is_of=lambda number, name: name == f"a{number}")
     worker._load_adapter = lambda request, **_: LoadedAdapter(request.lora_int_id, 1, {})
     return worker
 
@@ -85,9 +86,19 @@ def test_a_load_is_refused_where_pins_leave_no_room(slots: int, places: int):
     with pytest.raises(AdapterError, match="pinned adapters have all 1 slots"):
         worker.let_in(LoadedAdapter(2, 1, {}), (), again=True)
     assert worker.add_adapter(*_requests(1))
-    worker._loader = SimpleNamespace(retire=lambda _: None)
     assert worker.remove_adapter(1)
     assert worker.let_in(LoadedAdapter(2, 1, {}), (), again=True) == ()
+
+
+def test_an_id_that_has_other_content_is_loaded_anew():
+    from vllm.lora.request import LoRARequest
+
+    worker, loaded = _manager(2, 2), []
+    load = worker._load_adapter
+    worker._load_adapter = lambda request, **how: (loaded.append(request.lora_name), load(request, **how))[1]
+    for name in ("a1", "a1", "other"):
+        worker.add_adapter(LoRARequest(name, 1, "/nowhere"))
+    assert loaded == ["a1", "other"]
 
 
 def test_who_only_loads_takes_no_adapters_slot():

@@ -181,6 +181,17 @@ def test_two_who_ask_share_a_load_and_other_content_is_another():
     assert len(core.ranks[0].given) == 3
 
 
+def test_an_id_that_has_other_content_is_loaded_anew():
+    core = Core()
+    for name in ("a1@old", "a1@new", "a1@old"):
+        answer: Any = core.loading.add(_request(1, name))
+        core.poll(1)
+        assert answer.result(0)
+        core.ranks[0].ready.clear()
+        assert core.loading.add(_request(1, name)) is True, "it is there"
+    assert not core.loading.is_busy
+
+
 def test_one_is_let_in_at_a_time():
     core = Core()
     answers: list[Any] = [core.loading.add(_request(adapter)) for adapter in (1, 2)]

@@ -18,6 +18,7 @@ from flora_vllm.plugin.identity import identity
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LONG = 1500  # tokens: some seconds, so that it still runs when a busy machine comes back to the test
+BEAM_TOKENS = 600
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,51 @@ def test_unload_lets_a_running_request_finish(client: Client, world: World, tmp_
     shutil.rmtree(folder)
     assert "b" not in client.names()
     assert regret(world.oracle(), world.states["hira"], ask, running.answer()) < 1e-3
+
+
+def beams(client: Client, ask: Ask) -> list[str]:
+    completion = client.openai.completions.create(
+        model="e",
+        prompt=list(ask.prompt),
+        max_tokens=BEAM_TOKENS,
+        n=2,
+        temperature=0,
+        extra_body={"use_beam_search": True, "ignore_eos": True},
+    )
+    return [choice.text for choice in completion.choices]
+
+
+def test_beams_are_of_the_content_that_they_began_with(client: Client, world: World, tmp_path: Path) -> None:
+    """Between two tokens of theirs no request of the adapter runs."""
+    folder, ask = tmp_path / "e", make_ask(9)
+
+    def load(name: str) -> None:
+        publish(world, name, folder)
+        assert client.load("e", folder, load_inplace=True)[0] == 200
+
+    wanted = {}
+    for name in ("flora1", "ia3"):
+        load(name)
+        wanted[name] = beams(client, ask)
+    assert wanted["flora1"] != wanted["ia3"]
+    with ThreadPoolExecutor(1) as pool:
+        for before, after, is_unloaded in (("ia3", "flora1", False), ("flora1", "ia3", True)):
+            ended = client.metric("vllm:request_success_total")
+            running = pool.submit(beams, client, ask)
+            while not running.done() and client.metric("vllm:request_success_total") < ended + 20:
+                time.sleep(0.002)  # until some of its tokens have come
+            if is_unloaded:
+                assert client.unload("e")[0] == 200
+            load(after)
+            time.sleep(0.3)  # some looks for whether it is in use
+            assert not running.done(), "it must still run"
+            assert running.result(120) == wanted[before]
+            assert beams(client, ask) == wanted[after]
+    assert client.unload("e")[0] == 200
+    deadline = time.monotonic() + 30
+    while client.metric("vllm:num_cpu_loaded_lora_adapters"):
+        assert time.monotonic() < deadline, "nobody can ask with them any more"
+        time.sleep(0.1)
 
 
 def test_an_evicted_adapter_outlives_its_directory(client: Client, world: World, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _request(adapter: int, **more: Any) -> Any:
 
 def test_requests_wait_for_a_slot_a_load_or_memory() -> None:
     loading = prefetch.Loading(SimpleNamespace())
-    loading._held = {1, 2, 3}
+    loading._held = dict.fromkeys((1, 2, 3), "")
     loading._loads = {
         0: prefetch._Load(SimpleNamespace(lora_int_id=4), again=True),
         1: prefetch._Load(SimpleNamespace(lora_int_id=5), again=True, lacks_room=True),

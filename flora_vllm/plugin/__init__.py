@@ -34,6 +34,7 @@
     preload.py        an engine's adapters: known by their content, loaded before the first request is queued
     refusals.py       our refusal of an adapter, found in an engine's error
     frontend.py       server side: names and identities, load, unload, resolvers
+    lent.py           which adapters its request handlers may still ask with
     guard.py          which names, paths and digests are taken, what an answer may say
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see

@@ -8,7 +8,8 @@ import importlib
 from typing import Any
 
 from flora_vllm.plugin.hooks import offers
-from flora_vllm.plugin.preload import NAMED, options_of_engine
+from flora_vllm.plugin.options import options_of_engine
+from flora_vllm.plugin.preload import NAMED
 
 
 def install() -> None:

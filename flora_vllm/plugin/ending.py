@@ -9,7 +9,7 @@ import importlib
 import logging
 from typing import Any
 
-from flora_vllm.plugin.preload import options_of_engine
+from flora_vllm.plugin.options import options_of_engine
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,10 @@ from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
+from flora_vllm.plugin.lent import LENT, UNLOADS
 from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, ENCODED
-from flora_vllm.plugin.options import FloraOptions
-from flora_vllm.plugin.preload import NAMED, options_of_engine
+from flora_vllm.plugin.options import FloraOptions, options_of_engine
+from flora_vllm.plugin.preload import NAMED
 from flora_vllm.plugin.published import identity_of
 from flora_vllm.plugin.refusals import refusal
 
@@ -135,14 +136,13 @@ async def _resolve_lora(original: Any, self: Any, lora_name: str) -> Any:
 
 
 _SERVING = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
-_UNLOADS = f"{_SERVING}._release_lora"  # patches/0003
 _ADMISSION = f"{_SERVING}.admit_lora"  # patches/0011
 # Method -> ours, and what vLLM would have to offer to make it needless.
 _REPLACEMENTS = {
     "model_name": (_model_name, NAMED),
     "show_available_models": (_show_available_models, NAMED),
     "load_lora_adapter": (_load_lora_adapter, _ADMISSION),
-    "unload_lora_adapter": (_unload_lora_adapter, _UNLOADS),
+    "unload_lora_adapter": (_unload_lora_adapter, UNLOADS),
     "resolve_lora": (_resolve_lora, _ADMISSION),
 }
 
@@ -356,9 +356,11 @@ def _retire(self: Any, known: str) -> None:
 
 
 def _in_flight(engine: Any, lora_name: str) -> bool:
+    """Whether the engine runs a request of this adapter, or a handler may still ask with it."""
     processor = getattr(engine, "output_processor", None)
     states = processor.request_states.values() if processor is not None else ()
-    return any(identity_of(state) == lora_name for state in states)
+    is_lent = any(request.lora_name == lora_name for request in LENT.requests())
+    return is_lent or any(identity_of(state) == lora_name for state in states)
 
 
 def _in_background(self: Any, coroutine: Any) -> None:

@@ -45,6 +45,7 @@ def install_all() -> None:
         frontend,
         gate,
         guard,
+        lent,
         mix_requests,
         restarted,
         stored_responses,
@@ -56,6 +57,7 @@ def install_all() -> None:
     gate.install()
     _once("mixes", mix_requests.install)
     _once("default adapters", default_adapters.install)
+    _once("lent adapters", lent.install)
     _once("stored responses", stored_responses.install)
     _once("restarted", restarted.install)
     _once("ending", ending.install)

@@ -159,6 +159,10 @@ class AdapterLoader:
         self._retired.pop(adapter_id, None)
         return adapter
 
+    def is_of(self, adapter_id: int, lora_name: str) -> bool:
+        """Whether what was loaded last under this id is this adapter."""
+        return self._names.get(adapter_id) == lora_name
+
     def forget_base(self) -> None:
         """Its weights may be others from now on."""
         self._base.forget()

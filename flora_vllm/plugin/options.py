@@ -143,3 +143,8 @@ def options_of(additional_config: Any) -> FloraOptions | None:
     if not isinstance(additional_config, Mapping) or KEY not in additional_config:
         return None
     return FloraOptions.from_mapping(additional_config[KEY])
+
+
+def options_of_engine(engine: Any) -> FloraOptions | None:
+    """The options of this engine; None if it does not serve FLoRA, or is a stand-in without a config."""
+    return options_of(getattr(getattr(engine, "vllm_config", None), "additional_config", None))

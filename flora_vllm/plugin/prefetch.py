@@ -15,7 +15,7 @@ import importlib
 import itertools
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Loading:
         self._tickets = itertools.count()
         self._loads: dict[int, _Load] = {}  # by ticket, in the order in which they began
         asleep.while_busy(self)
-        self._held: set[int] = set()
+        self._held: dict[int, str] = {}  # id -> identity
         self._promised: set[int] = set()  # loaded for a waiting request: they stay until it runs
         self._last_poll = 0.0
         self._asked: Future | None = None  # what is done, in the workers' turn
@@ -77,7 +77,8 @@ class Loading:
     def add(self, request: Any) -> bool | Future:
         """What `add_lora` answers: at once of an adapter that is held, or later."""
         adapter = request.lora_int_id
-        if adapter in self._held and not request.load_inplace and self._load_of(adapter) is None:
+        is_held = self._held.get(adapter) == request.lora_name  # and not other content
+        if is_held and not request.load_inplace and self._load_of(adapter) is None:
             return self._is_without_memory() or self._core.model_executor.add_lora(request)
         load = self._load_of(adapter)
         if load is None or load.request.lora_name != request.lora_name:
@@ -91,7 +92,7 @@ class Loading:
         loads = [load for load in self._loads.values() if load.request.lora_int_id == adapter]
         for load in loads:
             load.is_cancelled = True
-        self._held.discard(adapter)
+        self._let_go([adapter])
         return self._core.model_executor.remove_lora(adapter) or bool(loads)
 
     def is_ready(self, request: Any) -> bool:
@@ -148,8 +149,12 @@ class Loading:
 
     def _heard(self, answers: list[tuple[list[int], list[int]]]) -> list[list[int]]:
         for _, gone in answers:
-            self._held.difference_update(gone)
+            self._let_go(gone)
         return [done for done, _ in answers]
+
+    def _let_go(self, adapters: Iterable[int]) -> None:
+        for adapter in adapters:
+            self._held.pop(adapter, None)
 
     def _is_without_memory(self) -> bool:
         """Asleep, slots have none, and the base, which a load may ask. A trainer loads before the KV cache wakes."""
@@ -193,17 +198,17 @@ class Loading:
         keep = self._in_use()
         found = self._core.collective_rpc(_finish, args=(ticket, keep, load.answer is None))
         error = next((one.error for one in found if one.error is not None), None)
-        self._held.difference_update(found[0].evicted)
+        self._let_go(found[0].evicted)
         if error is not None:
             del self._loads[ticket]
             if any(one.error is None for one in found):  # never on some ranks only
                 self._core.model_executor.remove_lora(adapter)
             if load.answer is None:
-                self._held.add(adapter)  # the step will find the fault, too, and end its requests
+                self._held[adapter] = load.request.lora_name  # the step will find the fault, too, and end its requests
             self._answer(load, error)
             return False
         if found[0].is_held:
-            self._held.add(adapter)
+            self._held[adapter] = load.request.lora_name
             if load.answer is None:
                 self._promised.add(adapter)
         elif load.answer is None:
@@ -212,7 +217,7 @@ class Loading:
                 return False  # these end some time
             self._forget(ticket)
             if not keep:
-                self._held.add(adapter)  # let the step say why there is no room
+                self._held[adapter] = load.request.lora_name  # let the step say why there is no room
             return False  # of a paused engine, whose pause waits for this: asked for again when it goes on
         # Even of one that found no room: requests may come.
         activation.learn_start(self._core, load.request)

@@ -16,21 +16,17 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
-from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.errors import AdapterError, adapter_error, without_paths
 from flora_vllm.formats import content_digest, split_task
 from flora_vllm.plugin.handed import on_disk, plain
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
-from flora_vllm.plugin.options import FloraOptions, options_of
+from flora_vllm.plugin.lent import is_lent
+from flora_vllm.plugin.options import options_of_engine
 from flora_vllm.plugin.refusals import INVALID, refusal
 
 NAMED = "vllm.lora.request:LoRARequest.served_name"  # patches/0008
 _identified: ContextVar[bool] = ContextVar("flora_identified", default=False)
-
-
-def options_of_engine(engine: Any) -> FloraOptions | None:
-    """The options of this engine; None if it does not serve FLoRA, or is a stand-in without a config."""
-    return options_of(getattr(getattr(engine, "vllm_config", None), "additional_config", None))
 
 
 @contextlib.contextmanager
@@ -112,8 +108,16 @@ async def _load_async(engine: Any, lora_request: Any, load: Callable[[Any], Any]
         return await load(lora_request)
     with contextlib.ExitStack() as kept:
         given = await asyncio.to_thread(kept.enter_context, on_disk(lora_request))  # it may be large
-        request = given if _identified.get() else await asyncio.to_thread(_identify, engine, given)
-        result = await load(request)
+        # What is at its path now may be other content than that which was lent: the workers refuse it.
+        has_identity = _identified.get() or is_lent(lora_request)
+        request = given if has_identity else await asyncio.to_thread(_identify, engine, given)
+        try:
+            result = await load(request)
+        except Exception as error:
+            message = refusal(error) if is_lent(lora_request) else None
+            if message is None:
+                raise
+            raise AdapterError(without_paths(message, None)) from error  # who asks a question never sent the path
     _known(engine)[request.lora_int_id] = request.lora_name
     return result
 

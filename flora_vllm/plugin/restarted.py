@@ -17,7 +17,7 @@ RESTARTED = "FLORA_RESTARTED"  # a supervisor's word to its server
 
 def install() -> None:
     """Replaces the loading of the command line's adapters; inert without FLoRA and for a first start."""
-    from flora_vllm.plugin.preload import options_of_engine  # here: the supervisor imports this file
+    from flora_vllm.plugin.options import options_of_engine  # here: the supervisor imports this file
 
     serving: Any = importlib.import_module("vllm.entrypoints.openai.models.serving").OpenAIServingModels
     load_all = serving.init_static_loras

@@ -8,6 +8,7 @@ SERVING_HOOKS = (
     Hook(f"{_BASE}.__init__", ("self",), sets=("models",)),
     Hook(f"{_BASE}._get_active_default_mm_loras", ("self", "request")),
     Hook(f"{_BASE}._get_message_types", ("self", "request")),
+    Hook(f"{_BASE}._maybe_get_adapters", ("self", "request")),
     Hook(
         "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
         ("self", "engine_client"),

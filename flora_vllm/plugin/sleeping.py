@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from flora_vllm.errors import ConfigError
-from flora_vllm.plugin.preload import options_of_engine
+from flora_vllm.plugin.options import options_of_engine
 
 MOST_LEVEL = 1
 

@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 from flora_vllm.plugin.access import TenantTable
-from flora_vllm.plugin.preload import options_of_engine
+from flora_vllm.plugin.options import options_of_engine
 
 TABLES = ("response_store", "msg_store", "event_store", "background_tasks")
 

@@ -19,7 +19,7 @@ from flora_vllm.plugin.access import CURRENT
 from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.guard import MAY_NOT_LOAD, name_refusal
 from flora_vllm.plugin.handed import directory_of, no_room
-from flora_vllm.plugin.preload import options_of_engine
+from flora_vllm.plugin.options import options_of_engine
 
 ROUTE = "/v1/load_lora_adapter"
 _FORM = b"multipart/form-data"

@@ -283,7 +283,8 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     def add_adapter(self, lora_request: Any) -> bool:
         adapter_id = lora_request.lora_int_id
         self._check_pins(adapter_id)
-        if lora_request.load_inplace or self._adapter_manager.get_adapter(adapter_id) is None:
+        is_held = self._adapter_manager.get_adapter(adapter_id) is not None
+        if lora_request.load_inplace or not is_held or not self._loader.is_of(adapter_id, lora_request.lora_name):
             # First, so that a faulty one leaves the old one in place.
             adapter = self._load_adapter(lora_request, fresh=lora_request.load_inplace)
             self._adapter_manager.remove_adapter(adapter_id)
