@@ -196,7 +196,8 @@ def engine(name: str) -> Any:
     made = object.__new__(getattr(importlib.import_module(module), kind))
     type(made).shutdown = lambda _: None
     made.engine_core = Core()
-    made.vllm_config = SimpleNamespace(additional_config=FLORA)
+    one = SimpleNamespace(data_parallel_size=1)
+    made.vllm_config = SimpleNamespace(additional_config=FLORA, parallel_config=one)
     made.output_processor = SimpleNamespace(request_states={})
     return made
 

@@ -1,6 +1,7 @@
 """Names, identities and error texts, without a server."""
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from flora_vllm.errors import adapter_error
-from flora_vllm.plugin import frontend, guard, mixes
+from flora_vllm.plugin import frontend, guard, mix_requests, mixes
 from flora_vllm.plugin.access import ScopedRequests
 from flora_vllm.plugin.identity import identity, plain_name, split_identity
 from flora_vllm.plugin.lent import LENT
@@ -110,5 +111,52 @@ def test_what_a_handler_may_still_ask_with_is_released_after_it(monkeypatch: pyt
             lent.pop()
         await done(models)
         assert engine.calls == [("add", 1), ("remove", 1)]
+
+    asyncio.run(scenario())
+
+
+def test_a_load_whose_client_has_gone_is_known_nonetheless() -> None:
+    """The engine ends it; whatever nobody here knows of would never be unloaded."""
+
+    async def mix(models: Any) -> None:
+        request = SimpleNamespace(model="base")
+        await mix_requests._give(models, request, {"poems": 1.0}, "mix:poems*1.0", MIX, None)
+
+    async def resolve(models: Any) -> None:
+        options = frontend.options_of_engine(models.engine_client)
+        assert options is not None
+        await guard._resolve(functools.partial(frontend.admit, models, content=MIX), models, options, "poems")
+
+    async def scenario(ask: Callable[[Any], Any], name: str) -> None:
+        models = models_of(engine := Engine())
+        engine.ready.clear()
+        asking = asyncio.create_task(ask(models))
+        await engine.until_asked()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        engine.ready.set()
+        await done(models)
+        assert name in models.lora_requests
+        assert not name.startswith("mix:") or name in models._flora_mixes
+
+    asyncio.run(scenario(mix, "mix:poems*1.0"))
+    asyncio.run(scenario(resolve, "poems"))
+
+
+@pytest.mark.parametrize(("engines", "removed"), [(1, []), (2, [("remove", 1)])])
+def test_what_one_of_several_engines_refuses_none_keeps(engines: int, removed: list[Any]) -> None:
+    async def scenario() -> None:
+        models = models_of(engine := Engine(engines))
+        engine.fault = RuntimeError(str(adapter_error("both", ["no room"])))
+        answer = await frontend.admit(models, "both", MIX)
+        assert (answer.error.code, "no room" in answer.error.message) == (400, True)
+        assert engine.calls == [("add", 1), *removed]
+        engine.fault = None
+        # A chooser's choices may be one adapter, which stays.
+        assert isinstance(await frontend.admit(models, "tasks?1", MIX, told="tasks"), str)
+        engine.fault = RuntimeError("out of memory")
+        assert (await frontend.admit(models, "tasks?2", MIX, told="tasks")).error.code == 500
+        assert engine.calls[-2:] == [("add", 2), ("add", 2)]
 
     asyncio.run(scenario())

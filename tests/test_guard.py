@@ -68,7 +68,7 @@ class Engine:
     """What OpenAIServingModels reads of an engine client; it loads nothing."""
 
     def __init__(self, options: dict, servers: int = 1, rank: int = 0) -> None:
-        beside = SimpleNamespace(_api_process_count=servers, _api_process_rank=rank)
+        beside = SimpleNamespace(_api_process_count=servers, _api_process_rank=rank, data_parallel_size=1)
         self.vllm_config = SimpleNamespace(additional_config={"flora": options}, parallel_config=beside)
         self.model_config = SimpleNamespace(model="base", max_model_len=8)
         self.renderer = self.input_processor = None

@@ -35,6 +35,7 @@
     refusals.py       our refusal of an adapter, found in an engine's error
     frontend.py       server side: names and identities, load, unload, resolvers
     lent.py           which adapters its request handlers may still ask with
+    lasting.py        what goes on though its client has gone
     guard.py          which names, paths and digests are taken, what an answer may say
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see

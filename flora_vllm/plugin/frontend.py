@@ -26,6 +26,7 @@ from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
+from flora_vllm.plugin.lasting import in_background
 from flora_vllm.plugin.lent import LENT, UNLOADS
 from flora_vllm.plugin.mix_paths import CHOOSER_PREFIX, ENCODED
 from flora_vllm.plugin.options import FloraOptions, options_of_engine
@@ -188,7 +189,7 @@ async def admit(
         return refused
     self.lora_requests[name] = request
     if current is not None:
-        _in_background(self, release(self, current))
+        in_background(self, release(self, current))
     return known
 
 
@@ -199,6 +200,9 @@ async def _add(self: Any, request: Any) -> Any:
             await self.engine_client.add_lora(request)
     except Exception as error:  # noqa: BLE001 - the engine's errors arrive as text, of whatever class its transport uses
         message = refusal(error)
+        if self.engine_client.vllm_config.parallel_config.data_parallel_size > 1:
+            # Another of the engines may have it, or be loading it; whether it lets go of it is not what was asked.
+            await asyncio.wait({in_background(self, release(self, request))})
         if message is None:
             return error_response(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
         return error_response(message, HTTPStatus.BAD_REQUEST)
@@ -326,7 +330,7 @@ async def release(self: Any, request: Any) -> None:
     if choosers.choosers_of(self).pop(request.lora_name, None) is not None:
         return
     if _in_flight(engine, request.lora_name):
-        _in_background(self, _release_when_idle(self, request))
+        in_background(self, _release_when_idle(self, request))
     # Choices of one chooser may be equal in content, and then are one adapter; whoever asks, all names count.
     elif all(live.lora_int_id != request.lora_int_id for live in dict.values(self.lora_requests)):
         await engine.remove_lora(request.lora_int_id)
@@ -361,13 +365,6 @@ def _in_flight(engine: Any, lora_name: str) -> bool:
     states = processor.request_states.values() if processor is not None else ()
     is_lent = any(request.lora_name == lora_name for request in LENT.requests())
     return is_lent or any(identity_of(state) == lora_name for state in states)
-
-
-def _in_background(self: Any, coroutine: Any) -> None:
-    tasks = self.__dict__.setdefault("_flora_tasks", set())
-    task = asyncio.ensure_future(coroutine)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
 
 
 def _register_resolver() -> None:

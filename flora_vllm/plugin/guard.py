@@ -17,6 +17,7 @@ from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests, is_operators
 from flora_vllm.plugin.answers import error_kind
+from flora_vllm.plugin.lasting import to_its_end
 from flora_vllm.plugin.mix_paths import ENCODED
 from flora_vllm.plugin.names import name_fault
 from flora_vllm.plugin.options import FloraOptions, options_of
@@ -77,7 +78,7 @@ async def _unload(unload: Any, self: Any, options: FloraOptions, request: Any) -
 async def _resolve(resolve: Any, self: Any, options: FloraOptions, lora_name: str) -> Any:
     if name_fault(lora_name, options.adapter_names) is not None or not CURRENT.get().may_use(lora_name):
         return _error(f"the adapter {brief(lora_name)} does not exist", HTTPStatus.NOT_FOUND)
-    return presentable(await resolve(lora_name), None)
+    return presentable(await to_its_end(self, resolve(lora_name)), None)
 
 
 def _options(self: Any) -> FloraOptions | None:

@@ -241,7 +241,7 @@ _LAYERS = (
     Hook("vllm.config:VllmConfig.compilation_config"),
     Hook("vllm.config:VllmConfig.speculative_config"),
     Hook("vllm.config:SpeculativeConfig.method"),
-    Hook("vllm.config:ParallelConfig.data_parallel_size", None, "cuda"),
+    Hook("vllm.config:ParallelConfig.data_parallel_size"),
     Hook("vllm.config:ParallelConfig.pipeline_parallel_size"),
     Hook("vllm.config:ParallelConfig.use_ubatching", None, "cuda"),
 )

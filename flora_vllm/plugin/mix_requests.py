@@ -20,6 +20,7 @@ from flora_vllm.formats.limits import shown
 from flora_vllm.plugin import choosers, frontend, guard, mixes
 from flora_vllm.plugin.access import CURRENT, OPERATOR, ScopedRequests
 from flora_vllm.plugin.hooks import offers
+from flora_vllm.plugin.lasting import to_its_end
 from flora_vllm.plugin.mix_paths import ARROW_PREFIX, PREFIX
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.told import tell
@@ -131,7 +132,7 @@ async def _give(
     models: Any, request: Any, weights: Mapping[str, float], name: str, content: str | mixes.Mix, told: str | None
 ) -> Any:
     """The request names the mix, which is loaded; None, or an error response."""
-    known = await _loaded(models, name, content, told, weights)
+    known = await to_its_end(models, _loaded(models, name, content, told, weights))
     if not isinstance(known, str):
         return guard.presentable(known, None)  # parts have paths, which this client may never have sent
     request.model = name
