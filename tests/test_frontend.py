@@ -160,3 +160,22 @@ def test_what_one_of_several_engines_refuses_none_keeps(engines: int, removed: l
         assert engine.calls[-2:] == [("add", 2), ("add", 2)]
 
     asyncio.run(scenario())
+
+
+def test_a_chooser_is_unloaded_whose_choices_go_meanwhile() -> None:
+    """Each load of a request's mix makes room, perhaps with one of these."""
+
+    async def check(_: Any) -> None:
+        return None
+
+    async def scenario() -> None:
+        models = models_of(engine := Engine())
+        models._check_unload_lora_adapter_request = check
+        for number, name in enumerate(("tasks", "tasks?a", "tasks?b", "tasks?c"), 1):
+            models.lora_requests[name] = SimpleNamespace(lora_name=f"{name}@{DIGEST[:16]}", lora_int_id=number)
+        engine.on_remove = lambda: len(engine.calls) > 1 and models.lora_requests.pop("tasks?b", None)
+        await frontend._unload_lora_adapter(None, models, SimpleNamespace(lora_name="tasks"))
+        assert engine.calls == [("remove", 1), ("remove", 2), ("remove", 4)]
+        assert not models.lora_requests
+
+    asyncio.run(scenario())

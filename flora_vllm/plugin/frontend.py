@@ -114,7 +114,9 @@ async def _unload_lora_adapter(original: Any, self: Any, request: Any) -> Any:
             return refused
         await release(self, self.lora_requests.pop(request.lora_name))
         for choice in [name for name in self.lora_requests if choosers.is_choice_of(name, request.lora_name)]:
-            await release(self, self.lora_requests.pop(choice))
+            # Requests' mixes make room for each other meanwhile.
+            if (mix := self.lora_requests.pop(choice, None)) is not None:
+                await release(self, mix)
     return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
 
