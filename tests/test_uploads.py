@@ -165,6 +165,26 @@ def test_an_upload_that_does_not_arrive_gives_its_place_back(monkeypatch: Any) -
     asyncio.run(scenario())
 
 
+def test_a_client_that_leaves_while_it_uploads_gives_its_place_back() -> None:
+    async def scenario() -> None:
+        server = uploads.AdapterUploads(refuse_to_load)
+        scope, body = upload()
+        messages = [{"type": "http.request", "body": body[:40], "more_body": True}, {"type": "http.disconnect"}]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return messages.pop(0)
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await server(scope, receive, send)
+        assert sent[0]["status"] == 400
+        assert server._places._value == uploads.MOST_AT_A_TIME
+
+    asyncio.run(scenario())
+
+
 def test_threads_that_keep_one_content_share_its_directory() -> None:
     handed._make_root.cache_clear()
     ready = threading.Barrier(8)

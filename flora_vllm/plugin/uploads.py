@@ -163,6 +163,8 @@ async def _read(scope: Any, receive: Any, options: Any) -> tuple[dict[str, Any],
             return fields, await _content(form["config"]), await _content(form["weights"])
     except exceptions.HTTPException as error:
         raise AdapterError(f"the upload is no multipart/form-data: {error.detail}") from error
+    except requests.ClientDisconnect as error:  # answered all the same: the operator's middleware may wait for that
+        raise AdapterError("the client left before all of the upload had arrived") from error
     except OSError as error:  # large parts are put in files while they arrive
         raise no_room(taken, error) from error
 
