@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -27,7 +28,7 @@ def published(tokens: int, report: float = 5.0) -> str:
     Counter("vllm:prefix_cache_hits", "", registry=registry).inc(50)
     info = Gauge("vllm:lora_requests_info", "", ["running_lora_adapters", "waiting_lora_adapters"], registry=registry)
     info.labels("old", "").set(report - 1)
-    info.labels("poems@abc,odd \"name'", "legal").set(report)
+    info.labels("poems@0123456789abcdef,odd \"name'", "legal@v2").set(report)
     labels = ["adapter_name", "family"]
     generated = Counter("flora_generation_tokens", "", labels, registry=registry)
     first = Summary("flora_time_to_first_token_seconds", "", labels, registry=registry)
@@ -38,11 +39,12 @@ def published(tokens: int, report: float = 5.0) -> str:
 
 
 def snapshot(at_s: float, tokens: int) -> Snapshot:
-    return Snapshot(at_s, tuple(parse_metrics(published(tokens))), ("poems", "legal", "quiet"), {"poems": {"rank": 4}})
+    adapters = ("poems", "legal@v2", "quiet")
+    return Snapshot(at_s, tuple(parse_metrics(published(tokens))), adapters, {"poems": {"rank": 4}})
 
 
 def test_states_are_those_of_the_latest_report() -> None:
-    expected = {"poems": "running", "legal": "waiting", "quiet": "idle", "odd \"name'": "running"}
+    expected = {"poems": "running", "legal@v2": "waiting", "quiet": "idle", "odd \"name'": "running"}
     assert snapshot(0, 0).states() == expected
 
 
@@ -98,6 +100,19 @@ def test_the_table_has_busy_adapters_first_and_what_else_is_known() -> None:
     assert "bytes" not in text
 
 
+@contextlib.contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server that answers by `handler`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def server():
     """Answers like a vLLM server that wants a key and has no list of its own."""
@@ -117,12 +132,8 @@ def server():
         def log_message(self, *args) -> None:
             """Quiet."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
+    with answering(Handler) as url:
+        yield url
 
 
 def test_once_prints_one_table(server: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -139,3 +150,21 @@ def test_nobody_there_and_no_key_are_told(server: str, monkeypatch) -> None:
         look(server)
     with pytest.raises(ConfigError, match=r"no vLLM server with metrics answers at http://127\.0\.0\.1:1"):
         look("http://127.0.0.1:1")
+
+
+def test_a_server_that_ends_in_the_middle_of_an_answer_is_told() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"vllm:")
+
+        def log_message(self, *args) -> None:
+            """Quiet."""
+
+    with (
+        answering(Handler) as url,
+        pytest.raises(ConfigError, match=r"no vLLM server with metrics answers .*IncompleteRead"),
+    ):
+        look(url)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.errors import ConfigError
+from flora_vllm.plugin.identity import plain_name
 
 EXAMPLES = """\
 examples:
@@ -26,6 +28,8 @@ _SAMPLE = re.compile(r"^([\w:]+)(?:\{(.*)\})? (\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 # Columns of the server's own list of adapters (/v1/flora/adapters), where it has one.
 DETAILS = ("family", "rank", "bytes", "state")
+# HTTPException: of a server that ends in the middle of its answer.
+_UNANSWERED = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Snapshot:
             for _, labels in latest.values():
                 names = [name for name in labels.get(f"{state}_lora_adapters", "").split(",") if name]
                 # Older reports name an adapter with its digest.
-                states.update({name.split("@")[0]: state for name in names})
+                states.update({plain_name(name): state for name in names})
         return states
 
 
@@ -109,14 +113,14 @@ def look(url: str, key: str | None = None) -> Snapshot:
     try:
         samples = parse_metrics(_get(f"{url}/metrics", key))
         cards = json.loads(_get(f"{url}/v1/models", key))["data"]
-    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
+    except _UNANSWERED as error:
         raise ConfigError(
             f"no vLLM server with metrics answers at {url}: {error}; name its address, and its key if it asks for one"
         ) from error
     try:
         found = json.loads(_get(f"{url}/v1/flora/adapters", key))
         details = {entry["name"]: entry for entry in found.get("adapters") or found.get("data") or ()}
-    except (urllib.error.URLError, OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (*_UNANSWERED, AttributeError, TypeError):
         details = {}  # a server without that route
     adapters = {card["id"]: None for card in cards if card.get("parent")} | dict.fromkeys(details)
     return Snapshot(time.monotonic(), tuple(samples), tuple(adapters), details)
