@@ -4,6 +4,7 @@ The controllers are real; handles of replicas are scripts.
 """
 
 import asyncio
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -275,3 +276,22 @@ def test_replicas_that_do_not_answer_are_left_out():
     assert asked([("x", "1"), ActorDiedError(), ("y", "2"), TimeoutError()]) == [("x", "1"), ("y", "2")]
     for error in (DeploymentUnavailableError(DeploymentID("smol", "flora")), TimeoutError(), ActorDiedError()):
         assert asked(error) == []
+
+
+def test_a_scrape_is_merged_beside_the_streams(monkeypatch):
+    from flora_vllm.cluster.serve_llm import FloraIngress
+
+    async def run():
+        front = FloraIngress({}, {})
+        threads = []
+
+        def merge(answers):
+            threads.append(threading.get_ident())
+            return b"merged" if answers == [] else b""
+
+        monkeypatch.setattr(front._merged, "merge", merge)
+        assert (await front.metrics()).body == b"merged"
+        assert threads
+        assert threading.get_ident() not in threads
+
+    asyncio.run(run())

@@ -240,7 +240,8 @@ class FloraIngress(OpenAiIngress):
         return Response(await asyncio.shield(self._scrape), media_type="text/plain; version=0.0.4")
 
     async def _merge(self) -> bytes:
-        return self._merged.merge(await self._ask_replicas("flora_metrics"))
+        # Not in the loop that relays streams: many replicas' texts take long to parse.
+        return await asyncio.to_thread(self._merged.merge, await self._ask_replicas("flora_metrics"))
 
     async def adapters(self) -> dict[str, Any]:
         """All replicas' adapters as one list."""
