@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from cluster_support import make_memory
 
+from flora_vllm.cluster import agent as agents
 from flora_vllm.cluster.agent import ReplicaAgent
 from flora_vllm.cluster.messages import Orders, Report
 
@@ -25,12 +26,12 @@ class Controller:
         return answer
 
 
-def make_agent(memory, controller, sync_s=0.02):
+def make_agent(memory, controller, sync_s=0.02, tell=lambda _: None):
     def describe():
         warming = agent.is_warming
         return Report("r0", "n0", 4, 10**9, 16, warming, tuple(memory.resident()), retired=tuple(memory.retired()))
 
-    agent = ReplicaAgent(describe, memory, controller.sync, lambda _: None, lambda: False, sync_s)
+    agent = ReplicaAgent(describe, memory, controller.sync, tell, lambda: False, sync_s)
     return agent
 
 
@@ -119,6 +120,24 @@ def test_a_controller_that_fails_is_asked_again(tmp_path):
         agent = make_agent(memory, controller)
         await agent.start(patience_s=30)
         while not memory.resident():
+            await asyncio.sleep(0.01)
+        agent.stop()
+
+    asyncio.run(run())
+
+
+def test_routers_are_told_again_and_again(tmp_path, monkeypatch):
+    """Serve's controller passes it on, and knows nothing after it started anew."""
+    monkeypatch.setattr(agents, "TELL_AGAIN_S", 0.1)
+
+    async def run():
+        memory, _, e = make_memory(tmp_path, "a", 4)
+        told = []
+        agent = make_agent(memory, Controller(lambda _: wanted(e["a"])), tell=told.append)
+        await agent.start(patience_s=30)
+        deadline = asyncio.get_running_loop().time() + 20
+        while told[-3:] != [[e["a"].id]] * 3:
+            assert asyncio.get_running_loop().time() < deadline, told
             await asyncio.sleep(0.01)
         agent.stop()
 

@@ -17,6 +17,8 @@ log = logging.getLogger("ray.serve")
 ENGINE_DIED = 17
 # At most this often routers are told of changes.
 TELL_S = 0.05
+# This often they are told without one: Serve's controller forgets it when it starts anew.
+TELL_AGAIN_S = 5.0
 
 
 class ReplicaAgent:
@@ -38,13 +40,14 @@ class ReplicaAgent:
         self._is_dead, self._sync_s = is_dead, sync_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: list[str] | None = None
+        self._told_s = 0.0
         self._telling: asyncio.Task[None] | None = None
         self._warming: asyncio.Task[None] | None = None
         self.is_warming = True
         self.replicas_wanted = 0
 
     def changed(self) -> None:
-        """The set in memory changed: routers hear of it soon."""
+        """The set in memory changed, or may have: routers hear of it soon."""
         if self._telling is None or self._telling.done():
             self._telling = self._spawn(self._tell_soon())
 
@@ -62,8 +65,8 @@ class ReplicaAgent:
     async def _tell_soon(self) -> None:
         await asyncio.sleep(TELL_S)
         now = sorted(self._memory.announced())
-        if now != self._told:
-            self._told = now
+        if now != self._told or time.monotonic() - self._told_s >= TELL_AGAIN_S:
+            self._told, self._told_s = now, time.monotonic()
             self._tell(now)
 
     async def start(self, patience_s: float) -> None:
@@ -122,6 +125,7 @@ class ReplicaAgent:
     async def _follow(self) -> None:
         while True:
             await self._pause()
+            self.changed()
             orders = await self._exchange()
             if orders is None:
                 continue
