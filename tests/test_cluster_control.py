@@ -1,4 +1,4 @@
-"""The parts of the cluster that need no Ray: streams, routing, demand, controller."""
+"""The parts of the cluster that need no Ray: routing, demand, controller."""
 
 import asyncio
 import random
@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from cluster_support import minimal, play, write_adapter
+from cluster_support import minimal, write_adapter
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
 from flora_vllm.cluster.controller import BROKEN, PlacementController
@@ -15,55 +15,9 @@ from flora_vllm.cluster.messages import Report
 from flora_vllm.cluster.rules import routing, scaling
 from flora_vllm.cluster.rules.demand import Demand
 from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
-from flora_vllm.cluster.streams import LostError, guarded
+from flora_vllm.cluster.streams import LostError
 from flora_vllm.cluster.view import CatalogueView
 from flora_vllm.errors import ConfigError
-
-# ---- streams
-
-
-def collect(*scripts, retry_s=5.0):
-    """Runs `guarded` over attempts; each script is a list of chunks, an exception among them is raised."""
-    attempts = list(scripts)
-
-    async def attempt():
-        return play(attempts.pop(0))
-
-    async def run():
-        return [c async for c in guarded(attempt, retry_s, first_pause_s=0.01)]
-
-    return asyncio.run(run()), attempts
-
-
-DONE = "data: [DONE]\n\n"
-
-
-def test_retry_before_the_first_byte():
-    out, left = collect([LostError("gone")], [], [["data: x\n\n"], [DONE]])
-    assert out == [["data: x\n\n"], [DONE]]
-    assert not left
-
-
-def test_error_event_after_the_first_byte_and_no_retry():
-    out, left = collect(["data: x\n\n", LostError("gone")], ["data: never\n\n", DONE])
-    assert out[0] == "data: x\n\n"
-    assert '"error"' in out[1]
-    assert out[1].endswith(DONE)
-    assert len(left) == 1
-
-
-def test_a_stream_without_its_end_mark_is_an_error():
-    out, _ = collect(["data: x\n\n"])
-    assert '"error"' in out[-1]
-
-
-def test_whole_answers_need_no_end_mark_and_other_errors_pass():
-    assert collect([{"id": 1}])[0] == [{"id": 1}]
-    with pytest.raises(ZeroDivisionError):
-        collect([ZeroDivisionError()])
-    with pytest.raises(LostError):
-        collect([LostError("gone")], [LostError("gone")], retry_s=0.01)
-
 
 # ---- routing
 
@@ -375,6 +329,24 @@ def test_a_version_that_left_stays_retired_until_it_comes_back(tmp_path):
         assert (await controller.sync(report("r0", [new], retired=(old,)))).stale == (old,)
         controller._put(Entry("poems", old.partition("@")[2], "uri", 1, 4))
         assert (await controller.sync(report("r0", retired=(old,)))).stale == ()
+
+    asyncio.run(run())
+
+
+def test_whoever_lags_behind_a_scan_of_many_changes_gets_them_all():
+    async def run():
+        controller = make_controller("/nowhere")
+        scans = [[Entry(f"{part}{i}", "v", "uri", 1, 4) for i in range(2000)] for part in "ab"]
+        changes = [(scans[0], []), (scans[1], scans[0])]
+        controller._catalogue.scan, controller._catalogue.is_complete = lambda: changes.pop(0), lambda: True
+        view = CatalogueView(controller, refresh_s=60.0)
+        await controller._scan()
+        await view.refresh()
+        assert set(view.names()) == {e.name for e in scans[0]}
+        await controller._scan()
+        assert len(controller._changes) < 6000, "a part was forgotten"
+        await view.refresh()
+        assert set(view.names()) == {e.name for e in scans[1]}
 
     asyncio.run(run())
 

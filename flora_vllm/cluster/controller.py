@@ -176,7 +176,8 @@ class PlacementController:
         if not self._has_scanned:
             await self._scan()
         oldest = self._changes[0][0] if self._changes else self._number
-        if born != self._born or number < oldest - 1:
+        # Of the oldest number a part may be left only.
+        if born != self._born or number < oldest:
             entries = tuple(self._by_id.values())
             return CatalogueNews(self._born, self._number, True, entries, (), self._was_complete)
         last: dict[str, Entry | None] = {name: entry for n, entry, name in self._changes if n > number}
