@@ -1,9 +1,14 @@
-"""What the tests of the cluster's parts share: adapters, the smallest configuration, an engine that keeps a list."""
+"""What the tests of the cluster's parts share: adapters, the smallest configuration, a store that can be shut,
+an engine that keeps a list."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from flora_vllm.cluster.memory import AdapterMemory
 from flora_vllm.cluster.store import Cache, Catalogue
@@ -30,6 +35,44 @@ async def play(script: Sequence[Any]) -> AsyncIterator[Any]:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+class NoCredentialsError(Exception):
+    """Storage libraries raise classes of their own."""
+
+
+class GatedFileSystem(LocalFileSystem):
+    """Local files behind a service that keeps paths with `closed` in them to itself, or breaks off downloads."""
+
+    protocol = "gated"
+    closed, cut = "", False
+
+    def _enter(self, path):
+        if self.closed and self.closed in path:
+            raise NoCredentialsError("unable to locate credentials")
+
+    def ls(self, path, detail=True, **kwargs):
+        self._enter(path)
+        return super().ls(path, detail=detail, **kwargs)
+
+    def cat_file(self, path, **kwargs):
+        self._enter(path)
+        return super().cat_file(path, **kwargs)
+
+    def get_file(self, rpath, lpath, **kwargs):
+        super().get_file(rpath, lpath, **kwargs)
+        if self.cut:
+            os.truncate(lpath, 3)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gated://"))
+
+
+def make_gate(monkeypatch):
+    """What sets `closed` and `cut` of the store behind gated:// for one test."""
+    fsspec.register_implementation("gated", GatedFileSystem, clobber=True)
+    return lambda **state: [monkeypatch.setattr(GatedFileSystem, name, value) for name, value in state.items()]
 
 
 class FakeEngine:

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from cluster_support import minimal, write_adapter
+from cluster_support import make_gate, minimal, write_adapter
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
 from flora_vllm.cluster.controller import BROKEN, PlacementController
@@ -264,6 +264,39 @@ def test_a_controller_that_has_not_heard_from_a_store_takes_nothing_away(tmp_pat
     asyncio.run(run())
 
 
+def test_an_adapter_that_could_not_be_read_yet_is_not_taken_away(tmp_path, monkeypatch):
+    gate = make_gate(monkeypatch)
+    write_adapter(tmp_path, "poems")
+    write_adapter(tmp_path, "prose")
+    uri = f"gated://{tmp_path}"
+
+    async def run():
+        first = make_controller(uri)
+        view = CatalogueView(first, refresh_s=60.0)
+        poems, prose = await view.get("poems"), await view.get("prose")
+        assert poems is not None
+        assert prose is not None
+        # A new controller whose first look fails for one of them, while the other is gone.
+        gate(closed="poems")
+        (tmp_path / "prose").rename(tmp_path / "other")
+        second = make_controller(uri)
+        view._link = second
+        await view.refresh()
+        assert await view.get("poems") == poems
+        assert await view.get("other") is not None
+        assert (await second.sync(report("r0", [poems.id, prose.id]))).stale == (prose.id,)
+        assert "NoCredentialsError" in (await second.status())["store_faults"][uri]
+        with pytest.raises(ConfigError, match="poems of base is not served: cannot read"):
+            await second.explain("poems")
+        gate(closed="")
+        await second._scan()
+        await view.refresh()
+        assert view.names() == ["other", "poems"]
+        assert (await second.sync(report("r0", [poems.id]))).stale == ()
+
+    asyncio.run(run())
+
+
 def test_controller_reports_what_cannot_be_served(tmp_path):
     write_adapter(tmp_path, "wide", config='{"r": 64}')
     write_adapter(tmp_path, "x:y")
@@ -338,7 +371,7 @@ def test_whoever_lags_behind_a_scan_of_many_changes_gets_them_all():
         controller = make_controller("/nowhere")
         scans = [[Entry(f"{part}{i}", "v", "uri", 1, 4) for i in range(2000)] for part in "ab"]
         changes = [(scans[0], []), (scans[1], scans[0])]
-        controller._catalogue.scan, controller._catalogue.is_complete = lambda: changes.pop(0), lambda: True
+        controller._catalogue.scan, controller._catalogue.is_listed = lambda: changes.pop(0), lambda: True
         view = CatalogueView(controller, refresh_s=60.0)
         await controller._scan()
         await view.refresh()

@@ -1,16 +1,16 @@
 """The parts of the cluster that need no Ray: configuration, store and cache."""
 
 import os
+import shutil
 import sys
 import threading
 
 import fsspec
 import pytest
-from cluster_support import minimal, write_adapter
-from fsspec.implementations.local import LocalFileSystem
+from cluster_support import make_gate, minimal, write_adapter
 
 from flora_vllm.cluster.config import ClusterConfig, parse, read_config, to_data
-from flora_vllm.cluster.store import Cache, Catalogue, Entry, StaleVersionError, StoreError
+from flora_vllm.cluster.store import Cache, Catalogue, Entry, Found, StaleVersionError, StoreError
 from flora_vllm.errors import ConfigError
 
 # ---- configuration
@@ -129,15 +129,15 @@ def test_a_source_that_does_not_answer_holds_up_nobody(tmp_path):
 
     def hang():
         answers.wait(30)
-        return {"prose": Entry("prose", "v", "slow://prose", 1, 1)}, {}
+        return Found({"prose": Entry("prose", "v", "slow://prose", 1, 1)})
 
     slow.scan = hang
     assert [e.name for e in catalogue.scan()[0]] == ["poems"]
     assert "has not answered" in catalogue.store_faults["slow://"]
-    assert not catalogue.is_complete()
+    assert not catalogue.is_listed()
     answers.set()
     assert [e.name for e in catalogue.scan()[0]] == ["prose"]
-    assert catalogue.is_complete()
+    assert catalogue.is_listed()
     assert not catalogue.store_faults
 
 
@@ -155,57 +155,51 @@ def test_object_store_through_fsspec(tmp_path):
         fs.rm("/bucket", recursive=True)
 
 
-class NoCredentialsError(Exception):
-    """Storage libraries raise classes of their own."""
-
-
-class GatedFileSystem(LocalFileSystem):
-    """Local files behind a service that lets nobody in, or breaks off downloads."""
-
-    protocol = "gated"
-    closed, cut = False, False
-
-    def ls(self, path, detail=True, **kwargs):
-        if self.closed:
-            raise NoCredentialsError("unable to locate credentials")
-        return super().ls(path, detail=detail, **kwargs)
-
-    def get_file(self, rpath, lpath, **kwargs):
-        super().get_file(rpath, lpath, **kwargs)
-        if self.cut:
-            os.truncate(lpath, 3)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("gated://"))
-
-
-@pytest.fixture
-def gate(monkeypatch):
-    """Sets `closed` and `cut` of the store behind gated:// for one test."""
-    fsspec.register_implementation("gated", GatedFileSystem, clobber=True)
-    return lambda **state: [monkeypatch.setattr(GatedFileSystem, name, value) for name, value in state.items()]
-
-
-def test_a_store_that_lets_nobody_in_keeps_nobody_else_from_serving(tmp_path, gate):
+def test_a_store_that_lets_nobody_in_keeps_nobody_else_from_serving(tmp_path, monkeypatch):
+    gate = make_gate(monkeypatch)
     write_adapter(tmp_path / "good", "poems")
     write_adapter(tmp_path / "shut", "prose")
     uri = f"gated://{tmp_path}/shut"
     catalogue, cache = Catalogue([uri, str(tmp_path / "good")]), Cache(tmp_path / "cache", 10**9)
-    gate(closed=True)
+    gate(closed="/")
     assert [e.name for e in catalogue.scan()[0]] == ["poems"]
     assert "NoCredentialsError: unable to locate credentials" in catalogue.store_faults[uri]
-    gate(closed=False)
+    gate(closed="")
     (prose,), _ = catalogue.scan()
     assert not catalogue.store_faults
-    gate(closed=True)
+    gate(closed="/")
     with pytest.raises(StoreError, match="unable to locate credentials"):
         cache.fetch(prose)
-    gate(closed=False, cut=True)
+    gate(closed="", cut=True)
     with pytest.raises(StoreError, match=r"3 of .* bytes"):
         cache.fetch(prose)
     gate(cut=False)
     assert (cache.fetch(prose) / "adapter_model.safetensors").read_bytes() == b"weights"
+
+
+def test_an_adapter_that_cannot_be_read_for_a_moment_stays(tmp_path, monkeypatch):
+    gate = make_gate(monkeypatch)
+    write_adapter(tmp_path, "poems")
+    write_adapter(tmp_path, "prose")
+    uri = f"gated://{tmp_path}"
+    catalogue = Catalogue([uri])
+    assert len(catalogue.scan()[0]) == 2
+    write_adapter(tmp_path, "new")
+    for closed in ("poems", "poems/adapter_config.json"):
+        write_adapter(tmp_path, "poems", closed.encode())
+        gate(closed=closed)
+        catalogue.scan()
+        assert set(catalogue.entries) == {"poems", "prose", "new"}
+        assert "1 of its adapters stay as they were: cannot read" in catalogue.store_faults[uri]
+        assert not catalogue.unread
+        assert not catalogue.faults
+    gate(closed="")
+    assert [e.name for e in catalogue.scan()[0]] == ["poems"]
+    assert not catalogue.store_faults
+    # What is not there is not there, and what is wrong with it now is.
+    shutil.rmtree(tmp_path / "poems")
+    write_adapter(tmp_path, "prose", config="{")
+    assert {e.name for e in catalogue.scan()[1]} == {"poems", "prose"}
 
 
 def test_s3_without_its_library_is_told(monkeypatch):

@@ -52,7 +52,8 @@ class PlacementController:
         self._born, self._born_s = uuid.uuid4().hex, time.monotonic()
         self._changes: list[tuple[int, Entry | None, str]] = []
         self._number = 0
-        self._has_scanned, self._was_complete, self._has_planned = False, False, False
+        self._has_scanned, self._was_listed, self._has_planned = False, False, False
+        self._unread: dict[str, str] = {}
         self._joined_s = self._born_s
         self._moves = self._plans = self._syncs = 0
         self._plan_ms = 0.0
@@ -94,10 +95,21 @@ class PlacementController:
                 del self._changes[: len(self._changes) // 2]
             for uri, fault in self._catalogue.store_faults.items():
                 log.warning("adapter source %s: %s", uri, fault)
-            if self._has_scanned and not self._was_complete and self._catalogue.is_complete():
+            was_complete = self._is_complete() or not self._has_scanned
+            # Here, because the catalogue is ahead of the rest while a scan runs.
+            self._was_listed, self._unread = self._catalogue.is_listed(), self._catalogue.unread
+            if not was_complete and self._is_complete():
                 # Who asked before got a part; under a new sign everybody gets the whole.
                 self._born = uuid.uuid4().hex
-            self._has_scanned, self._was_complete = True, self._catalogue.is_complete()
+            self._has_scanned = True
+
+    def _is_complete(self) -> bool:
+        """What the sources have was all read at least once."""
+        return self._was_listed and not self._unread
+
+    def _may_be_there(self, name: str) -> bool:
+        """Whether a source may have an adapter of this name that was never read."""
+        return not self._was_listed or name in self._unread
 
     def _put(self, entry: Entry) -> None:
         old = self._by_id.get(self._names.get(entry.name, ""))
@@ -153,8 +165,8 @@ class PlacementController:
             self._plan()
         refused = set(report.faults)
         wanted = [self._by_id[i] for i in self._planner.wanted(report.replica) if i in self._by_id and i not in refused]
-        held = dict.fromkeys((*report.resident, *report.retired))
-        stale = tuple(i for i in held if i not in self._by_id) if self._was_complete else report.retired
+        told = [i for i in dict.fromkeys((*report.resident, *report.retired)) if i not in self._by_id]
+        stale = tuple(i for i in told if i in report.retired or not self._may_be_there(i.rpartition("@")[0]))
         return Orders(tuple(wanted) if self._has_planned else None, stale, self._replicas_wanted())
 
     async def leave(self, replica: str) -> None:
@@ -179,7 +191,7 @@ class PlacementController:
         # Of the oldest number a part may be left only.
         if born != self._born or number < oldest:
             entries = tuple(self._by_id.values())
-            return CatalogueNews(self._born, self._number, True, entries, (), self._was_complete)
+            return CatalogueNews(self._born, self._number, True, entries, (), self._is_complete())
         last: dict[str, Entry | None] = {name: entry for n, entry, name in self._changes if n > number}
         return CatalogueNews(
             self._born,
@@ -200,7 +212,7 @@ class PlacementController:
         for report in self._reports.values():
             faults.update({i: f for i, f in {**report.troubles, **report.faults}.items() if i in self._by_id})
         faults.update(self._planner.faults())
-        if self._was_complete:
+        if self._is_complete():
             unknown = self._model.adapter_options.keys() - self._names.keys() - faults.keys()
             faults.update(dict.fromkeys(unknown, "named in adapter_options, but no source has it"))
         return {
@@ -237,8 +249,9 @@ class PlacementController:
         """Why the adapter is where it is; `name` may begin with `base:`. Raises ConfigError for an unknown one."""
         base = self._model.name
         name = name.removeprefix(f"{base}:")
-        if name not in self._names and name in self._catalogue.faults:
-            raise ConfigError(f"adapter {name} of {base} is not served: {self._catalogue.faults[name]}")
+        faults = {**self._unread, **self._catalogue.faults}
+        if name not in self._names and name in faults:
+            raise ConfigError(f"adapter {name} of {base} is not served: {faults[name]}")
         if name not in self._names and name not in self._by_id:
             raise ConfigError(f"{base} has no adapter {name!r}; it has {', '.join(sorted(self._names)[:20]) or 'none'}")
         explanation = asdict(self._planner.explain(self._names.get(name, name)))

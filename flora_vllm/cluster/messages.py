@@ -45,7 +45,7 @@ class Orders:
 class CatalogueNews:
     """Changes since the number the asker had.
 
-    With `is_full` they are everything the teller knows; if a source has not answered it yet (`is_complete` is false),
+    With `is_full` they are everything the teller knows; if a source has not told it all yet (`is_complete` is false),
     what the asker had is still good.
     """
 

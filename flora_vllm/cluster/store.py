@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -99,18 +99,28 @@ def _version(files: dict[str, dict[str, Any]]) -> str:
     return digest.hexdigest()[:VERSION_LETTERS]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a source has, all by name. `unread`: why an adapter could not be read now; it is what it was."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
 class Source:
-    """One directory of adapters. Remembers what it read of unchanged versions."""
+    """One directory of adapters. Remembers what it read of unchanged versions, and what it found last."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._ranks: dict[tuple[str, str], int] = {}
+        self._entries: dict[str, Entry] = {}
 
-    def scan(self) -> tuple[dict[str, Entry], dict[str, str]]:
-        """(entries by name, faults by name). Raises StoreError if the source itself cannot be listed."""
+    def scan(self) -> Found:
+        """Raises StoreError if the source itself cannot be listed."""
         fs, root = _open(self.uri)
-        entries: dict[str, Entry] = {}
-        faults: dict[str, str] = {}
+        found = Found()
+        entries, faults = found.entries, found.faults
         try:
             with _reaching(self.uri, "list"):
                 directories = sorted(i["name"] for i in fs.ls(root, detail=True) if i["type"] == "directory")
@@ -126,11 +136,17 @@ class Source:
                         entries[name] = self._entry(fs, name, directory, files)
                     elif fault:
                         faults[name] = fault
+            except StoreError as error:
+                # Says nothing of the adapter: replicas would unload it, and clients be told that it does not exist.
+                found.unread[name] = str(error)
+                if name in self._entries:
+                    entries[name] = self._entries[name]
             except (FileNotFoundError, FloraError) as error:
                 faults[name] = str(error)
         current = {(e.name, e.version) for e in entries.values()}
         self._ranks = {k: v for k, v in self._ranks.items() if k in current}
-        return entries, faults
+        self._entries = entries
+        return found
 
     @staticmethod
     def _fault(name: str, files: Collection[str]) -> str | None:
@@ -285,30 +301,38 @@ class Catalogue:
         self._sources = [Source(uri) for uri in uris]
         self._patience_s = patience_s
         self._pool = ThreadPoolExecutor(max(1, len(self._sources)), thread_name_prefix="flora-scan")
-        self._asked: dict[str, Future[tuple[dict[str, Entry], dict[str, str]]]] = {}
-        self._last: dict[str, tuple[dict[str, Entry], dict[str, str]]] = {}
+        self._asked: dict[str, Future[Found]] = {}
+        self._last: dict[str, Found] = {}
         self.entries: dict[str, Entry] = {}
         self.faults: dict[str, str] = {}
+        # Why an adapter that was never read could not be.
+        self.unread: dict[str, str] = {}
         self.store_faults: dict[str, str] = {}
 
     def scan(self) -> tuple[list[Entry], list[Entry]]:
-        """(new or changed, removed) since the last scan. An unreachable source keeps what it had."""
+        """(new or changed, removed) since the last scan. What cannot be reached stays as it was."""
         store_faults = self._list_sources()
         entries: dict[str, Entry] = {}
         faults: dict[str, str] = {}
+        unread: dict[str, str] = {}
         for source in self._sources:
-            found, wrong = self._last.get(source.uri, ({}, {}))
-            for name, entry in found.items():
+            found = self._last.get(source.uri, Found())
+            for name, entry in found.entries.items():
                 entries.setdefault(name, entry)
-            for name, fault in wrong.items():
+            for name, fault in found.faults.items():
                 faults.setdefault(name, fault)
+            unread |= found.unread
+            if found.unread:
+                first, count = next(iter(found.unread.values())), len(found.unread)
+                store_faults.setdefault(source.uri, f"{count} of its adapters stay as they were: {first}")
         added = [e for n, e in entries.items() if self.entries.get(n) != e]
         removed = [e for n, e in self.entries.items() if n not in entries]
         self.entries, self.faults, self.store_faults = entries, faults, store_faults
+        self.unread = {name: why for name, why in unread.items() if name not in entries}
         return added, removed
 
-    def is_complete(self) -> bool:
-        """Every source was listed at least once, so a name that is not here does not exist."""
+    def is_listed(self) -> bool:
+        """Every source was listed at least once, so a name that is neither here nor `unread` does not exist."""
         return all(source.uri in self._last for source in self._sources)
 
     def _list_sources(self) -> dict[str, str]:
