@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import threading
+import time
 
 import pytest
 from cluster_support import make_memory
 
 from flora_vllm.cluster.memory import NoRoomError
-from flora_vllm.cluster.store import Entry, StaleVersionError
+from flora_vllm.cluster.store import Cache, Entry, StaleVersionError
 from flora_vllm.errors import AdapterError
 
 
@@ -148,5 +150,56 @@ def test_an_adapter_above_the_rank_limit_never_reaches_the_engine(tmp_path):
         await memory.prewarm([e["a"]])
         assert memory.lacking([e["a"]]) == []
         assert engine.log == []
+
+    asyncio.run(run())
+
+
+def test_all_who_wait_for_an_adapter_share_one_download(tmp_path, monkeypatch):
+    fetched, may_end = [], threading.Event()
+    fetch = Cache.fetch
+
+    def slow(self, entry):
+        fetched.append(entry.name)
+        may_end.wait(30)
+        return fetch(self, entry)
+
+    monkeypatch.setattr(Cache, "fetch", slow)
+
+    async def run():
+        memory, engine, e = make_memory(tmp_path, "a", 4)
+        waiting = [asyncio.create_task(memory.using(e["a"]).__aenter__()) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        # The one who began it leaves.
+        waiting[0].cancel()
+        await asyncio.sleep(0.05)
+        may_end.set()
+        await asyncio.gather(*waiting[1:])
+        assert fetched == ["a"]
+        assert engine.log == ["+a"]
+        # One that failed is not kept.
+        memory, _, e = make_memory(tmp_path / "other", "b", 4)
+        (tmp_path / "other" / "src" / "b" / "adapter_config.json").unlink()
+        for _ in range(2):
+            with pytest.raises(StaleVersionError):
+                await memory.using(e["b"]).__aenter__()
+        assert fetched == ["a", "b", "b"]
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_a_slot_waits_no_longer_for_others_who_do_and_holds_nobody_up(tmp_path):
+    async def run():
+        memory, _, e = make_memory(tmp_path, "abcdef", 1, wait_s=1.0)
+        async with memory.using(e["a"]):
+            began = time.monotonic()
+            waiting = [asyncio.create_task(memory.using(e[name]).__aenter__()) for name in "bcde"]
+            await asyncio.sleep(0.3)
+            # What the plan and the catalogue ask for does not wait with them: the replica would be silent meanwhile.
+            await asyncio.wait_for(memory.prewarm([e["f"]]), 0.5)
+            assert e["f"].id in memory.troubles
+            await asyncio.wait_for(memory.retire([e["a"].id]), 0.5)
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(one, NoRoomError) for one in found)
+            assert time.monotonic() - began < 2.5, "one after another they would have waited for 4 s"
 
     asyncio.run(run())

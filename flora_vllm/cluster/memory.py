@@ -2,13 +2,13 @@
 
 Rules: never more than `slots` adapters in the engine; one in use is never unloaded; one that the plan wants gives way
 only if nothing else can; the engine has let go of a slot before it is filled again; one id means one content for ever.
-One load at a time, because each one pauses the engine.
+One load at a time, because each one pauses the engine; who waits for running requests lets others go on.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,7 @@ class AdapterMemory:
         self._wait_s, self._limit_bytes, self._max_rank = wait_s, limit_bytes, max_rank
         self._held: dict[str, _Held] = {}
         self._loading: str | None = None
+        self._fetches: dict[Entry, asyncio.Task[Path]] = {}
         self._turn = asyncio.Lock()
         self._freed = asyncio.Condition()
         self._busy_s: dict[str, float] = {}
@@ -86,7 +87,7 @@ class AdapterMemory:
     def paths(self) -> list[Path]:
         return [held.path for held in self._held.values()]
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def using(self, entry: Entry) -> AsyncIterator[None]:
         """Holds the adapter in the engine while a request runs; loads it first if need be.
 
@@ -142,21 +143,50 @@ class AdapterMemory:
 
     async def _load(self, entry: Entry, reserve: bool) -> _Held:
         """Brings it into the engine; with `reserve` it is counted as in use before anyone can evict it."""
+        self._check(entry)
+        path = await self._fetch(entry)
+        deadline = time.monotonic() + (self._wait_s if reserve else 0.0)
+        while True:
+            async with self._turn:
+                held = self._held.get(entry.id)
+                if held is None:
+                    self._check(entry)  # as it was tried for another request meanwhile
+                    if await self._make_room(entry, patient=reserve):
+                        held = await _whole(self._fill(entry, path))
+                if held is not None:
+                    if reserve:
+                        self._count(held, 1)
+                    return held
+            # Without the turn: others find what they want in memory, or leave and make room.
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise NoRoomError(f"all {self._slots} adapter slots are in use; {entry.name} has to wait")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left), self._freed:
+                    await self._freed.wait()
+
+    def _check(self, entry: Entry) -> None:
+        """Raises what is known to keep it out of the engine."""
         if entry.id in self.faults:
             raise AdapterError(self.faults[entry.id])
         if self._max_rank is not None and entry.rank > self._max_rank:
             raise AdapterError(
                 f"adapter {entry.name} has rank {entry.rank}, a replica allows max_rank {self._max_rank}"
             )
-        path = await asyncio.to_thread(self._cache.fetch, entry)
-        async with self._turn:
-            held = self._held.get(entry.id)
-            if held is None:
-                await self._make_room(entry, patient=reserve)
-                held = await _whole(self._fill(entry, path))
-            if reserve:
-                self._count(held, 1)
-            return held
+
+    async def _fetch(self, entry: Entry) -> Path:
+        """One download for all who wait for it; it goes on if one of them leaves."""
+        task = self._fetches.get(entry)
+        if task is None:
+            task = self._fetches[entry] = asyncio.ensure_future(asyncio.to_thread(self._cache.fetch, entry))
+
+            def end(task: asyncio.Task[Path]) -> None:
+                del self._fetches[entry]
+                if not task.cancelled():
+                    task.exception()  # whoever asked may have left
+
+            task.add_done_callback(end)
+        return await asyncio.shield(task)
 
     async def _fill(self, entry: Entry, path: Path) -> _Held:
         self._loading = entry.id
@@ -174,29 +204,20 @@ class AdapterMemory:
         self.troubles.pop(entry.id, None)
         return held
 
-    async def _make_room(self, entry: Entry, patient: bool) -> None:
-        """Unloads until the adapter fits. Waits for running requests only if `patient`."""
+    async def _make_room(self, entry: Entry, patient: bool) -> bool:
+        """Unloads until the adapter fits, wanted ones only if `patient`; whether it does."""
         limit = self._limit_bytes
         if limit is not None and entry.nbytes > limit:
             raise AdapterError(f"adapter {entry.name} has {entry.nbytes} bytes, a replica allows adapter_bytes {limit}")
-        deadline = time.monotonic() + self._wait_s
         while len(self._held) >= self._slots or (
             limit is not None and sum(h.entry.nbytes for h in self._held.values()) + entry.nbytes > limit
         ):
             wanted = set(self.wanted)
-            idle = [h for h in self._held.values() if not h.users]
-            if idle and (patient or any(h.entry.id not in wanted for h in idle)):
-                victim = min(idle, key=lambda h: (h.entry.id in wanted, h.used_s))
-                await self._evict(victim)
-                continue
-            left = deadline - time.monotonic()
-            if not patient or left <= 0:
-                raise NoRoomError(f"all {self._slots} adapter slots are in use; {entry.name} has to wait")
-            try:
-                async with asyncio.timeout(left), self._freed:
-                    await self._freed.wait()
-            except TimeoutError:
-                continue
+            idle = [h for h in self._held.values() if not h.users and (patient or h.entry.id not in wanted)]
+            if not idle:
+                return False
+            await self._evict(min(idle, key=lambda h: (h.entry.id in wanted, h.used_s)))
+        return True
 
     async def _evict(self, held: _Held) -> None:
         # Out of the table first: a request that comes meanwhile waits for its turn and loads it again.
