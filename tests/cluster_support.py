@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from flora_vllm.cluster.memory import AdapterMemory
+from flora_vllm.cluster.memory import AdapterMemory, NotLoadedError
 from flora_vllm.cluster.store import Cache, Catalogue
 from flora_vllm.errors import AdapterError
 
@@ -81,10 +81,13 @@ class FakeEngine:
     def __init__(self):
         self.held, self.log, self.gate = set(), [], asyncio.Event()
         self.gate.set()
-        self.refuse = set()
+        self.refuse, self.fail = set(), set()
 
     async def load(self, entry, path):
         await self.gate.wait()
+        if entry.name in self.fail:
+            self.log.append(f"?{entry.name}")
+            raise NotLoadedError(f"no space for {entry.name}")
         if entry.name in self.refuse:
             raise AdapterError(f"{entry.name} is faulty")
         assert entry.id not in self.held

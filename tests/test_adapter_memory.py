@@ -11,6 +11,7 @@ from engine_support import Ask
 
 from flora_vllm.errors import AdapterError
 from flora_vllm.plugin.memory import MemoryBudget
+from flora_vllm.plugin.refusals import is_passing
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,8 +105,12 @@ def test_the_refusal_has_the_numbers() -> None:
         "more in a slot) and with the 1 largest that may run beside it 1100 bytes, above --adapter-memory 1000; use an "
         "adapter of lower rank, unload others, start with fewer --max-loras or with --adapter-memory 1100"
     )
+    assert is_passing(str(refusal.value))
     memory.forget(1)
     memory.check(3, "third", 250)
+    with pytest.raises(AdapterError) as refusal:
+        MemoryBudget(1000, 1).check(4, "fourth", 501)
+    assert not is_passing(str(refusal.value)), "it is too large alone"
 
 
 def test_what_is_checked_counts_before_it_is_there() -> None:

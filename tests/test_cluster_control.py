@@ -10,7 +10,7 @@ from cluster_support import make_gate, minimal, write_adapter
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, parse, to_data
 from flora_vllm.cluster.controller import BROKEN, PlacementController
-from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.memory import NoRoomError, NotLoadedError
 from flora_vllm.cluster.messages import Report
 from flora_vllm.cluster.rules import routing, scaling
 from flora_vllm.cluster.rules.demand import Demand
@@ -360,6 +360,8 @@ def test_a_version_that_left_stays_retired_until_it_comes_back(tmp_path):
         assert (await controller.sync(report("r0", [old, new], retired=()))).stale == (old,)
         # No longer in memory: still refused, or an ingress that lags would have it loaded from the node's cache.
         assert (await controller.sync(report("r0", [new], retired=(old,)))).stale == (old,)
+        # Nor is a refusal kept of content that nobody can ask for.
+        assert (await controller.sync(report("r0", faults={old: "no such layer", new: "nor this"}))).stale == (old,)
         controller._put(Entry("poems", old.partition("@")[2], "uri", 1, 4))
         assert (await controller.sync(report("r0", retired=(old,)))).stale == ()
 
@@ -423,5 +425,5 @@ def test_a_view_that_was_never_told_anything_does_not_say_that_a_name_is_unknown
 def test_store_error_is_an_os_error_and_pickles():
     import pickle
 
-    for error in (StoreError("s"), StaleVersionError("v"), NoRoomError("n"), LostError("l")):
+    for error in (StoreError("s"), StaleVersionError("v"), NoRoomError("n"), NotLoadedError("e"), LostError("l")):
         assert str(pickle.loads(pickle.dumps(error))) == str(error)

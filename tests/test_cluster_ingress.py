@@ -13,7 +13,7 @@ from cluster_support import play, write_adapter
 
 from flora_vllm.cluster.config import ModelConfig, StoreConfig, TimingConfig, to_data
 from flora_vllm.cluster.controller import PlacementController
-from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.memory import NoRoomError, NotLoadedError
 from flora_vllm.cluster.refusals import refusal_of
 from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
 from flora_vllm.cluster.streams import ENDED, LostError
@@ -192,6 +192,11 @@ def test_nobody_there_for_too_long(directory):
             "the adapter poems cannot be fetched now; the replica's log says why",
         ),
         (NoRoomError("all 8 adapter slots are in use"), 503, "all 8 adapter slots are in use"),
+        (
+            NotLoadedError("the engine could not load poems@1: No space left on device: /cache/poems"),
+            503,
+            "the adapter poems cannot be loaded now; the replica's log says why",
+        ),
         (
             adapter_error("poems", ["file:///a/b c: 3/4 of /cache/poems@1/adapter_model.safetensors, gs://x/y"]),
             400,

@@ -8,7 +8,8 @@ import time
 import pytest
 from cluster_support import make_memory
 
-from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster import memory as memories
+from flora_vllm.cluster.memory import NoRoomError, NotLoadedError
 from flora_vllm.cluster.store import Cache, Entry, StaleVersionError
 from flora_vllm.errors import AdapterError
 
@@ -201,5 +202,40 @@ def test_who_waits_for_a_slot_waits_no_longer_for_others_who_do_and_holds_nobody
             found = await asyncio.gather(*waiting, return_exceptions=True)
             assert all(isinstance(one, NoRoomError) for one in found)
             assert time.monotonic() - began < 2.5, "one after another they would have waited for 4 s"
+
+    asyncio.run(run())
+
+
+def test_what_the_engine_could_not_load_is_tried_again_after_a_while(tmp_path, monkeypatch):
+    async def run():
+        memory, engine, e = make_memory(tmp_path, "ab", 4)
+        engine.fail = {"a"}
+        clients = [asyncio.create_task(memory.using(e["a"]).__aenter__()) for _ in range(5)]
+        found = await asyncio.gather(*clients, return_exceptions=True)
+        assert all(isinstance(one, NotLoadedError) for one in found)
+        await memory.prewarm([e["a"], e["b"]])
+        assert engine.log == ["?a", "+b"], "each try pauses the engine"
+        assert memory.faults == {}
+        assert memory.troubles == {e["a"].id: "no space for a"}
+        monkeypatch.setattr(memories, "RETRY_S", 0.0)
+        engine.fail = set()
+        async with memory.using(e["a"]):
+            assert memory.troubles == {}
+
+    asyncio.run(run())
+
+
+def test_what_is_known_of_an_adapter_goes_with_it(tmp_path):
+    async def run():
+        memory, engine, e = make_memory(tmp_path, "ab", 4)
+        engine.refuse, engine.fail = {"a"}, {"b"}
+        await memory.prewarm([e["a"], e["b"]])
+        assert (memory.faults.keys(), memory.troubles.keys()) == ({e["a"].id}, {e["b"].id})
+        await memory.retire([e["a"].id])
+        await memory.prewarm([])
+        assert (memory.faults, memory.troubles) == ({}, {})
+        # Whoever asks all the same hears that there is a newer one.
+        with pytest.raises(StaleVersionError):
+            await memory.using(e["a"]).__aenter__()
 
     asyncio.run(run())

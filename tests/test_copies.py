@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flora_vllm.errors import AdapterError
+from flora_vllm.plugin.refusals import is_passing
 
 
 class Loader:
@@ -146,8 +147,9 @@ def test_copies_of_the_unloaded_make_room(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "write_bytes", write_if_there_is_room)
     loader.load(1, original)
     loader.load(2, original)
-    with pytest.raises(AdapterError, match=rf"7 bytes \(No space left on device\); make room in {copies}"):
+    with pytest.raises(AdapterError, match=rf"7 bytes \(No space left on device\); make room in {copies}") as refused:
         loader.load(3, original)
+    assert is_passing(str(refused.value))
     assert f"'a3', 7 bytes, cannot be kept in {copies}: No space" in caplog.text
     loader.loader.retire(1)
     loader.load(3, original)

@@ -8,6 +8,7 @@ import torch
 
 from flora_vllm.compact import CompactLayers
 from flora_vllm.errors import AdapterError
+from flora_vllm.plugin.refusals import is_passing
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +82,9 @@ def test_a_load_is_refused_where_pins_leave_no_room(slots: int, places: int):
     worker = _manager(slots, places)
     worker.add_adapter(*_requests(1))
     worker.pin_adapter(1)
-    with pytest.raises(AdapterError, match="pinned adapters have all 1 slots"):
+    with pytest.raises(AdapterError, match="pinned adapters have all 1 slots") as refused:
         worker.add_adapter(*_requests(2))
+    assert is_passing(str(refused.value))
     with pytest.raises(AdapterError, match="pinned adapters have all 1 slots"):
         worker.let_in(LoadedAdapter(2, 1, {}), (), again=True)
     assert worker.add_adapter(*_requests(1))

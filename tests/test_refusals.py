@@ -1,12 +1,18 @@
-"""What workers answer where they cannot load an adapter, and what their engine makes of it."""
+"""What workers answer where they cannot load an adapter, and what their engine and a cluster's replica make of it."""
 
+import asyncio
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cluster_support import write_adapter
 
-from flora_vllm.errors import adapter_error
+from flora_vllm.cluster.memory import NotLoadedError
+from flora_vllm.cluster.store import Entry
+from flora_vllm.cluster.vllm_engine import VllmEngineAdapters
+from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.plugin import refusals
 
 # vLLM's imports warn about others' deprecations.
@@ -63,3 +69,34 @@ def test_every_rank_answers_and_none_holds_alone_what_one_could_not_load(monkeyp
 def test_an_only_rank_raises_what_it_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
         Ranks(monkeypatch, MemoryError()).load()
+
+
+def test_a_replica_holds_against_an_adapter_what_is_wrong_with_it_only(tmp_path: Path) -> None:
+    from flora_vllm.plugin.probe import ANOTHER_RANK
+
+    path = write_adapter(tmp_path, "a")
+    models = SimpleNamespace(lora_requests={}, lora_id_counter=SimpleNamespace(inc=lambda _: 1))
+
+    def load(met: Exception | None, errored: bool = False) -> None:
+        async def add_lora(_request: Any) -> None:
+            if met is not None:
+                raise met
+
+        client = SimpleNamespace(errored=errored, add_lora=add_lora)
+        engine = VllmEngineAdapters(SimpleNamespace(_engine_client=client, _oai_models=models))
+        asyncio.run(engine.load(Entry("a", "v", "/a", 1, 4), path))
+
+    def said(*faults: str) -> Exception:
+        text = str(adapter_error("'a'", faults)).replace("\n", "\\n")
+        return Exception(f"Call to add_lora method failed: {text}', please check the stack trace above")
+
+    with pytest.raises(AdapterError, match=r"no such layer$"):
+        load(said("no such layer"))
+    for passing in (said(ANOTHER_RANK), said("pinned adapters have all 2 slots"), OSError("disk"), MemoryError()):
+        with pytest.raises(NotLoadedError, match="the engine could not load a@v: "):
+            load(passing)
+    with pytest.raises(OSError, match="engine died"):
+        load(OSError("engine died"), errored=True)
+    assert models.lora_requests == {}
+    load(None)
+    assert models.lora_requests.keys() == {"a@v"}

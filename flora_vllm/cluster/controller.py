@@ -165,7 +165,7 @@ class PlacementController:
             self._plan()
         refused = set(report.faults)
         wanted = [self._by_id[i] for i in self._planner.wanted(report.replica) if i in self._by_id and i not in refused]
-        told = [i for i in dict.fromkeys((*report.resident, *report.retired)) if i not in self._by_id]
+        told = [i for i in dict.fromkeys((*report.resident, *report.retired, *report.faults)) if i not in self._by_id]
         stale = tuple(i for i in told if i in report.retired or not self._may_be_there(i.rpartition("@")[0]))
         return Orders(tuple(wanted) if self._has_planned else None, stale, self._replicas_wanted())
 

@@ -20,15 +20,23 @@ from flora_vllm.errors import AdapterError, FloraError
 RETIRED_S = 60.0
 
 
+# After an engine could not load an adapter it is asked to again no sooner: each try reads the whole file.
+RETRY_S = 5.0
+
+
 class NoRoomError(FloraError, RuntimeError):
     """Every slot is in use by running requests."""
+
+
+class NotLoadedError(FloraError, RuntimeError):
+    """The engine could not load the adapter now, for no fault of the adapter's."""
 
 
 class Engine(Protocol):
     """What an engine must offer. `load` may be called again for an id that was unloaded; ids are permanent."""
 
     async def load(self, entry: Entry, path: Path) -> None:
-        """Raises AdapterError if the adapter cannot be served."""
+        """Raises AdapterError if the adapter cannot be served, NotLoadedError if not now."""
         ...
 
     async def unload(self, adapter_id: str) -> None:
@@ -63,11 +71,12 @@ class AdapterMemory:
         self._held: dict[str, _Held] = {}
         self._loading: str | None = None
         self._fetches: dict[Entry, asyncio.Task[Path]] = {}
+        self._failed: dict[str, tuple[float, str]] = {}  # id -> when the engine could not load it, and why
         self._turn = asyncio.Lock()
         self._freed = asyncio.Condition()
         self._busy_s: dict[str, float] = {}
         self.wanted: tuple[str, ...] = ()
-        # Adapters the engine refused, for good, and adapters that could not be had the last time.
+        # Adapters the engine refused, for good, and wanted ones that could not be had the last time.
         self.faults: dict[str, str] = {}
         self.troubles: dict[str, str] = {}
         self.loads = self.unloads = 0
@@ -91,7 +100,8 @@ class AdapterMemory:
     async def using(self, entry: Entry) -> AsyncIterator[None]:
         """Holds the adapter in the engine while a request runs; loads it first if need be.
 
-        Raises AdapterError if it cannot be served; StaleVersionError, StoreError or NoRoomError if not now.
+        Raises AdapterError if it cannot be served; StaleVersionError, StoreError, NoRoomError or NotLoadedError if not
+        now.
         """
         if entry.id in self._retired_s:
             raise StaleVersionError(f"{entry.name} has a newer version than {entry.version}, or is gone")
@@ -129,7 +139,10 @@ class AdapterMemory:
         return [e.id for e in entries if not any(e.id in table for table in known)]
 
     async def prewarm(self, entries: Iterable[Entry]) -> None:
-        """Loads what is missing, in order; an adapter that fails is noted and passed over."""
+        """Loads what is missing of all that is wanted, in order; an adapter that fails is noted and passed over."""
+        entries = tuple(entries)
+        wanted = {entry.id for entry in entries}
+        self.troubles = {i: trouble for i, trouble in self.troubles.items() if i in wanted}
         for entry in entries:
             if entry.id in self._held or entry.id in self.faults:
                 continue
@@ -173,6 +186,8 @@ class AdapterMemory:
             raise AdapterError(
                 f"adapter {entry.name} has rank {entry.rank}, a replica allows max_rank {self._max_rank}"
             )
+        if entry.id in self._failed and time.monotonic() - self._failed[entry.id][0] < RETRY_S:
+            raise NotLoadedError(self._failed[entry.id][1])
 
     async def _fetch(self, entry: Entry) -> Path:
         """One download for all who wait for it; it goes on if one of them leaves."""
@@ -195,6 +210,11 @@ class AdapterMemory:
             await self._engine.load(entry, path)
         except AdapterError as error:
             self.faults[entry.id] = str(error)
+            raise
+        except NotLoadedError as error:
+            now = time.monotonic()
+            self._failed = {i: failed for i, failed in self._failed.items() if now - failed[0] < RETRY_S}
+            self._failed[entry.id] = (now, str(error))
             raise
         finally:
             self._loading = None
@@ -232,6 +252,7 @@ class AdapterMemory:
 
     async def retire(self, stale: Collection[str]) -> None:
         """Serves the ids no more, which are all that left the catalogue; unloads those that no request runs on."""
+        self.faults = {i: fault for i, fault in self.faults.items() if i not in stale}
         now = time.monotonic()
         since = {i: self._retired_s.get(i, now) for i in stale}
         self._retired_s = {i: s for i, s in since.items() if i in self._held or now - s < RETIRED_S}

@@ -33,7 +33,7 @@ class Report:
 class Orders:
     """What a replica should do. `wanted` is None while there is no plan yet.
 
-    stale: of the ids in memory or retired there, those that left the catalogue.
+    stale: of the ids in memory, refused or retired there, those that left the catalogue.
     """
 
     wanted: tuple[Entry, ...] | None

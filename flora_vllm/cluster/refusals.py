@@ -6,13 +6,13 @@ What a source, Ray or the file system said goes to the log of whoever met it.
 import logging
 import re
 
-from flora_vllm.cluster.memory import NoRoomError
+from flora_vllm.cluster.memory import NoRoomError, NotLoadedError
 from flora_vllm.cluster.store import Entry, StaleVersionError, StoreError
 from flora_vllm.errors import AdapterError, bounded, without_paths
 
 log = logging.getLogger("ray.serve")
 
-REFUSALS = (AdapterError, StaleVersionError, StoreError, NoRoomError)
+REFUSALS = (AdapterError, StaleVersionError, StoreError, NoRoomError, NotLoadedError)
 UNREACHED = "no replica can serve the request now; the ingress's log says why"
 FAILED = "the replica failed at the request; its log says why"
 _URI = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"`,;()\[\]<>]*")
@@ -26,6 +26,8 @@ def refusal_of(error: Exception, adapter: Entry) -> tuple[int, str]:
         return 409, f"the adapter {adapter.name} has changed or is gone; ask again"
     if isinstance(error, StoreError):
         return 503, f"the adapter {adapter.name} cannot be fetched now; the replica's log says why"
+    if isinstance(error, NotLoadedError):
+        return 503, f"the adapter {adapter.name} cannot be loaded now; the replica's log says why"
     status = 503 if isinstance(error, NoRoomError) else 400
     return status, bounded(without_paths(_URI.sub("<uri>", str(error)), None))
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from flora_vllm.cluster.memory import NotLoadedError
 from flora_vllm.cluster.store import Entry
-from flora_vllm.errors import AdapterError, HookError, adapter_error
+from flora_vllm.errors import AdapterError, HookError
 from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.listing import Reports, added, entries
 from flora_vllm.plugin.traffic import FAMILIES, MOST_NAMED
@@ -47,12 +48,12 @@ class VllmEngineAdapters:
         return bool(self._client.errored)
 
     async def load(self, entry: Entry, path: Path) -> None:
-        """Puts the adapter into the engine, where requests find it under `entry.id`. Raises AdapterError."""
+        """Puts the adapter into the engine, where requests find it under `entry.id`. Raises as memory's Engine says."""
         from vllm.lora.request import LoRARequest
 
         from flora_vllm.formats import digest_and_family
         from flora_vllm.plugin.preload import identified
-        from flora_vllm.plugin.refusals import our_message
+        from flora_vllm.plugin.refusals import is_passing, refusal
 
         digest, family = await asyncio.to_thread(digest_and_family, path)
         known = identity(entry.name, digest)
@@ -64,12 +65,14 @@ class VllmEngineAdapters:
             with identified():
                 await self._client.add_lora(request)
         except Exception as error:
-            # The engine's errors arrive as text, of whatever class its transport uses; a dead engine is no fault of
-            # the adapter.
+            # The engine's errors arrive as text, of whatever class its transport uses. What is not the adapter's
+            # fault, a full disk say, must not be held against it.
             if self.is_dead():
                 raise
-            message = our_message(str(error))
-            raise (AdapterError(message) if message else adapter_error(entry.name, [str(error)])) from error
+            message = refusal(error)
+            if message is None or is_passing(message):
+                raise NotLoadedError(f"the engine could not load {entry.id}: {message or error}") from error
+            raise AdapterError(message) from error
         self._users.setdefault(known, set()).add(entry.id)
         self._models.lora_requests[entry.id] = request
 

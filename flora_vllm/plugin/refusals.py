@@ -15,6 +15,15 @@ logger = logging.getLogger(__name__)
 
 INVALID = "vllm.exceptions:LoRAAdapterInvalidError"  # patches/0004
 
+# Of refusals for want of room, or on another rank: the same content may be taken at another time.
+_PASSING = (
+    "that may run beside it",  # memory.py
+    "has no room beside the others",
+    "pinned adapters have all",  # manager.py
+    "pinned adapters leave",  # worker_manager.py
+    "the server cannot keep a copy",  # loader.py
+    "another rank of this engine refused it",  # probe.py
+)
 _OUR_MESSAGE = re.compile(r"adapter .*? cannot be served \(\d+ faults?\):(?:\n  - [^\n]*)+", re.DOTALL)
 _END_OF_RPC_ERROR = re.compile(r"', please check the stack trace.*$", re.DOTALL)
 
@@ -23,6 +32,11 @@ def our_message(text: str) -> str | None:
     """Our refusal inside an engine's error text, or None if the error is not ours."""
     match = _OUR_MESSAGE.search(text.replace("\\n", "\n"))
     return _END_OF_RPC_ERROR.sub("", match[0]) if match else None
+
+
+def is_passing(message: str) -> bool:
+    """Whether a refusal is no fault of the adapter's content, as far as it says."""
+    return any(words in message for words in _PASSING)
 
 
 def refusal(error: Exception) -> str | None:
