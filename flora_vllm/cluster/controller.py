@@ -85,6 +85,10 @@ class PlacementController:
             self._number += 1 if added or removed else 0
             for entry in added:
                 self._put(entry)
+            if added:
+                # The planner knew nothing of what replicas told of these, and would move what is in its place.
+                for report in self._reports.values():
+                    self._put_replica(report)
             for entry in removed:
                 self._by_id.pop(entry.id, None)
                 self._names.pop(entry.name, None)
@@ -155,8 +159,7 @@ class PlacementController:
         self._syncs += 1
         is_new = report.replica not in self._reports
         self._reports[report.replica], self._seen_s[report.replica] = report, time.monotonic()
-        spec = ReplicaSpec(report.replica, report.node, report.slots, report.nbytes, report.max_rank, report.is_warming)
-        self._planner.put_replica(spec, report.resident)
+        self._put_replica(report)
         self._planner.observe(report.busy_s)
         if is_new:
             self._joined_s = time.monotonic()
@@ -168,6 +171,10 @@ class PlacementController:
         told = [i for i in dict.fromkeys((*report.resident, *report.retired, *report.faults)) if i not in self._by_id]
         stale = tuple(i for i in told if i in report.retired or not self._may_be_there(i.rpartition("@")[0]))
         return Orders(tuple(wanted) if self._has_planned else None, stale, self._replicas_wanted())
+
+    def _put_replica(self, report: Report) -> None:
+        spec = ReplicaSpec(report.replica, report.node, report.slots, report.nbytes, report.max_rank, report.is_warming)
+        self._planner.put_replica(spec, report.resident)
 
     async def leave(self, replica: str) -> None:
         """The replica stops on purpose; its adapters are placed elsewhere at once."""

@@ -335,8 +335,8 @@ async def release(self: Any, request: Any) -> None:
         in_background(self, _release_when_idle(self, request))
     # Choices of one chooser may be equal in content, and then are one adapter; whoever asks, all names count.
     elif all(live.lora_int_id != request.lora_int_id for live in dict.values(self.lora_requests)):
+        _retire(self, request.lora_name)  # first: it may be asked for meanwhile
         await engine.remove_lora(request.lora_int_id)
-        _retire(self, request.lora_name)
 
 
 async def _release_when_idle(self: Any, request: Any) -> None:
