@@ -180,6 +180,17 @@ def test_merge_is_the_forward_and_unmerge_is_bitwise():
     assert all(torch.equal(base.state_dict()[k], before[k]) for k in before)
 
 
+def test_a_model_that_is_cast_while_merged_is_unmerged_in_its_new_dtype():
+    base = nn.Linear(6, 7)
+    before = base.weight.detach().clone()
+    layer = make(base, 2)
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert torch.equal(base.weight, before.to(torch.bfloat16))
+    assert layer(torch.randn(4, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_safe_merge_refuses_and_changes_nothing():
     base = nn.Linear(6, 7)
     before = base.weight.detach().clone()

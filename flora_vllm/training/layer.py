@@ -282,8 +282,8 @@ class FloraLinear(nn.Module, BaseTunerLayer):
     def _unmerged_weight(self) -> torch.Tensor:
         if self._weight_before_merge is None:
             return self.get_base_weight()
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return self._weight_before_merge.to(device)
+        now = self.get_base_weight()  # the model may have been moved or cast since the merge
+        return self._weight_before_merge.to(now.device, now.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
