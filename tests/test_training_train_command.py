@@ -203,6 +203,18 @@ def test_held_out_text_is_never_trained_on():
     assert all(len(set(row.tolist())) == 2 for row in torch.cat([blocks.train, blocks.held_out]))
 
 
+def test_more_documents_are_held_out_until_they_fill_a_block():
+    documents = [f"{word} " * 4 for word in WORDS[:14]] * 3  # 42 of 5 tokens; 5 % are 2 documents
+    blocks = make_blocks(documents, tiny_tokenizer(), 20, 0.05, 0, "here")
+    assert (len(blocks.held_out), len(blocks.train)) == (1, 9)
+    blocks = make_blocks(documents[:23], tiny_tokenizer(), 57, 0.05, 0, "here")  # a block is 11.4 documents
+    assert (len(blocks.held_out), len(blocks.train)) == (1, 1)
+    with pytest.raises(ConfigError, match=r"115 tokens in 23 .* are too few.*: add text or lower --length"):
+        make_blocks(documents[:23], tiny_tokenizer(), 58, 0.05, 0, "here")
+    with pytest.raises(ConfigError, match=r"are too few.*: lower --held-out"):
+        make_blocks(documents, tiny_tokenizer(), 20, 0.99, 0, "here")
+
+
 def test_batches_pass_over_all_blocks_and_resume_where_they_were():
     blocks = torch.arange(10).view(10, 1)
     stream = batches(blocks, 4, seed=3, first_step=0)

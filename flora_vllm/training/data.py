@@ -6,8 +6,10 @@ the same number of tokens in every step. Chats are rendered by the model's own t
 
 import json
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -72,7 +74,9 @@ class Split(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Token ids ready to train on: `train` (N, L) and `held_out` (M, L), int64, host; no document is in both."""
+    """Token ids ready to train on: `train` (N, L) and `held_out` (M, L), int64, host; no token is in both, and no
+    document if there are enough of them.
+    """
 
     train: torch.Tensor
     held_out: torch.Tensor
@@ -120,23 +124,25 @@ def make_blocks(
 ) -> Blocks:
     """Split documents, tokenise and cut into blocks of `length` tokens; what is left over at the end is dropped.
 
-    With fewer than 20 documents the token stream is split instead, its end held out. Raises ConfigError if there is
-    not enough text for one block on each side.
+    More documents than the share are held out until they fill a block. With fewer than 20, or if that leaves no block
+    to train on, the token stream is split instead, its end held out. Raises ConfigError if there is not enough text for
+    one block on each side.
     """
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = torch.randperm(len(documents), generator=generator).tolist()
     ids = [_tokenise(documents[i], tokenizer) for i in order]
-    if len(documents) >= 20:
-        cut = max(1, round(len(ids) * held_out_share))
-        held_out, train = _join(ids[:cut]), _join(ids[cut:])
-    else:
+    ends = list(accumulate(map(len, ids)))
+    cut = max(1, round(len(ids) * held_out_share), bisect_left(ends, length) + 1)
+    held_out, train = _join(ids[:cut]), _join(ids[cut:])
+    if len(documents) < 20 or len(train) < length:
         stream = _join(ids)
         cut = max(length, round(len(stream) * held_out_share / length) * length)
         train, held_out = stream[:-cut], stream[-cut:]
     if len(train) < length or len(held_out) < length:
+        way_out = "lower --held-out" if len(train) + len(held_out) >= 2 * length else "add text or lower --length"
         raise ConfigError(
             f"training data {where}: {len(train) + len(held_out)} tokens in {len(documents)} document(s) are too few; "
-            f"one block of {length} tokens is needed to train on and one to measure with: add text or lower --length"
+            f"one block of {length} tokens is needed to train on and one to measure with: {way_out}"
         )
     return Blocks(_cut(train, length), _cut(held_out, length))
 
