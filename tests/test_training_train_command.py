@@ -195,6 +195,20 @@ def test_reads_chats_directories_and_text_files(tmp_path):
         read_documents(tmp_path / "texts", tokenizer)
 
 
+def test_lines_end_where_json_lines_end(tmp_path):
+    texts = ["the\u2028cat", "the\u2029dog", "a\x85mat"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "data.jsonl").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    assert read_documents(tmp_path / "data.jsonl", tiny_tokenizer()) == texts
+
+
+def test_twenty_faults_stand_for_all(tmp_path):
+    (tmp_path / "data.jsonl").write_text("no\n" * 1000)
+    with pytest.raises(ConfigError, match="1000 line") as caught:
+        read_documents(tmp_path / "data.jsonl", tiny_tokenizer())
+    assert str(caught.value).splitlines()[-1].strip().startswith("line 20: ")
+
+
 def test_held_out_text_is_never_trained_on():
     documents = [f"{word} " * 20 for word in WORDS[:14]] * 3
     blocks = make_blocks(documents, tiny_tokenizer(), 21, 0.1, 0, "here")

@@ -98,7 +98,7 @@ def as_batch(examples: "torch.Tensor | Batch", device: torch.device) -> Batch:
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The documents at `path`: .jsonl of {"text"} or {"messages"} lines, a directory of text files, or one text file.
 
-    Raises ConfigError listing every line or file that can't be used, or saying that there is nothing.
+    Raises ConfigError listing the lines or files that can't be used, or saying that there is nothing.
     """
     if not path.exists():
         raise ConfigError(f"training data {path}: no such file or directory")
@@ -169,7 +169,7 @@ def _read_directory(path: Path) -> list[str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without the mark that editors on Windows put first
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -179,10 +179,11 @@ def _read_text(file: Path) -> str:
 def read_lines(path: Path, parse: Callable[[str], R], desc: str | None = None) -> list[R]:
     """What `parse` makes of each line that isn't blank, with a progress bar if `desc` says what takes long.
 
-    Raises ConfigError listing every line `parse` raises one for.
+    Raises ConfigError listing the lines `parse` raises one for.
     """
     parsed, faults = [], []
-    lines = _read_text(path).splitlines()
+    # Not splitlines(): JSON may hold U+2028 and other separators as they are.
+    lines = _read_text(path).split("\n")
     for number, line in enumerate(tqdm(lines, desc=desc, file=sys.stderr, disable=desc is None), start=1):
         if not line.strip():
             continue
@@ -191,7 +192,7 @@ def read_lines(path: Path, parse: Callable[[str], R], desc: str | None = None) -
         except ConfigError as error:
             faults.append(f"line {number}: {error}")
     if faults:
-        raise ConfigError(f"training data {path}: {len(faults)} line(s) can't be used\n  " + "\n  ".join(faults))
+        raise ConfigError(f"training data {path}: {len(faults)} line(s) can't be used\n  " + "\n  ".join(faults[:20]))
     return parsed
 
 
