@@ -202,6 +202,18 @@ def test_lines_end_where_json_lines_end(tmp_path):
     assert read_documents(tmp_path / "data.jsonl", tiny_tokenizer()) == texts
 
 
+def test_json_that_no_tokeniser_takes_is_named(tmp_path):
+    chat = json.dumps({"messages": [{"role": "user", "content": "\udfff"}]})
+    lines = [r'{"text": "\ud800"}', chat, "[" * 100_000, r'{"text": "\ud83d\ude00"}', "9" * 5000]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="4 line") as caught:
+        read_documents(tmp_path / "data.jsonl", tiny_tokenizer())
+    faults = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert [fault.split()[1] for fault in faults] == ["1:", "2:", "3:", "5:"]
+    assert all("half a character" in fault for fault in faults[:2])
+    assert "nested too deep" in faults[2]
+
+
 def test_twenty_faults_stand_for_all(tmp_path):
     (tmp_path / "data.jsonl").write_text("no\n" * 1000)
     with pytest.raises(ConfigError, match="1000 line") as caught:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -196,11 +196,23 @@ def read_lines(path: Path, parse: Callable[[str], R], desc: str | None = None) -
     return parsed
 
 
-def _document(line: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def parse_line(line: str) -> Any:
+    """What a line of JSON says. Raises ConfigError for what is no JSON or has text that is no Unicode."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON ({error.msg})") from None
+        if "\\u" in line:  # an escape can be half a character, which no tokeniser and no file name takes
+            json.dumps(row, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ConfigError("is nested too deep") from None
+    except UnicodeEncodeError:
+        raise ConfigError(r"has text with half a character (\ud800 to \udfff without its other half)") from None
+    except ValueError as error:
+        raise ConfigError(f"not JSON ({getattr(error, 'msg', error)})") from None
+    return row
+
+
+def _document(line: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    row = parse_line(line)
     if isinstance(row, dict) and "audio" in row:
         raise ConfigError('has "audio", and the base is a text model: audio trains a Whisper base')
     if isinstance(row, dict) and isinstance(row.get("text"), str):

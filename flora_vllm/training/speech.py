@@ -6,7 +6,6 @@ Whisper's own prompt, start, language, task, no timestamps, on which no loss cou
 are learnt.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.training.audio import SAMPLE_RATE, load_audio
-from flora_vllm.training.data import IGNORED, Batch, read_lines
+from flora_vllm.training.data import IGNORED, Batch, parse_line, read_lines
 
 # Whisper writes a space before the first word, but not in these.
 WITHOUT_SPACES = {"zh", "yue", "ja", "th", "lo", "my"}
@@ -211,10 +210,7 @@ def _clip(line: str, folder: Path, base: SpeechBase, length: int) -> Clip:
 
 
 def _row(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON ({error.msg})") from None
+    row = parse_line(line)
     if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not isinstance(row.get("text"), str):
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ConfigError(
