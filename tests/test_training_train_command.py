@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from training_support import WORDS, interrupted_at_step, sentences, tiny_llama, 
 from flora_vllm.commands import train as train_command
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
-from flora_vllm.train_request import RATES
+from flora_vllm.train_request import RATES, Request
 from flora_vllm.training import build, checkpoint, loop, run
 from flora_vllm.training.data import batches, make_blocks, read_documents
 from flora_vllm.training.learning_rate import DEFAULT_LEARNING_RATE
@@ -79,6 +80,20 @@ def test_other_settings_are_not_mixed_into_a_run(base, data, tmp_path, capsys):
     assert "rank was 1, now 2" in capsys.readouterr().err
     assert command(base, data, tmp_path / "out", "--steps", "2", "--rank", "2", "--restart") == 0
     assert read_adapter(tmp_path / "out").rank == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", pickle.dumps(print, 2), [1], {"settings": [], "step": 1}, {"step": 1}]
+)
+def test_a_state_that_is_none_says_how_to_begin_anew(content, tmp_path):
+    request = Request("base", tmp_path / "data", tmp_path / "out", steps=2)
+    path = tmp_path / "out.training" / "state.pt"
+    path.parent.mkdir()
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    settings = run.settings_of(request, make_blocks(["the cat "] * 400, tiny_tokenizer(), 256, 0.05, 0, "here"), 0.01)
+    with pytest.raises(ConfigError, match=r"state\.pt can't be read .*--restart") as caught:
+        checkpoint.load_state(request.out, settings)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base, data, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -77,9 +78,14 @@ def load_state(out: Path, settings: Settings) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["settings"]
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} can't be read ({error}); start again with --restart") from None
+    except (RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError, UnpicklingError) as error:
+        # By its kind alone: torch's own words advise to load without the check that keeps pickles from running code.
+        raise ConfigError(f"{path} can't be read ({type(error).__name__}); start again with --restart") from None
+    before = state.get("settings") if isinstance(state, dict) else None
+    if not isinstance(before, dict) or not {"step", "factors", "optimizer"} <= state.keys():
+        raise ConfigError(f"{path} can't be read (it holds no run); start again with --restart")
     now = {k: v for k, v in asdict(settings).items() if k != "rate"}
     differing = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v]
     if differing:
