@@ -5,6 +5,7 @@ import errno
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,14 @@ def test_every_method_has_a_rate():
 def test_a_base_that_is_not_there_is_named(data, tmp_path, capsys):
     assert command(tmp_path / "nothing", data, tmp_path / "out") == 1
     assert "can't be loaded" in capsys.readouterr().err
+
+
+def test_a_base_with_a_broken_file_is_named(base, data, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert command(tmp_path / "cut", data, tmp_path / "out") == 1
+    assert f"base model {tmp_path / 'cut'} can't be loaded: " in capsys.readouterr().err
 
 
 def test_reads_chats_directories_and_text_files(tmp_path):

@@ -7,12 +7,16 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.training.config import FloraConfig
+
+# What transformers raises for a model that is not there or is damaged.
+UNLOADABLE = (OSError, ValueError, SafetensorError)
 
 # IA3 scales the input of these and the output of all others.
 FEEDFORWARD = ("down_proj", "fc2", "dense_4h_to_h", "wo", "w2")
@@ -65,7 +69,7 @@ def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise ConfigError(f"base model {base} can't be loaded: {error}") from None
     model.config.use_cache = False
     model.requires_grad_(False)

@@ -25,6 +25,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from flora_vllm.errors import ConfigError
 from flora_vllm.training.audio import SAMPLE_RATE, load_audio
+from flora_vllm.training.build import UNLOADABLE
 from flora_vllm.training.data import IGNORED, Batch, parse_line, read_lines
 
 # Whisper writes a space before the first word, but not in these.
@@ -127,7 +128,7 @@ def load_speech_base(base: str) -> SpeechBase:
         model = WhisperForConditionalGeneration.from_pretrained(base, dtype="auto")
         features = WhisperFeatureExtractor.from_pretrained(base)
         tokenizer = WhisperTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise ConfigError(f"base model {base} can't be loaded: {error}") from None
     if model.dtype == torch.float16:
         nn.Module.to(model, torch.float32)
