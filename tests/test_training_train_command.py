@@ -154,6 +154,7 @@ def test_sweep_takes_the_best_rate(base, data, tmp_path, capsys):
         (None, [], "no such file"),
         ("ok", ["--targets", "q_proj,nope"], "'nope' matches no module; linear layers here: .*q_proj"),
         ("ok", ["--targets", ".*nope"], "not found in the base model.*Linear layers here"),
+        ("ok", ["--targets", "(q_proj"], "'\\(q_proj' is no regular expression"),
         ("ok", ["--rank", "33"], "too small for rank 33"),
         ("ok", ["--lr", "0.1", "--sweep"], "leave one out"),
         ("ok", ["--epochs", "1"], "leave one out"),

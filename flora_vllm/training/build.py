@@ -79,10 +79,17 @@ def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def parse_targets(text: str | None, model_type: str) -> Targets:
-    """`--targets`: "all-linear", names with commas, or a regular expression; None leaves it to our table or PEFT's."""
+    """`--targets`: "all-linear", names with commas, or a regular expression; None leaves it to our table or PEFT's.
+
+    Raises ConfigError for an expression that is none.
+    """
     if text is None:
         return DEFAULT_TARGETS.get(model_type)
     if text == ALL_LINEAR or re.search(r"[^\w,.\s-]|\.\*", text):
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ConfigError(f"targets (--targets): {text!r} is no regular expression ({error})") from None
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 
