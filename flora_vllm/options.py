@@ -9,6 +9,7 @@ say (`from_mapping`), and the check of every value (`check`, called in `__post_i
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -33,20 +34,24 @@ class Values:
     is_switch: bool = False
 
 
-def whole(least: int, *words: str) -> Values:
-    """A whole number of at least `least`, or one of `words`."""
+def whole(least: int, *words: str, most: int | None = None) -> Values:
+    """A whole number of at least `least` and at most `most`, or one of `words`."""
 
     def holds(value: Any) -> bool:
-        return value in words if isinstance(value, str) else _is_whole(value) and value >= least
+        if isinstance(value, str):
+            return value in words
+        return _is_whole(value) and value >= least and (most is None or value <= most)
 
     def read(text: str) -> int | str:
         return text if text in words else int(text)
 
-    return Values(" or ".join([f"a whole number of at least {least}", *words]), holds, read)
+    limit = "" if most is None else f" and at most {most}"
+    return Values(" or ".join([f"a whole number of at least {least}{limit}", *words]), holds, read)
 
 
 def number_above(least: float) -> Values:
-    return Values(f"a number above {least:g}", lambda value: _is_number(value) and value > least, float)
+    """A finite number above `least`."""
+    return Values(f"a number above {least:g}", lambda value: _is_number(value) and least < value < math.inf, float)
 
 
 def number_between(low: float, high: float) -> Values:

@@ -36,7 +36,9 @@ class Request:
         0.05, "--held-out", number_between(0, 1), "Share of the text to measure with.", metavar="SHARE"
     )
     save_every: int = option(50, "--save-every", whole(1), "Steps between checkpoints.", metavar="STEPS")
-    seed: int = option(0, "--seed", whole(0), "Of the initial factors and the order of the data.", metavar="N")
+    seed: int = option(
+        0, "--seed", whole(0, most=2**32 - 1), "Of the initial factors and the order of the data.", metavar="N"
+    )
 
     def __post_init__(self) -> None:
         check(self)

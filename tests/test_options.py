@@ -27,7 +27,7 @@ from flora_vllm.options import (
 
 @dataclass(frozen=True)
 class Meal:
-    guests: int | str = option(2, "--meal-guests", whole(1, "many"), "People at 100% hunger.", metavar="N")
+    guests: int | str = option(2, "--meal-guests", whole(1, "many", most=99), "People at 100% hunger.", metavar="N")
     dish: str = option("soup", "--dish", one_of(("soup", "stew")), "What.")
     hours: float | None = option(None, "--hours", number_above(0), "How long.")
     salt: float = option(0.5, "--salt", number_between(0, 1), "Share.")
@@ -74,8 +74,11 @@ BAD = [
     ("guests", "0", 0),
     ("guests", "few", True),
     ("guests", "1.5", 1.5),
+    ("guests", "100", 10**30),
     ("dish", "cake", None),
     ("hours", "0", 0),
+    ("hours", "inf", float("nan")),
+    ("hours", "1e999", float("inf")),
     ("salt", "1", 1),
     ("pot", "2 MB", -1),
     ("place", "", 3),

@@ -178,6 +178,8 @@ def test_bad_input_is_named(content, options, words, base, tmp_path, capsys):
     [
         (["--rank", "0"], "--rank: must be a whole number of at least 1, got '0'"),
         (["--lr", "-1"], "--lr: must be a number above 0, got '-1'"),
+        (["--epochs", "inf"], "--epochs: must be a number above 0, got 'inf'"),
+        (["--seed", str(10**20)], "--seed: must be a whole number of at least 0 and at most 4294967295, got"),
         (["--method", "dora"], "--method: invalid choice: 'dora'"),
     ],
 )
