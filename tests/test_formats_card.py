@@ -26,8 +26,23 @@ def test_write_flora_says_it_and_keeps_a_users_text(tmp_path: Path) -> None:
     (path / "README.md").write_text("Mine.\n")
     write_flora(path, factors)
     assert told(path).startswith("Mine.\n\n## FLoRA")
-    assert card_for(path, None, 1).decode() == told(path), "what is there stays as it is"
+    assert card_for(path, None, 20).decode() == told(path), "what is there stays as it is"
     assert not examine(path).faults
+
+
+def test_a_card_follows_the_adapter_that_replaces_its_own(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(card_for(tmp_path, "hub/old", 20))
+    assert card_for(tmp_path, r"C:\new", 1) == card_for(tmp_path / "fresh", r"C:\new", 1)
+    card.write_bytes(card.read_bytes() + b"\nMine, caf\xe9.\n")
+    card.write_bytes(card_for(tmp_path, "hub/new", 1))
+    assert b"old" not in card.read_bytes()
+    assert b"base_model: hub/new\n" in card.read_bytes()
+    assert b"vllm serve hub/new --enable-flora --lora-modules" in card.read_bytes()
+    assert card.read_bytes().endswith(b"\nMine, caf\xe9.\n")
+    card.write_bytes(card.read_bytes().replace(b"gives wrong answers", b"is wrong"))
+    section = card.read_bytes().partition(HEADING.encode())[2]
+    assert card_for(tmp_path, "hub/newest", 1).endswith(section), "what somebody changed in ours stays"
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
