@@ -145,6 +145,35 @@ def test_sweep_takes_the_best_rate(base, data, tmp_path, capsys):
     assert row["rate"] == min(tried, key=tried.__getitem__)
 
 
+def test_an_out_that_cannot_be_used_is_told_before_the_base_is_loaded(base, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "folder", base):
+        assert command(tmp_path / "no-base", data, out) == 1
+        assert f"{out} exists and holds more than" in capsys.readouterr().err
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(f"base: {base}\njobs: [{{data: {tmp_path}/none, out: a}}, {{data: d, out: {tmp_path}/folder}}]")
+    assert train_command.main(["--jobs", str(jobs)]) == 1
+    assert f"{tmp_path / 'folder'} exists" in capsys.readouterr().err
+
+
+def test_another_method_takes_the_place_of_flora_and_keeps_what_others_wrote(base, data, tmp_path):
+    card = tmp_path / "out" / "README.md"
+
+    def card_of(method):
+        assert command(base, data, tmp_path / "out", "--method", method, "--steps", "1", "--restart") == 0
+        assert read_adapter(tmp_path / "out").family == method.upper()
+        return card.read_text() if card.exists() else ""
+
+    assert "## FLoRA" in card_of("flora")
+    assert card_of("lora") == ""
+    card.write_text("Mine.\n")
+    assert card_of("lora") == "Mine.\n"
+    assert card_of("flora").startswith("Mine.\n\n## FLoRA")
+    assert card_of("lora") == "Mine.\n"
+
+
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [

@@ -61,5 +61,11 @@ def card_for(directory: str | os.PathLike[str], base: str | None, rank: int) -> 
     return bytearray(text.encode(errors="surrogateescape"))
 
 
+def card_without_flora(directory: str | os.PathLike[str]) -> bytearray:
+    """What others wrote into the README.md of `directory`, for an adapter of another family; empty if nothing."""
+    text = _OLD_SECTION.sub("", _OLD_HEAD.sub("", _read(Path(directory, CARD_NAME))))
+    return bytearray(f"{text.strip()}\n".encode(errors="surrogateescape") if text.strip() else b"")
+
+
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""

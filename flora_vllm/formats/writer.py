@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -65,13 +65,19 @@ def write_flora(
     return Path(path)
 
 
-def publish(path: Path, files: Mapping[str, bytearray]) -> None:
+def check_replaceable(path: Path, names: Collection[str]) -> None:
+    """Raises AdapterError if `path` is there and is anything but a directory of no other files than `names`."""
+    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - set(names)):
+        raise AdapterError(f"{path} exists and holds more than an adapter's {' and '.join(names)}; use a new directory")
+
+
+def publish(path: Path, files: Mapping[str, bytearray], without: Collection[str] = ()) -> None:
     """Make `path` a directory of exactly `files`, complete at every moment it can be opened.
 
-    Raises AdapterError if `path` is there and holds anything but earlier versions of these files.
+    Raises AdapterError if `path` is there and holds anything but earlier versions of these files, or of those named in
+    `without`, which may go.
     """
-    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - set(files)):
-        raise AdapterError(f"{path} exists and holds more than an adapter's {' and '.join(files)}; use a new directory")
+    check_replaceable(path, [*files, *without])
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, stale = (path.parent / f".{path.name}.{kind}-{secrets.token_hex(4)}" for kind in ("new", "old"))
     fresh.mkdir()

@@ -104,12 +104,21 @@ def log_row(out: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def check_out(out: Path) -> None:
+    """Raises AdapterError if `publish_adapter` would, long before there is an adapter."""
+    from flora_vllm.formats.card import CARD_NAME
+    from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
+    from flora_vllm.formats.writer import check_replaceable
+
+    check_replaceable(out, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
+
+
 def publish_adapter(model: PeftModel, out: Path, adapter_name: str, dtype: torch.dtype, base: str) -> None:
     """Write the adapter as the server reads it: PEFT's own names and config, factors in `dtype`.
 
-    Raises AdapterError if OUT holds anything but an earlier version.
+    Raises AdapterError if OUT holds anything but an earlier version (`check_out`).
     """
-    from flora_vllm.formats.card import CARD_NAME, card_for
+    from flora_vllm.formats.card import CARD_NAME, card_for, card_without_flora
     from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
     from flora_vllm.formats.writer import publish
 
@@ -124,4 +133,6 @@ def publish_adapter(model: PeftModel, out: Path, adapter_name: str, dtype: torch
     }
     if isinstance(config, FloraConfig):
         content[CARD_NAME] = card_for(out, base, max(config.r, *config.rank_pattern.values(), 1))
-    publish(out, content)
+    elif card := card_without_flora(out):
+        content[CARD_NAME] = card
+    publish(out, content, without=(CARD_NAME,))

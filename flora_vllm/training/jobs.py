@@ -19,7 +19,7 @@ from flora_vllm.errors import ConfigError
 from flora_vllm.options import from_mapping
 from flora_vllm.train_request import Request
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
-from flora_vllm.training.checkpoint import load_state
+from flora_vllm.training.checkpoint import check_out, load_state
 from flora_vllm.training.data import as_batch
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import Job, backward, held_out_loss, train
@@ -82,6 +82,8 @@ def _request(common: dict[str, Any], job: object) -> Request:
 
 def train_together(requests: Sequence[Request]) -> Report:
     """Train all requests in shared batches and publish each adapter."""
+    for request in requests:
+        check_out(request.out)
     if is_speech_model(requests[0].base):
         raise ConfigError(
             f"{requests[0].base} is a Whisper, and jobs are for text models; train its adapters one by one"

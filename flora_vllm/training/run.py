@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flora_vllm.errors import ConfigError
 from flora_vllm.train_request import Request
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
-from flora_vllm.training.checkpoint import Settings, load_state, log_row, publish_adapter
+from flora_vllm.training.checkpoint import Settings, check_out, load_state, log_row, publish_adapter
 from flora_vllm.training.data import Blocks, Split, make_blocks, read_documents
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import DivergedError, Job, held_out_loss, train
@@ -32,7 +32,11 @@ class Measured:
 
 
 def prepare(request: Request) -> tuple[PreTrainedModel, Split]:
-    """The base model and the data, text for a language model and clips for a Whisper. Raises ConfigError."""
+    """The base model and the data, text for a language model and clips for a Whisper.
+
+    Raises ConfigError, or AdapterError for an `out` that nothing can be published to.
+    """
+    check_out(request.out)
     if not is_speech_model(request.base):
         model, tokenizer = load_base(request.base)
         return model, read_blocks(request, tokenizer)
