@@ -74,6 +74,11 @@ def test_command_trains_all_and_prints_one_serve_line(file, tmp_path, base, caps
     assert not torch.equal(
         *(t["base_model.model.model.layers.0.self_attn.q_proj.flora_B.weight"][:, :1] for t in (a, b))
     )
+    old = [tmp_path / f"{name}.training" / "old" for name in "ab"]
+    for path in old:
+        path.touch()
+    assert train_command.main(["--jobs", str(file), "--restart"]) == 0
+    assert not any(path.exists() for path in old)
 
 
 @pytest.mark.parametrize(

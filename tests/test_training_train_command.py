@@ -97,6 +97,27 @@ def test_a_state_that_is_none_says_how_to_begin_anew(content, tmp_path):
     assert "weights_only" not in str(caught.value)
 
 
+def test_restart_forgets_the_earlier_run_only_when_the_new_one_can_begin(base, data, tmp_path, monkeypatch, capsys):
+    assert command(base, data, tmp_path / "out", "--steps", "2") == 0
+    state = tmp_path / "out.training" / "state.pt"
+    before = state.read_bytes()
+    for where, options in ((tmp_path / "none", []), (data, ["--targets", "nope"]), (data, ["--rank", "33"])):
+        assert command(base, where, tmp_path / "out", "--steps", "2", *options, "--restart") == 1
+        assert state.read_bytes() == before
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(f"base: {base}\njobs: [{{data: {tmp_path}/none, out: {tmp_path}/out}}]")
+    assert train_command.main(["--jobs", str(jobs), "--restart"]) == 1
+    assert state.read_bytes() == before
+    capsys.readouterr()
+
+    def busy(path, *_args, **_options):
+        raise OSError(errno.EBUSY, "in use", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    assert command(base, data, tmp_path / "out", "--steps", "2", "--restart") == 1
+    assert "in use" in capsys.readouterr().err
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base, data, tmp_path, monkeypatch, capsys):
     real = loop.cross_entropy
     calls = []

@@ -81,11 +81,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.sweep and args.lr is not None:
         raise ConfigError("--sweep looks for the rate that --lr gives; leave one out")
     request = Request(args.base, args.data, args.out, **given(Request, args))
-    if args.restart:
-        _forget(request.out)
     model, blocks = prepare(request)
     rate = next(iter(sweep(request, model, blocks))) if args.sweep else request.rate
-    measured = train_one(request, model, blocks, rate)
+    measured = train_one(request, model, blocks, rate, restart=args.restart)
     print(_losses(measured))
     print(
         f"adapter: {request.out}\nserve it:\n  {serve_line(request.base, {request.out: request.rank}, request.method)}"
@@ -100,22 +98,11 @@ def _train_jobs(args: argparse.Namespace) -> None:
     if said or args.sweep:
         raise ConfigError(f"--jobs says all of it in its file; leave out {', '.join(said or ['--sweep'])}")
     requests = read_jobs(args.jobs)
-    if args.restart:
-        for request in requests:
-            _forget(request.out)
-    report = train_together(requests)
+    report = train_together(requests, restart=args.restart)
     for out, measured in report.measured.items():
         print(f"{out}: {_losses(measured)}")
     print(f"steps took {report.seconds:.1f} s together; one job after another they take about {report.alone_s:.1f} s")
     print(f"serve them:\n  {serve_line(requests[0].base, {request.out: request.rank for request in requests})}")
-
-
-def _forget(out: Path) -> None:
-    import shutil
-
-    from flora_vllm.training.checkpoint import training_directory
-
-    shutil.rmtree(training_directory(out), ignore_errors=True)
 
 
 def _losses(measured: "Measured") -> str:

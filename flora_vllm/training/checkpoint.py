@@ -9,6 +9,7 @@ Every write goes to a new file first and is renamed: a full disk or a kill leave
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,12 @@ def load_state(out: Path, settings: Settings) -> dict[str, Any] | None:
             "use the same to go on, another OUT, or --restart to begin anew"
         )
     return state
+
+
+def forget(out: Path) -> None:
+    """Remove what an earlier run left. Raises OSError if it cannot be removed."""
+    if training_directory(out).exists():
+        shutil.rmtree(training_directory(out))
 
 
 def log_row(out: Path, row: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from flora_vllm.errors import ConfigError
 from flora_vllm.options import from_mapping
 from flora_vllm.train_request import Request
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
-from flora_vllm.training.checkpoint import check_out, load_state
+from flora_vllm.training.checkpoint import check_out, forget, load_state
 from flora_vllm.training.data import as_batch
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import Job, backward, held_out_loss, train
@@ -80,8 +80,8 @@ def _request(common: dict[str, Any], job: object) -> Request:
     return from_mapping(Request, options, "it", **places)
 
 
-def train_together(requests: Sequence[Request]) -> Report:
-    """Train all requests in shared batches and publish each adapter."""
+def train_together(requests: Sequence[Request], *, restart: bool = False) -> Report:
+    """Train all requests in shared batches and publish each adapter; `restart`: see `train_one`."""
     for request in requests:
         check_out(request.out)
     if is_speech_model(requests[0].base):
@@ -96,6 +96,9 @@ def train_together(requests: Sequence[Request]) -> Report:
         warn_if_lora_sized(request.rate)
     bases = [held_out_loss(model, b.held_out, r.batch) for r, b in zip(requests, blocks, strict=True)]
     adapted = attach_all(requests, model)
+    if restart:
+        for request in requests:
+            forget(request.out)
     jobs = [Job(job_name(i), s, b, r.out) for i, (r, s, b) in enumerate(zip(requests, settings, blocks, strict=True))]
     alone_s = sum(_seconds_of_a_step(adapted, job) * _steps_left(job) for job in jobs)
     adapted.set_requires_grad([job.name for job in jobs])

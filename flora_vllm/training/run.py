@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flora_vllm.errors import ConfigError
 from flora_vllm.train_request import Request
 from flora_vllm.training.build import METHODS, add_adapter, load_base, parse_targets
-from flora_vllm.training.checkpoint import Settings, check_out, load_state, log_row, publish_adapter
+from flora_vllm.training.checkpoint import Settings, check_out, forget, load_state, log_row, publish_adapter
 from flora_vllm.training.data import Blocks, Split, make_blocks, read_documents
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import DivergedError, Job, held_out_loss, train
@@ -113,14 +113,21 @@ def sweep(
     return dict(sorted(losses.items(), key=lambda item: item[1]))
 
 
-def train_one(request: Request, model: PreTrainedModel, blocks: Split, rate: float) -> Measured:
-    """Train, measure and publish one adapter; goes on from the state beside `request.out` if there is one."""
+def train_one(
+    request: Request, model: PreTrainedModel, blocks: Split, rate: float, *, restart: bool = False
+) -> Measured:
+    """Train, measure and publish one adapter; goes on from the state beside `request.out` if there is one.
+
+    `restart`: forget that state, when nothing that was asked for can be wrong any more.
+    """
     if request.method == "flora":
         warn_if_lora_sized(rate)
     settings = settings_of(request, blocks, rate)
     dtype = next(model.parameters()).dtype
     adapted = attach(request, model)
     adapted.print_trainable_parameters()
+    if restart:
+        forget(request.out)
     before = load_state(request.out, settings)
     done = before["step"] if before is not None else 0
     if done:
