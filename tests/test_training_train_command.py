@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,26 @@ def test_interrupted_run_goes_on_to_the_same_end(base, data, tmp_path):
     assert command(base, data, tmp_path / "parts", *options) == 0
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_ctrl_c_between_an_update_and_its_count_trains_no_step_twice(base, data, tmp_path, monkeypatch):
+    options = ["--steps", "6", "--rank", "2"]
+    assert command(base, data, tmp_path / "whole", *options) == 0
+    step = torch.optim.AdamW.step
+    updates = []
+
+    def interrupted(self, *args, **keywords):
+        step(self, *args, **keywords)
+        updates.append(1)
+        if len(updates) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    assert command(base, data, tmp_path / "parts", *options) == 130
+    assert torch.load(tmp_path / "parts.training" / "state.pt", weights_only=True)["step"] == len(updates) == 3
+    assert command(base, data, tmp_path / "parts", *options) == 0
+    whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 

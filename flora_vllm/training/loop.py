@@ -6,11 +6,14 @@ the gradient it would get alone.
 """
 
 import math
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,8 +78,10 @@ def train(
     try:
         while active := [run for run in runs if not run.is_done]:
             losses, tokens = _step(model, active, mixed=len(jobs) > 1)
-            for run in active:
-                _keep(run, losses[run.job.name], save_every)
+            with _ctrl_c_waits():
+                for run in active:
+                    _update(run)
+                    _keep(run, losses[run.job.name], save_every)
             if seen is not None:
                 seen(losses, tokens)
     except KeyboardInterrupt:
@@ -105,7 +110,7 @@ def _start(model: PeftModel, job: Job) -> Progress:
 
 
 def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict[str, float], int]:
-    """One optimizer step of every run; losses by job name and the number of tokens."""
+    """The gradients of every run's next step; losses by job name and the number of tokens."""
     device = next(model.parameters()).device
     parts = [as_batch(next(run.batches), device) for run in runs]
     names = [run.job.name for run, part in zip(runs, parts, strict=True) for _ in range(len(part))]
@@ -121,9 +126,29 @@ def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict
         norm = nn.utils.clip_grad_norm_(run.factors.values(), MAX_GRADIENT_NORM)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             raise DivergedError(_diverged(run, loss, float(norm)))
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
     return losses, sum(part.tokens for part in parts)
+
+
+def _update(run: Progress) -> None:
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Generator[None]:
+    """Ctrl-C takes effect after the block: state saved between an update and its count would train a step twice."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *call: came.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
 
 
 def backward(model: nn.Module, parts: Sequence[Batch]) -> list[float]:
