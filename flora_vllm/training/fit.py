@@ -126,9 +126,10 @@ def ia3_factors(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], biased:
     factors: Factors = {}
     for name, terms in adapter.modules.items():
         rows, columns = shapes[name]
+        # Copied: what is equal in two modules is read once and held by both, which a file's tensors may not do.
         for gain in terms.of(Gain):
-            factors[name] = (torch.ones(1, columns).to(gain.gain), gain.gain[:, None])
+            factors[name] = (torch.ones(1, columns).to(gain.gain), gain.gain[:, None].clone())
         for product in terms.of(Product):
             assert product.input is not None, "IA3 modules have a gain or an input scale"
-            factors[name] = (product.input, torch.ones(rows, 1).to(product.input))
+            factors[name] = (product.input.clone(), torch.ones(rows, 1).to(product.input))
     return factors
