@@ -142,6 +142,28 @@ def test_ia3_converts_exactly_or_is_refused(base, tmp_path, capsys):
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "config"),
+    [
+        ("--from-ia3", IA3Config(target_modules=["up_proj"], feedforward_modules=[], modules_to_save=["o_proj"])),
+        ("--from-lora", LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["o_proj"])),
+    ],
+)
+def test_a_module_saved_whole_is_lost_only_where_it_is_the_bases(option, config, base, tmp_path, capsys):
+    words = [option, str(base), str(tmp_path / "whole"), str(tmp_path / "out"), "--max-lost", "9"]
+    model = get_peft_model(tiny_llama(), config)
+    model.save_pretrained(tmp_path / "whole")
+    assert convert_command.main(words) == 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "whole")
+    assert convert_command.main([*words[:3], str(tmp_path / "refused"), *words[4:]]) == 1
+    assert "layers.1.self_attn.o_proj.weight saved whole and not equal to the base" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
 def test_mistakes_are_named(base, lora, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert convert_command.main(["--from-ia3", str(base), str(lora), out]) == 1

@@ -119,7 +119,23 @@ def _read(args: argparse.Namespace, family: str) -> tuple["Adapter", "PreTrained
             f"{args.adapter}: alora_invocation_tokens is set; what is measured and fitted here is an adapter of every "
             "token. Train a FLoRA adapter with alora_invocation_tokens instead"
         )
+    if adapter.saved:
+        _refuse_saved(args, adapter)
     return adapter, *load_base(args.base)
+
+
+def _refuse_saved(args: argparse.Namespace, adapter: "Adapter") -> None:
+    """Raises AdapterError for what is saved whole and is not the base's: the factors made here cannot hold it."""
+    from flora_vllm.formats.base_model import open_base
+    from flora_vllm.formats.repair import equals_base
+
+    base = open_base(args.base)
+    changed = [name for name, tensor in sorted(adapter.saved.items()) if not equals_base(name, tensor, base)]
+    if changed:
+        raise AdapterError(
+            f"{args.adapter}: {', '.join(changed)} saved whole and not equal to the base model's; FLoRA made here holds "
+            "factors only, so it would be lost. Serve the adapter as it is, or train FLoRA with modules_to_save"
+        )
 
 
 def _to_lora(args: argparse.Namespace) -> None:
