@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from training_support import sentences, tiny_llama, tiny_tokenizer
 
 from flora_vllm.adapter import Adapter, ModuleTerms
@@ -72,6 +73,18 @@ def test_fit_improves_with_rank_and_is_never_worse_than_no_adapter():
     assert lost[-1] < 1e-3
 
 
+def test_what_is_lost_is_counted_as_the_layer_serves_the_factors():
+    generator = torch.Generator().manual_seed(0)
+    weight, down, up = (torch.randn(*s, generator=generator).bfloat16() for s in ((24, 20), (2, 20), (24, 2)))
+    adapter = Adapter("LORA", 2, {"m": ModuleTerms((Added(down, up, scale=0.01),))}, "digest")
+    fit = fit_lora(adapter, {"m": weight}, 20)
+    assert {factor.dtype for factor in fit.factors["m"]} == {torch.bfloat16}
+    delta, (a, b) = 0.01 * (up.double() @ down.double()), (factor.double() for factor in fit.factors["m"])
+    missed = weight.double() * (b @ a) - weight.double() - delta
+    assert fit.total_lost == pytest.approx(float(missed.square().sum() / delta.square().sum()), rel=1e-9)
+    assert fit.total_lost > 0.01, "bfloat16 cannot hold more of so small an update"
+
+
 def test_fit_spends_itself_where_inputs_are_large():
     generator = torch.Generator().manual_seed(0)
     weight, target = (torch.randn(12, 10, generator=generator).double() for _ in range(2))
@@ -120,6 +133,25 @@ def test_large_loss_is_refused_and_distillation_wins_some_back(base, lora, text,
     assert len(shares) == 2
     assert shares[1] < 0.9 * shares[0]
     assert read_adapter(tmp_path / "out").rank == 1
+
+
+def test_what_is_measured_after_distilling_is_what_is_written(lora, text, tmp_path, monkeypatch):
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    measured = []
+
+    def watched(model, blocks, batch):
+        measured.append({n: p.clone() for n, p in model.named_parameters() if "flora_" in n})
+        return 0.0
+
+    monkeypatch.setattr("flora_vllm.training.loop.held_out_loss", watched)
+    words = ["--from-lora", str(tmp_path / "base"), str(lora), str(tmp_path / "out"), "--text", str(text)]
+    assert convert_command.main([*words, "--length", "16", "--distill", "2", "--max-lost", "9"]) == 0
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    last = {name.replace(".default", ""): factor for name, factor in measured[-1].items()}
+    assert last.keys() == written.keys()
+    assert all(torch.equal(last[name], tensor.float()) for name, tensor in written.items())
 
 
 def test_ia3_converts_exactly_or_is_refused(base, tmp_path, capsys):

@@ -215,6 +215,7 @@ def _measure(
 
     teacher = PeftModel.from_pretrained(deepcopy(model), args.adapter).eval()
     student = as_flora(model, factors).eval()
+    dtype = next(iter(factors.values()))[0].dtype
 
     def lost() -> float:
         return mean_divergence(teacher, student, held_out, args.batch) / effect
@@ -229,12 +230,16 @@ def _measure(
     if args.distill:
         with Bar(args.distill, 0, "distilling") as bar:
             distill(teacher, student, train, steps=args.distill, rate=args.lr, batch=args.batch, seen=bar.seen)
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                # What is served, and written below, is measured; the dtype of the fit's factors is the layers'.
+                parameter.data = parameter.data.to(dtype).to(parameter.dtype)
         share = lost()
         print(f"lost share of the LoRA's effect on held-out text: {share:.3f} after {args.distill} steps")
     losses = {"base": base, "LoRA": held_out_loss(teacher, held_out, args.batch)}
     losses["FLoRA"] = held_out_loss(student, held_out, args.batch)
     print("perplexity on held-out text: " + ", ".join(f"{name} {math.exp(v):.3f}" for name, v in losses.items()))
-    return factors_of(student, factors), share
+    return {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in factors_of(student, factors).items()}, share
 
 
 def _refuse_if_lost(args: argparse.Namespace, lost: float, what: str) -> None:

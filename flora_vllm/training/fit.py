@@ -24,8 +24,10 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Fit:
-    """`factors`: module -> (A (R, I), B (O, R)), to be read with reduction "sum"; `lost`: module -> the share of the
-    update's energy, weighted by the inputs, that the factors miss (0 is exact, 1 is as good as no adapter)."""
+    """`factors`: module -> (A (R, I), B (O, R)) in the weight's dtype, to be read with reduction "sum".
+
+    `lost`: module -> the share of the update's energy, weighted by the inputs, that the factors miss (0 is exact, 1 is
+    as good as no adapter)."""
 
     factors: Factors
     lost: Mapping[str, float]
@@ -56,10 +58,12 @@ def fit_lora(
         weight_OI = weights[name].double()
         delta_OI = merged(torch.zeros_like(weight_OI), None, (low,))[0]
         c_I = torch.ones(weight_OI.shape[1]).double() if input_energy is None else input_energy[name].double()
-        a_RI, b_OR = fit_product(weight_OI, weight_OI + delta_OI, rank, c_I)
+        # They are served in the layer's dtype. In bfloat16 that is most of what a small update loses.
+        pair = [f.to(weights[name].dtype) for f in fit_product(weight_OI, weight_OI + delta_OI, rank, c_I)]
+        a_RI, b_OR = (f.double() for f in pair)
         module_missed = float((c_I * (weight_OI * (b_OR @ a_RI) - weight_OI - delta_OI).square()).sum())
         module_energy = float((c_I * delta_OI.square()).sum())
-        factors[name] = (a_RI.float(), b_OR.float())
+        factors[name] = (pair[0], pair[1])
         lost[name] = module_missed / module_energy if module_energy else 0.0
         missed, energy = missed + module_missed, energy + module_energy
     return Fit(factors, lost, missed / energy if energy else 0.0)
