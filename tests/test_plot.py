@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from flora_vllm.commands.plot import draw, measure
+from flora_vllm.errors import ConfigError
 from flora_vllm.formats import write_flora
 
 NAME = "model.layers.3.mlp.up_proj"
@@ -40,6 +41,25 @@ def test_lora_and_others(tmp_path: Path) -> None:
     assert (size.layer, size.module, size.spectrum) == (-1, "lm_head", ())
     assert size.norm == pytest.approx(6)
     assert not math.isnan(size.norm)
+
+
+def test_loras_scale_is_the_modules_own(tmp_path: Path) -> None:
+    down, up = torch.randn(2, 5), torch.randn(7, 2)
+    tensors = {}
+    for name in (NAME, "model.layers.3.mlp.down_proj"):
+        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    config = {"peft_type": "LORA", "lora_alpha": 4, "alpha_pattern": {"up_proj": 64}}
+    norms = {size.module: size.norm for size in measure(config, tmp_path / "lora.safetensors")}
+    assert norms["up_proj"] == pytest.approx(float((32 * up @ down).norm()), rel=1e-5)
+    assert norms["down_proj"] == pytest.approx(float((2 * up @ down).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("out", "words"), [("a.xyz", "supported formats"), ("nowhere/a.png", "No such file")])
+def test_a_picture_that_cannot_be_written_is_told(out: str, words: str, tmp_path: Path) -> None:
+    adapter = write_flora(tmp_path / "a", {NAME: (torch.rand(2, 5), torch.rand(7, 2))})
+    with pytest.raises(ConfigError, match=rf"--plot .*{out} can't be drawn: .*{words}"):
+        draw(adapter, tmp_path / out)
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ OTHERS = "norm of the module's tensors"
 
 
 def draw(directory: Path, out: Path) -> Path:
-    """Write the picture to `out` (any format matplotlib knows). Raises ConfigError without matplotlib."""
+    """Write the picture to `out` (any format matplotlib knows).
+
+    Raises ConfigError without matplotlib, and if it can't write `out`.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -50,7 +53,10 @@ def draw(directory: Path, out: Path) -> Path:
     figure.colorbar(image, ax=axes[0])
     if spectra:
         _draw_spectra(axes[1], modules, spectra)
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: a format that it does not know
+        raise ConfigError(f"--plot {out} can't be drawn: {error}") from error
     return out
 
 
@@ -87,6 +93,8 @@ def measure(config: Mapping[str, Any], weights: Path) -> list[Size]:
 def _size(path: str, parts: Mapping[str, Any], config: Mapping[str, Any]) -> Size:
     import torch
 
+    from flora_vllm.formats.matching import match_pattern
+
     number = re.search(r"\.(\d+)\.", path)
     layer, module = int(number[1]) if number else -1, path.rpartition(".")[2]
     down = next((t for n, t in parts.items() if n.endswith("_A") and t.ndim == 2), None)
@@ -101,7 +109,8 @@ def _size(path: str, parts: Mapping[str, Any], config: Mapping[str, Any]) -> Siz
         up = torch.cat([up, -torch.ones(len(up), 1, dtype=up.dtype)], 1)
         down = torch.cat([down, torch.ones(1, down.shape[1], dtype=down.dtype)], 0)
     else:
-        up = up * (config.get("lora_alpha", rank) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        alpha = match_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", rank))
+        up = up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     # The singular values of B A are those of the product of the two triangles, which is small.
     spectrum = torch.linalg.svdvals(torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T)
     norm = float(spectrum.square().sum().sqrt())
