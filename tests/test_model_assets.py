@@ -91,6 +91,12 @@ class TestFetching:
             fetch_model("smollm2", out)
         assert out.is_file() or len(list(out.iterdir())) in (1, 3)
 
+    @pytest.mark.parametrize("place", ["/proc/model", "file/model"])
+    def test_a_place_that_cannot_be_written_is_told(self, index, tmp_path, place, capsys):
+        (tmp_path / "file").write_text("")
+        assert main(["model", str(tmp_path / place)]) == 1
+        assert f"{tmp_path / place} can't be written" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

