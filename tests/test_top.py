@@ -150,6 +150,8 @@ def test_nobody_there_and_no_key_are_told(server: str, monkeypatch) -> None:
         look(server)
     with pytest.raises(ConfigError, match=r"no vLLM server with metrics answers at http://127\.0\.0\.1:1"):
         look("http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="nonnumeric port: 'abc'"):
+        look("http://localhost:abc")
 
 
 def test_a_server_that_ends_in_the_middle_of_an_answer_is_told() -> None:
