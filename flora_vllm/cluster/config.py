@@ -13,6 +13,7 @@ Every key and its default is a field below.
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -113,6 +114,8 @@ class ModelConfig:
         faults = [f for f in (name_fault(self.name), *map(name_fault, self.adapter_options)) if f]
         positive = ("slots", "max_rank", "replicas", "tensor_parallel", "pipeline_parallel", "max_requests")
         faults += [f"{key} must be >= 1, got {getattr(self, key)}" for key in positive if getattr(self, key) < 1]
+        if self.cpus < 0:
+            faults.append(f"cpus must be >= 0, got {self.cpus}")
         if self.device not in ("gpu", "cpu"):
             faults.append(f"device must be gpu or cpu, got {self.device!r}")
         faults += [
@@ -278,6 +281,9 @@ def _convert(hint: Any, data: Any, where: str, faults: list[str]) -> Any:
         return float(data)
     if not isinstance(data, hint) or (hint is int and isinstance(data, bool)):
         faults.append(f"{where} must be {hint.__name__}, got {data!r}")
+    elif hint is float and not math.isfinite(data):
+        # Every comparison with .nan is false, so the checks of a value's bounds let it pass.
+        faults.append(f"{where} must be a finite number, got {data!r}")
     return data
 
 
