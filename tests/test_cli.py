@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -112,6 +113,19 @@ class TestOutcome:
         error = capsys.readouterr().err
         assert "Traceback" in error
         assert error.endswith("flora-vllm: error: rank is 0\n")
+
+    def test_errors_of_the_system_are_one_message_too(self, command, capsys):
+        command(lambda args: Path("/no/such/file").stat())
+        assert main(["probe"]) == 1
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", "flora-vllm: error: [Errno 2] No such file or directory: '/no/such/file'\n")
+
+    @pytest.mark.parametrize("words", ["merge A B C OUT", "convert --repair A OUT --rank 0", "train"])
+    def test_debug_shows_where_a_commands_error_was_found(self, words, capsys):
+        assert main(["--debug", *words.split()]) == 1
+        error = capsys.readouterr().err
+        assert "Traceback" in error
+        assert error.splitlines()[-1].startswith("flora-vllm: error: ")
 
     def test_interrupt_is_130(self, command, capsys):
         def run(args):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_families_authors import LAYOUT, Q, V, check, lora, mtl_output, mtl_tensors, output, random
 from transformers import CLIPConfig, CLIPModel
 
-from flora_vllm.commands import convert as convert_command
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import adapter_error
 from flora_vllm.formats import FAMILIES, examine, read_adapter
 from flora_vllm.formats.trainer_names import as_peft_names
@@ -23,7 +23,7 @@ ROOT = "base_model.model."
 
 
 def convert(*words: object) -> int:
-    return convert_command.main([*map(str, words)])
+    return main(["convert", *map(str, words)])
 
 
 def terms_of(path: Path, task: str | None = None) -> dict[str, torch.Tensor]:

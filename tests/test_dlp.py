@@ -16,7 +16,7 @@ from dlp_support import TransformerClassifier, classifier_output, word_tokenizer
 from engine_support import load, save_peft_adapter
 from safetensors.torch import load_file, save_file
 
-from flora_vllm.commands import convert
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
 from flora_vllm.formats.dlp import Chooser, chosen, read_chooser
@@ -335,7 +335,7 @@ def test_the_authors_files_become_a_folder(folder: Path, tmp_path: Path, capsys:
     torch.save({**network.state_dict(), "model.embeddings.position_ids": torch.arange(512)}, pickled)
     listing.write_text("\n".join(str(folder / name) for name in NAMES).replace("/code", "\\code") + "\n")
     arguments = [*map(str, ("--dlp", listing, encoder, pickled, out))]
-    assert convert.main([*arguments, "--max-tokens", "20"]) == 0
+    assert main(["convert", *arguments, "--max-tokens", "20"]) == 0
     assert "choose among poems, old, code, at most 2 at once" in capsys.readouterr().out
     chooser = read_chooser(out)
     for prompt in PROMPTS:
@@ -350,9 +350,9 @@ def test_the_authors_files_become_a_folder(folder: Path, tmp_path: Path, capsys:
         (["--pickle", *arguments[2:], "--top-p", "1"], "are for --dlp"),
         (["--dlp", str(tmp_path / "none"), *arguments[2:-1], str(tmp_path / "x")], "cannot be read"),
     ):
-        assert convert.main(changed) == 1
+        assert main(["convert", *changed]) == 1
         assert words in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
     listing.write_text(f"{folder / 'code'}\n{tmp_path / 'code'}\n")
-    assert convert.main([*arguments[:-1], str(tmp_path / "x")]) == 1
+    assert main(["convert", *arguments[:-1], str(tmp_path / "x")]) == 1
     assert "no two folders may have one name" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from peft.tuners.lora.arrow import create_arrow_model
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 
-from flora_vllm.commands import convert
+from flora_vllm.commands.cli import main
 from flora_vllm.formats import arrow
 from flora_vllm.formats.families.table import ROWS, family_of
 from flora_vllm.formats.lora_merges import read_part
@@ -182,7 +182,7 @@ def write_mixlora(served: Served, folder: Path) -> None:
     model = support.load(served.model)
     tensors = mixlora_support.random_tensors(model)
     mixlora_support.write(folder / "theirs", mixlora_support.config_of(act_fn="silu"), tensors)
-    assert convert.main(["--pickle", str(folder / "theirs"), str(folder / "mixlora")]) == 0
+    assert main(["convert", "--pickle", str(folder / "theirs"), str(folder / "mixlora")]) == 0
     served.models["mixlora"], served.paths["mixlora"] = mixlora_support.mixed_model(model, tensors), folder / "mixlora"
 
 

@@ -16,7 +16,7 @@ from formats_support import edit_config
 from tiny_models import HEADS, KV_HEADS, LAYERS, WIDTH, tiny_llama
 
 import flora_vllm
-from flora_vllm.commands import convert
+from flora_vllm.commands.cli import main
 
 pytestmark = support.ENGINE_MARKS
 
@@ -47,7 +47,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         tensors = mixlora_support.random_tensors(support.load(model), seed=seed)
         mixlora_support.write(folder / f"theirs{seed}", mixlora_support.config_of(), tensors)
         paths[f"mix{seed}"] = folder / f"mix{seed}"
-        assert convert.main(["--pickle", str(folder / f"theirs{seed}"), str(paths[f"mix{seed}"])]) == 0
+        assert main(["convert", "--pickle", str(folder / f"theirs{seed}"), str(paths[f"mix{seed}"])]) == 0
     paths["lora"] = folder / "lora"
     support.save_peft_adapter(model, paths["lora"], peft.LoraConfig(r=4, target_modules=["down_proj", "q_proj"]), 3)
     with support.running(model, enforce_eager=request.param, **SETTINGS) as engine:

@@ -1,6 +1,5 @@
 """Adapters among which tokens choose: Arrow against PEFT's own model, MeteoRA against its equation, in float64."""
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from formats_support import edit_config, edit_tensors, faults_of, linear_layout,
 from peft.tuners.lora.arrow import create_arrow_model
 from safetensors.torch import load_file, save_file
 
-from flora_vllm.commands import convert, merge
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
 from flora_vllm.formats.arrow import Routing, prototype
@@ -110,9 +109,7 @@ def save_loras(folder: Path, **options: Any) -> list[str]:
 
 
 def arrow(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    merge.add_arguments(parser)
-    return merge.run(parser.parse_args(["--method", "arrow", *words]))
+    return main(["merge", "--method", "arrow", *words])
 
 
 @pytest.mark.parametrize(
@@ -240,18 +237,20 @@ def test_meteora_is_taken_out_of_its_model(tmp_path: Path, capsys: pytest.Captur
     for number, some in enumerate((dict(list(names.items())[:2]), dict(list(names.items())[2:]))):
         save_file(some, source / f"model-0000{number + 1}-of-00002.safetensors")
     arguments = ["--repair", str(source), str(tmp_path / "out")]
-    assert convert.main(arguments) == 1
+    assert main(["convert", *arguments]) == 1
     assert "is MeteoRA, whose files leave out" in capsys.readouterr().err
-    assert convert.main([*arguments, "--alpha", "6", "--temperature", "1.5", "--top-k", "2"]) == 0
+    assert main(["convert", *arguments, "--alpha", "6", "--temperature", "1.5", "--top-k", "2"]) == 0
     assert "left out the base model" in capsys.readouterr().out
     one, other = (read_adapter(tmp_path / name, layout=linear_layout(model)).modules for name in ("wanted", "out"))
     for term, same in zip(one[Q0].of(Gated), other[Q0].of(Gated), strict=True):
         assert (term.top, term.temperature, term.is_absolute) == (same.top, same.temperature, same.is_absolute)
         assert all(torch.equal(getattr(term, name), getattr(same, name)) for name in ("gate", "down", "up"))
-    assert convert.main(["--to-lora", str(tmp_path), str(tmp_path / "out"), str(tmp_path / "x"), "--top-k", "2"]) == 1
+    assert (
+        main(["convert", "--to-lora", str(tmp_path), str(tmp_path / "out"), str(tmp_path / "x"), "--top-k", "2"]) == 1
+    )
     assert "are for --pickle and --repair" in capsys.readouterr().err
     (source / "model-00001-of-00002.safetensors").write_bytes(b"junk")
-    assert convert.main([*arguments, "--alpha", "6"]) == 1
+    assert main(["convert", *arguments, "--alpha", "6"]) == 1
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -260,11 +259,9 @@ def test_a_gate_is_no_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     model.save_pretrained(str(tmp_path / "base"))
     write_meteora(tmp_path / "meteora", model, [6.0] * E)
     base, adapter, out = (str(tmp_path / name) for name in ("base", "meteora", "out"))
-    parser = argparse.ArgumentParser()
-    merge.add_arguments(parser)
-    assert merge.run(parser.parse_args([base, adapter, out])) == 1
+    assert main(["merge", base, adapter, out]) == 1
     assert f"module {Q0!r}: its gate chooses by token" in capsys.readouterr().err
-    assert convert.main(["--to-lora", base, adapter, out]) == 1
+    assert main(["convert", "--to-lora", base, adapter, out]) == 1
     assert "its Gated is more than LoRA can say" in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 """Merges of LoRA adapters: the tensors of PEFT's `add_weighted_adapter`, for every method, and its forward."""
 
-import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from formats_support import edit_config, edit_tensors, tiny_model
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-from flora_vllm.commands import merge
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.merge_methods import METHODS, Method, drawn
 
@@ -124,9 +123,7 @@ def pefts(paths: list[Path], weights: tuple[float, ...], options: dict[str, Any]
 def ours(paths: list[Path], weights: tuple[float, ...], options: dict[str, Any], out: Path) -> int:
     words = [f"--weights={','.join(map(str, weights))}"]
     words += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    parser = argparse.ArgumentParser()
-    merge.add_arguments(parser)
-    return merge.run(parser.parse_args([*words, *map(str, paths), str(out)]))
+    return main(["merge", *words, *map(str, paths), str(out)])
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
@@ -242,8 +239,6 @@ def test_what_pefts_merge_would_lose_is_refused(tmp_path: Path, capsys: pytest.C
 
 
 def test_arguments_of_the_two_merges_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    merge.add_arguments(parser)
     for words, message in (
         (["a", "b", "c", "out"], "2 adapters need --method"),
         (["--seed", "1", "a", "b", "out"], "--seed: for what merges LoRA adapters"),
@@ -254,8 +249,8 @@ def test_arguments_of_the_two_merges_are_not_mixed(tmp_path: Path, capsys: pytes
         (["--method", "cat", "--weights", "1", "a", "b", "out"], "must be 2 finite numbers"),
         (["--method", "cat", "--weights", "1,1", "a", "b", str(tmp_path / "out")], "the path does not exist"),
     ):
-        assert merge.run(parser.parse_args(words)) == 1
+        assert main(["merge", *words]) == 1
         assert message in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert merge.run(parser.parse_args(["--method", "cat", "--weights", "1,1", "a", "b", str(tmp_path)])) == 1
+    assert main(["merge", "--method", "cat", "--weights", "1,1", "a", "b", str(tmp_path)]) == 1
     assert "exists and is not an empty directory" in capsys.readouterr().err

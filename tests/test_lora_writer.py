@@ -10,7 +10,7 @@ import torch
 from families_support import fill_normal, save_filled
 from formats_support import linear_layout, tiny_model
 
-from flora_vllm.commands import convert
+from flora_vllm.commands.cli import main
 from flora_vllm.formats import read_adapter
 from flora_vllm.terms import Added
 
@@ -54,7 +54,7 @@ def test_converted_does_the_same(case: str, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "model"))
     save_filled(tiny_model(architecture), config(), tmp_path / "adapter", lambda n, p: fill_normal(n, p, 0.2))
     arguments = [str(tmp_path / name) for name in ("model", "adapter", "lora")]
-    assert convert.main(["--to-lora", *arguments]) == 0
+    assert main(["convert", "--to-lora", *arguments]) == 0
     adapter = read_adapter(tmp_path / "lora", layout=linear_layout(model))
     assert (adapter.family, adapter.rank) == ("LORA", rank)
     assert all(term.scale == 1 for terms in adapter.modules.values() for term in terms.of(Added))
@@ -67,9 +67,9 @@ def test_a_task_is_converted_alone(tmp_path: Path, capsys: pytest.CaptureFixture
     config = peft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"])
     save_filled(tiny_model("llama"), config, tmp_path / "poly")
     base, poly, out = (str(tmp_path / name) for name in ("model", "poly", "lora"))
-    assert convert.main(["--to-lora", base, poly, out]) == 1
+    assert main(["convert", "--to-lora", base, poly, out]) == 1
     assert "it has 2 tasks" in capsys.readouterr().err
-    assert convert.main(["--to-lora", base, f"{poly}#1", out]) == 0
+    assert main(["convert", "--to-lora", base, f"{poly}#1", out]) == 0
     assert read_adapter(out).rank == 2
 
 
@@ -78,7 +78,7 @@ def test_what_lora_cannot_say_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     save_filled(tiny_model("llama"), config, tmp_path / "dora")
     arguments = [str(tmp_path / name) for name in ("model", "dora", "lora")]
-    assert convert.main(["--to-lora", *arguments]) == 1
+    assert main(["convert", "--to-lora", *arguments]) == 1
     assert "its Gain is more than LoRA can say" in capsys.readouterr().err
     assert not (tmp_path / "lora").exists()
 

@@ -1,6 +1,5 @@
 """`flora-vllm merge`: the written checkpoint is PEFT's own merge, for every family, layout and sharding."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import cast
@@ -12,7 +11,7 @@ from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flora_vllm.commands import merge as merge_command
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import write_flora
 from flora_vllm.terms import Added, Gain, Product, merged
@@ -24,9 +23,7 @@ TOLERANCE = 4e-5
 
 
 def merge(base: Path, adapter: Path, out: Path) -> int:
-    parser = argparse.ArgumentParser()
-    merge_command.add_arguments(parser)
-    return merge_command.run(parser.parse_args([str(base), str(adapter), str(out)]))
+    return main(["merge", str(base), str(adapter), str(out)])
 
 
 def loaded_state(path: Path) -> dict[str, torch.Tensor]:

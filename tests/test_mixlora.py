@@ -20,7 +20,7 @@ from formats_support import (
 from mixlora_support import EXPERTS, RANK, TOP
 from torch.nn.functional import silu
 
-from flora_vllm.commands import convert
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import AdapterError
 from flora_vllm.feed_forward import FeedForward
 from flora_vllm.formats import read_adapter
@@ -181,7 +181,7 @@ def test_conditional_mixlora_is_refused_by_name(tmp_path: Path, capsys: pytest.C
     module = "model.layers.0.self_attn.q_proj"
     router = {f"base_model.model.{module}.cmoa_selector.loraA_selector.weight": normal(4, 64)}
     torch.save(router, tmp_path / "pytorch_model.bin")
-    assert convert.main(["--pickle", str(tmp_path / "pytorch_model.bin"), str(tmp_path / "out")]) == 1
+    assert main(["convert", "--pickle", str(tmp_path / "pytorch_model.bin"), str(tmp_path / "out")]) == 1
     assert "conditional MixLoRA (VT-NLP), which is not served: its routers read the mean" in capsys.readouterr().err
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     save_peft_adapter(tiny_model("llama"), config, tmp_path / "lora")
@@ -197,9 +197,9 @@ def theirs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ours(theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert convert.main(["--repair", str(theirs), str(tmp_path / "ours")]) == 1
+    assert main(["convert", "--repair", str(theirs), str(tmp_path / "ours")]) == 1
     assert "is a pickle" in capsys.readouterr().err
-    assert convert.main(["--pickle", str(theirs), str(tmp_path / "ours")]) == 0
+    assert main(["convert", "--pickle", str(theirs), str(tmp_path / "ours")]) == 0
     assert "mixlora. is base_model.model.model. now" in capsys.readouterr().out
     return tmp_path / "ours"
 
@@ -232,7 +232,7 @@ def test_targets_may_be_switches(tmp_path: Path) -> None:
     switches = {"q_proj": True, "k_proj": False, "down_proj": True, "gate_proj": False}
     tensors = support.random_tensors(tiny_model("llama"), ("q_proj", "down_proj"))
     support.write(tmp_path / "theirs", support.config_of(switches), tensors)
-    assert convert.main(["--pickle", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    assert main(["convert", "--pickle", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["down_proj", "q_proj"]
 

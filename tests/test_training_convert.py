@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from training_support import sentences, tiny_llama, tiny_tokenizer
 
 from flora_vllm.adapter import Adapter, ModuleTerms
-from flora_vllm.commands import convert as convert_command
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import read_adapter
 from flora_vllm.terms import Added
@@ -113,7 +113,7 @@ def test_input_energy_is_the_mean_square_of_what_the_layer_sees():
 
 
 def test_full_rank_conversion_gives_the_loras_logits(base, lora, text, tmp_path, capsys):
-    assert convert_command.main(["--from-lora", str(base), str(lora), str(tmp_path / "out"), "--rank", "32"]) == 0
+    assert main(["convert", "--from-lora", str(base), str(lora), str(tmp_path / "out"), "--rank", "32"]) == 0
     assert "not measured" in capsys.readouterr().out
     difference = (logits(tmp_path / "out") - logits(lora)).abs().max()
     assert difference < 0.02 * (logits(lora) - tiny_llama()(IDS).logits).abs().max()
@@ -122,12 +122,12 @@ def test_full_rank_conversion_gives_the_loras_logits(base, lora, text, tmp_path,
 def test_large_loss_is_refused_and_distillation_wins_some_back(base, lora, text, tmp_path, capsys):
     words = ["--from-lora", str(base), str(lora), str(tmp_path / "out"), "--rank", "1", "--text", str(text)]
     words += ["--length", "16"]
-    assert convert_command.main([*words, "--max-lost", "0.1"]) == 1
+    assert main(["convert", *words, "--max-lost", "0.1"]) == 1
     captured = capsys.readouterr()
     assert "nothing was written" in captured.err
     assert not (tmp_path / "out").exists()
     assert "perplexity on held-out text: base" in captured.out
-    assert convert_command.main([*words, "--max-lost", "1", "--distill", "40", "--lr", "0.02"]) == 0
+    assert main(["convert", *words, "--max-lost", "1", "--distill", "40", "--lr", "0.02"]) == 0
     printed = capsys.readouterr().out
     shares = [float(line.split()[9]) for line in printed.splitlines() if line.startswith("lost share of the LoRA")]
     assert len(shares) == 2
@@ -146,7 +146,7 @@ def test_what_is_measured_after_distilling_is_what_is_written(lora, text, tmp_pa
 
     monkeypatch.setattr("flora_vllm.training.loop.held_out_loss", watched)
     words = ["--from-lora", str(tmp_path / "base"), str(lora), str(tmp_path / "out"), "--text", str(text)]
-    assert convert_command.main([*words, "--length", "16", "--distill", "2", "--max-lost", "9"]) == 0
+    assert main(["convert", *words, "--length", "16", "--distill", "2", "--max-lost", "9"]) == 0
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     last = {name.replace(".default", ""): factor for name, factor in measured[-1].items()}
@@ -165,11 +165,11 @@ def test_ia3_converts_exactly_or_is_refused(base, tmp_path, capsys):
                 if "ia3_" in key:
                     parameter.uniform_(0.5, 1.5)
         model.save_pretrained(tmp_path / name)
-    assert convert_command.main(["--from-ia3", str(base), str(tmp_path / "plain"), str(tmp_path / "out")]) == 0
+    assert main(["convert", "--from-ia3", str(base), str(tmp_path / "plain"), str(tmp_path / "out")]) == 0
     assert read_adapter(tmp_path / "out").family == "FLORA"
     # The same products in another order of rounding, through two layers: a few float32 ulps of logits of order 10.
     torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "plain"), rtol=1e-4, atol=1e-4)
-    assert convert_command.main(["--from-ia3", str(base), str(tmp_path / "biased"), str(tmp_path / "refused")]) == 1
+    assert main(["convert", "--from-ia3", str(base), str(tmp_path / "biased"), str(tmp_path / "refused")]) == 1
     assert "2 faults" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
@@ -185,22 +185,22 @@ def test_a_module_saved_whole_is_lost_only_where_it_is_the_bases(option, config,
     words = [option, str(base), str(tmp_path / "whole"), str(tmp_path / "out"), "--max-lost", "9"]
     model = get_peft_model(tiny_llama(), config)
     model.save_pretrained(tmp_path / "whole")
-    assert convert_command.main(words) == 0
+    assert main(["convert", *words]) == 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.mul_(1.5)
     model.save_pretrained(tmp_path / "whole")
-    assert convert_command.main([*words[:3], str(tmp_path / "refused"), *words[4:]]) == 1
+    assert main(["convert", *words[:3], str(tmp_path / "refused"), *words[4:]]) == 1
     assert "layers.1.self_attn.o_proj.weight saved whole and not equal to the base" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
 
 def test_mistakes_are_named(base, lora, tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert convert_command.main(["--from-ia3", str(base), str(lora), out]) == 1
+    assert main(["convert", "--from-ia3", str(base), str(lora), out]) == 1
     assert "the adapter is LORA, not IA3" in capsys.readouterr().err
-    assert convert_command.main(["--from-lora", str(base), str(lora), out, "--distill", "3", "--rank", "0"]) == 1
+    assert main(["convert", "--from-lora", str(base), str(lora), out, "--distill", "3", "--rank", "0"]) == 1
     message = capsys.readouterr().err
     assert "--rank is 0" in message
     assert "give --text" in message

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from training_support import sentences, tiny_llama, tiny_tokenizer
 
-from flora_vllm.commands import train as train_command
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import ConfigError
 from flora_vllm.train_request import Request
 from flora_vllm.training import jobs
@@ -63,7 +63,7 @@ def test_together_is_each_alone(file, tmp_path, capsys):
 
 
 def test_command_trains_all_and_prints_one_serve_line(file, tmp_path, base, capsys):
-    assert train_command.main(["--jobs", str(file)]) == 0
+    assert main(["train", "--jobs", str(file)]) == 0
     printed = capsys.readouterr().out
     serve = f"vllm serve {base} --enable-flora --max-loras 2 --lora-modules a={tmp_path}/a b={tmp_path}/b"
     assert serve in printed
@@ -107,7 +107,7 @@ def test_mistakes_in_a_jobs_file_are_named(text, words, tmp_path):
 
 
 def test_jobs_and_single_run_options_do_not_mix(file, capsys):
-    assert train_command.main(["--jobs", str(file), "--rank", "2"]) == 1
+    assert main(["train", "--jobs", str(file), "--rank", "2"]) == 1
     assert "leave out --rank" in capsys.readouterr().err
-    assert train_command.main([]) == 1
+    assert main(["train"]) == 1
     assert "give BASE DATA OUT, or --jobs FILE" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """`flora-vllm train` on recordings: what a Whisper is taught, what is left, and what is said to bad manifests."""
 
-import argparse
 import json
 import wave
 from fractions import Fraction
@@ -15,7 +14,7 @@ from tiny_models import WHISPER_CHUNK_S, tiny_whisper
 from training_support import interrupted_at_step, tiny_llama, tiny_tokenizer
 from transformers import WhisperForConditionalGeneration
 
-from flora_vllm.commands import train as train_command
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
 from flora_vllm.training.audio import SAMPLE_RATE, load_audio
@@ -66,9 +65,7 @@ def write_lines(path: Path, lines: list[dict]) -> Path:
 
 
 def command(base, data, out, *options: str) -> int:
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
-    return train_command.run(parser.parse_args([str(base), str(data), str(out), "--batch", "3", *options]))
+    return main(["train", str(base), str(data), str(out), "--batch", "3", *options])
 
 
 @pytest.mark.parametrize("method", ["flora", "lora", "ia3"])
@@ -256,7 +253,5 @@ def test_jobs_are_for_text(whisper, tmp_path, capsys):
     (tmp_path / "jobs.yaml").write_text(
         f"base: {whisper}\njobs: [{{data: {write_manifest(tmp_path)}, out: {tmp_path}/a}}]"
     )
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
-    assert train_command.run(parser.parse_args(["--jobs", str(tmp_path / "jobs.yaml")])) == 1
+    assert main(["train", "--jobs", str(tmp_path / "jobs.yaml")]) == 1
     assert "train its adapters one by one" in capsys.readouterr().err

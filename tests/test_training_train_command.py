@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_support import WORDS, interrupted_at_step, sentences, tiny_llama, tiny_tokenizer
 
 from flora_vllm.commands import train as train_command
+from flora_vllm.commands.cli import main
 from flora_vllm.errors import ConfigError
 from flora_vllm.formats import read_adapter
 from flora_vllm.train_request import RATES, Request
@@ -39,10 +40,8 @@ def data(tmp_path):
 
 
 def command(base, data, out, *options: str) -> int:
-    parser = argparse.ArgumentParser()
-    train_command.add_arguments(parser)
     words = [str(base), str(data), str(out), "--length", "16", "--batch", "4", "--targets", "all-linear", *options]
-    return train_command.run(parser.parse_args(words))
+    return main(["train", *words])
 
 
 @pytest.mark.parametrize("method", ["flora", "lora", "ia3"])

@@ -57,21 +57,21 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: the command's own; 1 with one message for an error of ours; 130 after Ctrl-C."""
+    """Exit status: the command's own; 1 with one message for an error of ours or the system's; 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         args = make_parser(arguments).parse_args(arguments)
         status = args.run(args)
         sys.stdout.flush()
         return status
-    except FloraError as error:
-        if "--debug" in arguments[:1]:
-            traceback.print_exc()
-        print(f"flora-vllm: error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # The reader (`| head`) went away; without this Python complains about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FloraError, OSError) as error:
+        if "--debug" in arguments[:1]:
+            traceback.print_exc()
+        print(f"flora-vllm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nflora-vllm: interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flora_vllm.commands import convert_files
-from flora_vllm.errors import AdapterError, ConfigError, FloraError
+from flora_vllm.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,20 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when OUT holds the adapter, 1 with the reason on stderr otherwise."""
-    try:
-        _check(args)
-        if args.repair or args.pickle or args.dlp is not None:
-            convert_files.run(args)
-        elif args.to_lora:
-            _to_lora(args)
-        elif args.from_ia3:
-            _from_ia3(args)
-        else:
-            _from_lora(args)
-    except (FloraError, OSError) as error:
-        print(f"flora-vllm convert: {error}", file=sys.stderr)
-        return 1
+    """0 when OUT holds the adapter. Raises an error of ours or OSError if it does not."""
+    _check(args)
+    if args.repair or args.pickle or args.dlp is not None:
+        convert_files.run(args)
+    elif args.to_lora:
+        _to_lora(args)
+    elif args.from_ia3:
+        _from_ia3(args)
+    else:
+        _from_lora(args)
     return 0
 
 
@@ -133,8 +129,8 @@ def _refuse_saved(args: argparse.Namespace, adapter: "Adapter") -> None:
     changed = [name for name, tensor in sorted(adapter.saved.items()) if not equals_base(name, tensor, base)]
     if changed:
         raise AdapterError(
-            f"{args.adapter}: {', '.join(changed)} saved whole and not equal to the base model's; FLoRA made here holds "
-            "factors only, so it would be lost. Serve the adapter as it is, or train FLoRA with modules_to_save"
+            f"{args.adapter}: {', '.join(changed)} saved whole and not equal to the base model's; what is made here "
+            "holds factors only, so it would be lost. Serve the adapter as it is, or train FLoRA with modules_to_save"
         )
 
 
@@ -254,13 +250,3 @@ def _write(args: argparse.Namespace, factors: "Factors") -> None:
     from flora_vllm.formats import write_flora
 
     write_flora(args.out, factors, reduction="sum", base_model=args.base)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="flora-vllm convert")
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

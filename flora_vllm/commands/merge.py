@@ -57,13 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if OUT was written, 1 with the reason on stderr otherwise."""
-    try:
-        message = _into_base(args) if args.method is None else _into_one(args)
-    except (AdapterError, OSError) as error:
-        print(f"flora-vllm merge: {error}", file=sys.stderr)
-        return 1
-    print(message)
+    """0 if OUT was written. Raises AdapterError or OSError if not."""
+    print(_into_base(args) if args.method is None else _into_one(args))
     return 0
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flora_vllm.errors import ConfigError, FloraError
+from flora_vllm.errors import ConfigError
 from flora_vllm.options import add_flags, flags_of, given
 from flora_vllm.train_request import RATES, Request
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every adapter is in its OUT, 1 with the reason on stderr, 130 after Ctrl-C."""
+    """0 when every adapter is in its OUT, 130 after Ctrl-C. Raises an error of ours or OSError otherwise."""
     try:
         if args.jobs is not None:
             _train_jobs(args)
@@ -66,9 +66,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nflora-vllm train: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    except (FloraError, OSError) as error:
-        print(f"flora-vllm train: {error}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -122,13 +119,3 @@ def serve_line(base: str, rank_of: dict[Path, int], method: str = "flora") -> st
     if len(rank_of) > 1:
         words += ["--max-loras", str(len(rank_of))]
     return shlex.join([*words, "--lora-modules", *(f"{out.name}={out}" for out in rank_of)])
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="flora-vllm train")
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
