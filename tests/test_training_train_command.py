@@ -363,3 +363,8 @@ def test_serve_line_raises_the_rank_limits():
     assert "--max-flora-rank 20" in line({"x": 20})
     assert "--max-lora-rank 32" in line({"x": 20}, "lora")
     assert "--max-loras 2 --lora-modules x=o/x y=o/y" in line({"x": 1, "y": 2})
+
+
+def test_serve_line_gives_no_name_twice():
+    line = train_command.serve_line("B", dict.fromkeys(map(Path, ("ta/x", "tb/x", "y", "c/d/z", "b/d/z")), 1))
+    assert line.endswith("--lora-modules ta-x=ta/x tb-x=tb/x y=y c-d-z=c/d/z b-d-z=b/d/z")

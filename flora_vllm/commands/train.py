@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,4 +119,11 @@ def serve_line(base: str, rank_of: dict[Path, int], method: str = "flora") -> st
         words += ["--max-lora-rank", str(next((r for r in (32, 64, 128, 256, 320) if r >= rank), 512))]
     if len(rank_of) > 1:
         words += ["--max-loras", str(len(rank_of))]
-    return shlex.join([*words, "--lora-modules", *(f"{out.name}={out}" for out in rank_of)])
+    return shlex.join([*words, "--lora-modules", *(f"{adapter_name(out, rank_of)}={out}" for out in rank_of)])
+
+
+def adapter_name(out: Path, all_outs: Iterable[Path]) -> str:
+    """The directory's name, after as many of its parents' as tell it from the others."""
+    parts, others = out.absolute().parts, [other.absolute().parts for other in all_outs if other != out]
+    length = next((n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in others)), len(parts))
+    return "-".join(parts[-length:])
