@@ -12,6 +12,7 @@ They refine a standard error, carry only a message and therefore pickle: they cr
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class FloraError(Exception):
@@ -36,6 +37,13 @@ class HookError(FloraError, RuntimeError):
 
 class StepError(FloraError, RuntimeError):
     """The model ran, but not through our op."""
+
+
+def check_installed(what: str, extra: str, *modules: str) -> None:
+    """Raises ConfigError, with what installs them, if `what` needs modules that are not there."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ConfigError(f'{what} needs {" and ".join(missing)}: pip install "flora-vllm[{extra}]"')
 
 
 # A message goes over HTTP and into logs. Bytes of UTF-8.

@@ -127,6 +127,21 @@ class TestOutcome:
         assert "Traceback" in error
         assert error.splitlines()[-1].startswith("flora-vllm: error: ")
 
+    @pytest.mark.parametrize(
+        ("words", "module", "extra"),
+        [
+            ("train B D O", "peft", "train"),
+            ("convert --from-lora B A O", "peft", "train"),
+            ("convert --from-ia3 B A O", "peft", "train"),
+            ("cluster status", "ray", "cluster"),
+            ("cluster manifest C --serve", "ray", "cluster"),
+        ],
+    )
+    def test_an_extra_that_is_not_installed_is_named(self, words, module, extra, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert main(words.split()) == 1
+        assert f'needs {module}: pip install "flora-vllm[{extra}]"' in capsys.readouterr().err
+
     def test_interrupt_is_130(self, command, capsys):
         def run(args):
             raise KeyboardInterrupt

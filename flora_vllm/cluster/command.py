@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from flora_vllm.errors import check_installed
+
 EXAMPLES = """\
 examples:
   flora-vllm cluster up cluster.yaml                      # a Ray of its own on this machine, until Ctrl-C
@@ -13,6 +15,8 @@ examples:
   flora-vllm cluster down
   flora-vllm cluster manifest cluster.yaml --serve > serve.yaml && serve deploy serve.yaml
   flora-vllm cluster manifest cluster.yaml --image registry.example/flora-vllm:1 | kubectl apply -f -
+
+All of it needs pip install "flora-vllm[cluster]".
 
 a small cluster.yaml:
   models:
@@ -60,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if it was done; errors of ours are raised with their reason."""
+    check_installed("flora-vllm cluster", "cluster", "ray", "fsspec", "yaml")
     return {"up": _up, "status": _status, "explain": _explain, "down": _down, "manifest": _manifest}[args.action](args)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flora_vllm.commands import convert_files
-from flora_vllm.errors import AdapterError, ConfigError
+from flora_vllm.errors import AdapterError, ConfigError, check_installed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ LoRA adds to the weights, FLoRA multiplies them: the fit is an approximation, an
 reported per layer, and with --text end to end, as the share of the LoRA's effect that is gone: 0 is the same adapter,
 1 is none at all. More than --max-lost and nothing is written. --distill then moves the factors towards the LoRA's
 answers on the text. IA3 converts exactly, or is refused: where it scales a bias, FLoRA can't follow.
+Both need pip install "flora-vllm[train]".
 
 --to-lora writes a plain LoRA, exactly: for families that are low rank once the base is known (PiSSA, OLoRA, KaSA,
 PSOFT, OSF, AdaMSS, ...), whose loading would decompose every base weight each time. Others are refused.
@@ -71,10 +72,9 @@ def run(args: argparse.Namespace) -> int:
         convert_files.run(args)
     elif args.to_lora:
         _to_lora(args)
-    elif args.from_ia3:
-        _from_ia3(args)
     else:
-        _from_lora(args)
+        check_installed("flora-vllm convert --from-lora and --from-ia3", "train", "peft", "transformers")
+        (_from_ia3 if args.from_ia3 else _from_lora)(args)
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flora_vllm.errors import ConfigError
+from flora_vllm.errors import ConfigError, check_installed
 from flora_vllm.options import add_flags, flags_of, given
 from flora_vllm.train_request import RATES, Request
 
@@ -30,7 +30,7 @@ format and rate will do, and a line without a language gets the one the model he
 OUT becomes a directory that the server loads; the command that serves it is printed at the end. OUT.training beside
 it holds the log and what is needed to go on: run the same command again after Ctrl-C or a crash. With --lr left out
 each method gets its own rate (RATES); FLoRA's factors multiply the weights and need tens of
-times LoRA's rate.
+times LoRA's rate. All of it needs pip install "flora-vllm[train]".
 
 With --jobs one run trains many FLoRA adapters in shared batches, each example through its own:
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when every adapter is in its OUT, 130 after Ctrl-C. Raises an error of ours or OSError otherwise."""
+    check_installed("flora-vllm train", "train", "peft", "transformers")
     try:
         if args.jobs is not None:
             _train_jobs(args)
