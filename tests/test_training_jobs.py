@@ -77,7 +77,7 @@ def test_command_trains_all_and_prints_one_serve_line(file, tmp_path, base, caps
     old = [tmp_path / f"{name}.training" / "old" for name in "ab"]
     for path in old:
         path.touch()
-    assert train_command.main(["--jobs", str(file), "--restart"]) == 0
+    assert main(["train", "--jobs", str(file), "--restart"]) == 0
     assert not any(path.exists() for path in old)
 
 

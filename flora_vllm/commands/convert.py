@@ -73,7 +73,12 @@ def run(args: argparse.Namespace) -> int:
     elif args.to_lora:
         _to_lora(args)
     else:
+        from flora_vllm.formats.card import CARD_NAME
+        from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
+        from flora_vllm.formats.writer import check_replaceable
+
         check_installed("flora-vllm convert --from-lora and --from-ia3", "train", "peft", "transformers")
+        check_replaceable(Path(args.out), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))  # fits and distilling take long
         (_from_ia3 if args.from_ia3 else _from_lora)(args)
     return 0
 

@@ -192,7 +192,7 @@ def _name_parts(attached: Attached, packed_modules: Mapping[str, Sequence[str]])
             attached.refused.setdefault(f"{parent}.{part}" if parent else part, reason)
 
 
-def _absorbed(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def _absorbed(model: torch.nn.Module) -> Iterator[Any]:
     """MLA's kv_b_proj, where it is held by vLLM's attention layer, which makes other weights of it."""
     yield from (
         module.kv_b_proj
