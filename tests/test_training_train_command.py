@@ -126,7 +126,7 @@ def test_restart_forgets_the_earlier_run_only_when_the_new_one_can_begin(base, d
         assert state.read_bytes() == before
     jobs = tmp_path / "jobs.yaml"
     jobs.write_text(f"base: {base}\njobs: [{{data: {tmp_path}/none, out: {tmp_path}/out}}]")
-    assert train_command.main(["--jobs", str(jobs), "--restart"]) == 1
+    assert main(["train", "--jobs", str(jobs), "--restart"]) == 1
     assert state.read_bytes() == before
     capsys.readouterr()
 
@@ -195,7 +195,7 @@ def test_an_out_that_cannot_be_used_is_told_before_the_base_is_loaded(base, data
         assert f"{out} exists and holds more than" in capsys.readouterr().err
     jobs = tmp_path / "jobs.yaml"
     jobs.write_text(f"base: {base}\njobs: [{{data: {tmp_path}/none, out: a}}, {{data: d, out: {tmp_path}/folder}}]")
-    assert train_command.main(["--jobs", str(jobs)]) == 1
+    assert main(["train", "--jobs", str(jobs)]) == 1
     assert f"{tmp_path / 'folder'} exists" in capsys.readouterr().err
 
 
