@@ -14,6 +14,8 @@ VARIABLES = {
     "for later starts; 0 (default): those chosen by arithmetic",
     "FLORA_ALLOW_UNTESTED_VLLM": "1 serves from a vLLM that was not checked, if its hooks fit",
 }
+# What `flora-vllm serve --restart` tells its server; nobody else sets them.
+OF_SUPERVISOR = ("FLORA_KEPT_UPLOADS", "FLORA_RESTARTED")
 _CLONE = Path(__file__).resolve().parent.parent
 
 

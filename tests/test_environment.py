@@ -5,7 +5,7 @@ from pathlib import Path
 
 import flora_vllm
 from flora_vllm import environment
-from flora_vllm.environment import VARIABLES, cache_root
+from flora_vllm.environment import OF_SUPERVISOR, VARIABLES, cache_root
 
 PACKAGE = Path(flora_vllm.__file__).parent
 
@@ -13,7 +13,7 @@ PACKAGE = Path(flora_vllm.__file__).parent
 def test_the_table_names_every_variable_that_is_read_and_no_other() -> None:
     sources = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "environment.py"]
     named = set(re.findall(r"\"(FLORA_[A-Z_]{3,})\"", "\n".join(sources)))
-    assert named == set(VARIABLES) - {"FLORA_CACHE"}
+    assert named == {*VARIABLES, *OF_SUPERVISOR} - {"FLORA_CACHE"}
 
 
 def test_what_is_kept_lies_in_one_place(monkeypatch, tmp_path: Path) -> None:

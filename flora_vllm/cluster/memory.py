@@ -18,8 +18,8 @@ from flora_vllm.errors import AdapterError, FloraError
 
 # A version that left the catalogue is refused for this long: ample for every ingress to hear of it.
 RETIRED_S = 60.0
-
-
+# Who waits for a slot looks again after this: what becomes free while it lines up to wait wakes others only.
+LOOK_AGAIN_S = 1.0
 # After an engine could not load an adapter it is asked to again no sooner: each try reads the whole file.
 RETRY_S = 5.0
 
@@ -175,7 +175,7 @@ class AdapterMemory:
             if left <= 0:
                 raise NoRoomError(f"all {self._slots} adapter slots are in use; {entry.name} has to wait")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left), self._freed:
+                async with asyncio.timeout(min(left, LOOK_AGAIN_S)), self._freed:
                     await self._freed.wait()
 
     def _check(self, entry: Entry) -> None:
