@@ -181,6 +181,8 @@ _LAYERS = (
     Hook("vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead"),
     Hook("vllm.config:ModelConfig.enable_prompt_embeds"),
     Hook("vllm.lora.layers:LoRAMapping.prompt_mapping"),
+    Hook("vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"),
+    Hook("vllm.model_executor.layers.attention.mla_attention:MLAAttention.__init__", ("self",), sets=("kv_b_proj",)),
     Hook("vllm.model_executor.layers.fused_moe:MoERunner"),
     Hook("vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig"),
     Hook("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled"),
