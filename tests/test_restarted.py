@@ -1,6 +1,7 @@
 """What a server that is started again does about adapters that it cannot load; test_chaos.py restarts a real one."""
 
 import asyncio
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,9 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Any:
         self.lora_requests[request.lora_name] = request
         return "loaded"
 
-    monkeypatch.setattr(OpenAIServingModels, "init_static_loras", OpenAIServingModels.init_static_loras)
+    # Another test of this process may have installed everything.
+    own = inspect.unwrap(OpenAIServingModels.init_static_loras)
+    monkeypatch.setattr(OpenAIServingModels, "init_static_loras", own)
     monkeypatch.setattr(OpenAIServingModels, "load_lora_adapter", load)
     restarted.install()
     made: Any = object.__new__(OpenAIServingModels)
