@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +18,11 @@ KNOWN = identity("poems", "0" * 64)
 
 
 @pytest.fixture
-def serving() -> Iterator[Any]:
+def serving(monkeypatch: pytest.MonkeyPatch) -> Any:
     kind = importlib.import_module("vllm.entrypoints.serve.engine.serving").BaseServing
-    before = kind._maybe_get_adapters
+    monkeypatch.setattr(kind, "_maybe_get_adapters", kind._maybe_get_adapters)
     lent.install()
-    yield kind
-    kind._maybe_get_adapters = before
+    return kind
 
 
 def _request(name: str = KNOWN, path: str = "nowhere") -> Any:

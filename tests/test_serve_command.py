@@ -204,7 +204,7 @@ def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path:
 
 def test_what_was_unloaded_does_not_come_back(supervised, seen: Path, port: int) -> None:
     assert ask(port, "/unload?a") == ["base"]
-    time.sleep(1.5)
+    time.sleep(1.5)  # it is watched ten times a second
     ask(port, "/die")
     assert ask(port, "/v1/models") == ["base"]
     supervised.send_signal(signal.SIGINT)

@@ -73,12 +73,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.to_lora:
         _to_lora(args)
     else:
-        from flora_vllm.formats.card import CARD_NAME
-        from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
-        from flora_vllm.formats.writer import check_replaceable
-
         check_installed("flora-vllm convert --from-lora and --from-ia3", "train", "peft", "transformers")
-        check_replaceable(Path(args.out), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))  # fits and distilling take long
+        from flora_vllm.training.checkpoint import check_out
+
+        check_out(args.out)  # fits and distilling take long
         (_from_ia3 if args.from_ia3 else _from_lora)(args)
     return 0
 
@@ -128,14 +126,14 @@ def _read(args: argparse.Namespace, family: str) -> tuple["Adapter", "PreTrained
 def _refuse_saved(args: argparse.Namespace, adapter: "Adapter") -> None:
     """Raises AdapterError for what is saved whole and is not the base's: the factors made here cannot hold it."""
     from flora_vllm.formats.base_model import open_base
-    from flora_vllm.formats.repair import equals_base
+    from flora_vllm.formats.repair import changed_of
 
-    base = open_base(args.base)
-    changed = [name for name, tensor in sorted(adapter.saved.items()) if not equals_base(name, tensor, base)]
+    changed = changed_of(open_base(args.base), adapter.saved)
     if changed:
         raise AdapterError(
-            f"{args.adapter}: {', '.join(changed)} saved whole and not equal to the base model's; what is made here "
-            "holds factors only, so it would be lost. Serve the adapter as it is, or train FLoRA with modules_to_save"
+            f"{args.adapter}: {', '.join(sorted(changed))} saved whole and not equal to the base model's; what is made "
+            "here holds factors only, so it would be lost. Serve the adapter as it is, or train FLoRA with "
+            "modules_to_save"
         )
 
 

@@ -191,10 +191,10 @@ class Supervisor:
 
     def _remove_uploads(self) -> None:
         """Those that no adapter is from any more."""
-        used = {path for root in (self._adapters or {}).values() for path in _directories(root)}
-        for path in set(filter(Path.is_dir, self._uploads.iterdir())) - used:
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > UPLOAD_KEPT_S:
+        used = {path for root in (self._adapters or {}).values() for path in paths_in(root) or [root]}
+        for path in filter(Path.is_dir, self._uploads.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
+                if str(path) not in used and time.time() - path.stat().st_mtime > UPLOAD_KEPT_S:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _cannot_follow(self, reason: str) -> None:

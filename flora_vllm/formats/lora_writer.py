@@ -26,7 +26,7 @@ from flora_vllm.formats.module_faults import is_embedding
 from flora_vllm.formats.names import PREFIX
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
-from flora_vllm.formats.repair import equals_base
+from flora_vllm.formats.repair import changed_of
 from flora_vllm.formats.writer import publish
 from flora_vllm.terms import Added, Dense, Offset, Term, merged, resolve
 from flora_vllm.terms.added import factors
@@ -78,8 +78,7 @@ def lora_factors(base: BaseModel, adapter: Adapter, progress: Progress) -> LoraF
         faults.append("it adds no matrix to any module; LoRA needs one")
     faults += [
         f"tensor {name!r} is saved whole and differs from the base model's; LoRA files made here hold factors only"
-        for name, tensor in adapter.saved.items()
-        if not equals_base(name, tensor, base)
+        for name in changed_of(base, adapter.saved)
     ]
     if adapter.invocation_tokens is not None:
         faults.append("alora_invocation_tokens: the LoRA made here is one of every token; serve the adapter as it is")

@@ -17,7 +17,7 @@ from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel, tied_fault
 from flora_vllm.formats.base_probe import FileProbe
-from flora_vllm.formats.repair import equals_base
+from flora_vllm.formats.repair import changed_of
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
 from flora_vllm.terms import Gain, Gated, Offset, Replaced, Swap, Term, merged, resolve
 from flora_vllm.terms.gated import NO_WEIGHT
@@ -83,14 +83,14 @@ def _plan(base: BaseModel, adapter: Adapter) -> dict[str, tuple[Term, ...]]:
             plan[bias] = plan[weight]
         elif changes is not None and changes.any():
             faults.append(f"module {module!r} gets a bias, which the base model has none of; it cannot be merged")
-    for name, tensor in adapter.saved.items():
-        if not equals_base(name, tensor, base):
-            module, _, kind = name.rpartition(".")
-            place = f"{base.rename(module)}.{kind}"
-            if (fault := _saved_fault(base, adapter, module, place, tensor)) is not None:
-                faults.append(f"module {module!r} is saved whole and differs from the base model's: {fault}")
-            else:
-                plan[place] = (Replaced(tensor) if kind == "weight" else Offset(tensor, replaces=True),)
+    for name in changed_of(base, adapter.saved):
+        tensor = adapter.saved[name]
+        module, _, kind = name.rpartition(".")
+        place = f"{base.rename(module)}.{kind}"
+        if (fault := _saved_fault(base, adapter, module, place, tensor)) is not None:
+            faults.append(f"module {module!r} is saved whole and differs from the base model's: {fault}")
+        else:
+            plan[place] = (Replaced(tensor) if kind == "weight" else Offset(tensor, replaces=True),)
     if faults:
         raise adapter_error(f"{adapter.family} for {base.directory}", faults)
     return plan

@@ -284,8 +284,10 @@ def _layout_faults(
             continue
         if (path in layout.norms) != of_norms or (path in layout.embeddings and targets.is_all_linear):
             continue
+        if path in present:
+            continue
         name = _called(path, prefixes)
-        if path not in present and refusal(name, layout) is None and targets.select(name):
+        if refusal(name, layout) is None and targets.select(name):
             yield f"module {name!r} is selected by target_modules but has no tensors; the file is incomplete"
 
 

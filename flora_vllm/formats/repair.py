@@ -108,6 +108,11 @@ def equals_base(name: str, tensor: torch.Tensor, base: BaseModel) -> bool:
     )
 
 
+def changed_of(base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those that are not the base's numbers."""
+    return [name for name, tensor in tensors.items() if not equals_base(name, tensor, base)]
+
+
 def _base_names(name: str) -> Iterator[str]:
     plain = name.removeprefix(PREFIX).removeprefix("module.")
     for mark in _SAVED_AS:

@@ -71,7 +71,7 @@ def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
             _users[path] -= 1
             if not _users[path]:
                 del _users[path]
-                if scratch.KEPT_UPLOADS not in os.environ:
+                if not os.environ.get(scratch.KEPT_UPLOADS):
                     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -113,7 +113,7 @@ async def _load_async(engine: Any, lora_request: Any, load: Callable[[Any], Any]
         request = given if has_identity else await asyncio.to_thread(_identify, engine, given)
         try:
             result = await load(request)
-        except Exception as error:
+        except Exception as error:  # see refusals.py
             message = refusal(error) if is_lent(lora_request) else None
             if message is None:
                 raise
