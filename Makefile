@@ -13,6 +13,9 @@ MODEL ?= $(FLORA_CACHE)/smollm2
 FAST = and not slow
 ADAPTERS ?= $(foreach dir,$(wildcard flora_vllm/demo/adapters/*/),$(notdir $(patsubst %/,%,$(dir)))=$(dir))
 
+# vLLM imports thousands of files: without their bytecode, each start of a server or a test engine takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup model demo test test-all test-cluster conformance soak fuzz lint table format bench serve
 .DEFAULT_GOAL := demo
 
