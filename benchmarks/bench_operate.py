@@ -28,6 +28,7 @@ from operate_streams import (
     gaps_while,
     in_parallel,
     load,
+    load_phases_s,
     names,
     resident_bytes,
     thrash,
@@ -124,19 +125,22 @@ def _server(
 
 
 async def _load_cost(server: ServerProcess, pool: Mapping[str, Path], name: str) -> dict:
-    """Median milliseconds of a load by the API, nothing else running, and those of a core that all processes take."""
+    """Median milliseconds of a load by the API, nothing else running, and means of those that it works in the engine
+    (read, check, cut, keep, write; of ours only) and that all processes take of a core, HTTP and idle ones included."""
     items = list(pool.items())[: 2 + LOADS]
     async with aiohttp.ClientSession() as session:
         for adapter, path in items[:2]:
             await load(session, server.url, adapter, path)
-        began = cpu_s(server.pid)
+        began, worked = cpu_s(server.pid), load_phases_s(server.url)
         times = [await load(session, server.url, adapter, path) for adapter, path in items[2:]]
         took = (cpu_s(server.pid) - began) / len(times)
+        worked = (load_phases_s(server.url) - worked) / len(times)
         for adapter, _ in items:
             await unload(session, server.url, adapter)
     return {
         f"load_ms_{name}": round(1e3 * statistics.median(times), 2),
         f"load_cpu_ms_{name}": round(1e3 * took, 2),
+        **({f"load_work_ms_{name}": round(1e3 * worked, 2)} if worked else {}),
     }
 
 

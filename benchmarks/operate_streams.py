@@ -81,6 +81,14 @@ async def unload(session: aiohttp.ClientSession, url: str, name: str) -> None:
             raise RuntimeError(f"{name}: {response.status} {(await response.text())[:500]}")
 
 
+def load_phases_s(url: str) -> float:
+    """Seconds that this plugin's loads have spent on their work in the engine; 0 of a server without it."""
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics") as response:
+        told = response.read().decode().splitlines()
+    series = "flora_adapter_load_phase_seconds_total"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in told if line.startswith(series))
+
+
 async def in_parallel(work: Sequence[Callable[[], Awaitable[object]]], width: int) -> None:
     """All of `work`, at most `width` at once."""
     free = asyncio.Semaphore(width)
