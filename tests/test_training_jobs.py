@@ -81,6 +81,47 @@ def test_command_trains_all_and_prints_one_serve_line(file, tmp_path, base, caps
     assert not any(path.exists() for path in old)
 
 
+def test_a_run_goes_on_from_a_file_in_another_order_or_with_other_jobs(file, tmp_path, monkeypatch):
+    """Each job's state is its own: the factors are those of a run that nothing stopped."""
+    requests = jobs.read_jobs(file)
+    elsewhere = [Request(**{**vars(r), "out": tmp_path / "whole" / r.out.name}) for r in requests]
+    jobs.train_together(elsewhere)
+    steps = 0
+
+    def interrupted(*_):
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.Bar, "seen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train_together(requests)
+    assert [len(losses(r.out)) for r in requests] == [4, 4]
+    monkeypatch.undo()
+    jobs.train_together(requests[1:])
+    jobs.train_together(requests[::-1])
+    for request, whole in zip(requests, elsewhere, strict=True):
+        # As above: in a batch with other jobs' rows the sums are of another order.
+        assert losses(request.out) == pytest.approx(losses(whole.out), rel=1e-4)
+        assert len(losses(request.out)) == request.steps
+
+
+def test_a_state_of_another_model_is_refused_in_one_line(file, tmp_path, base):
+    requests = jobs.read_jobs(file)
+    jobs.train_together(requests)
+    path = tmp_path / "b.training" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    name, factor = next(iter(state["factors"].items()))
+    assert "job" not in name
+    state["factors"][name] = factor[:, :1]
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"/b holds a run of other factors \(1 differ; .*shape \[.*--restart") as said:
+        jobs.train_together(requests)
+    assert name in str(said.value)
+    assert "\n" not in str(said.value)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

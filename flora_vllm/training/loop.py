@@ -8,7 +8,7 @@ the gradient it would get alone.
 import math
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from flora_vllm.errors import FloraError
+from flora_vllm.errors import ConfigError, FloraError
 from flora_vllm.training.checkpoint import Settings, load_state, log_row, save_state
 from flora_vllm.training.data import IGNORED, Batch, Examples, Split, as_batch, batches
 from flora_vllm.training.model import FloraModel, pass_on
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(eq=False)
 class Progress:
-    """One job's moving parts; owned by `train`."""
+    """One job's moving parts; owned by `train`. `factors`: by name without the job's, which is its place in a file."""
 
     job: Job
     factors: dict[str, nn.Parameter]
@@ -69,9 +69,10 @@ def train(
 ) -> dict[str, list[float]]:
     """Train every job to its last step; returns the losses of the steps run here, by job name.
 
-    Goes on from the state in `job.out`. State is saved every `save_every` steps, at the end, and when the user
-    interrupts. `seen(losses, tokens)` is called after each step. Raises DivergedError, KeyboardInterrupt (state
-    saved) or OSError (disk full; the earlier state is still there).
+    Goes on from the state in `job.out`, whatever other jobs there were. State is saved every `save_every` steps, at
+    the end, and when the user interrupts. `seen(losses, tokens)` is called after each step. Raises DivergedError,
+    ConfigError (the state is of other factors), KeyboardInterrupt (state saved) or OSError (disk full; the earlier
+    state is still there).
     """
     runs = [_start(model, job) for job in jobs]
     model.train()
@@ -93,13 +94,19 @@ def train(
 
 def _start(model: PeftModel, job: Job) -> Progress:
     marker = f".{job.name}."
-    factors = {n: p for n, p in model.named_parameters() if marker in f"{n}." and p.requires_grad}
+    factors = {
+        f"{n}.".replace(marker, ".").removesuffix("."): p
+        for n, p in model.named_parameters()
+        if marker in f"{n}." and p.requires_grad
+    }
     assert factors, f"no trainable parameters for adapter {job.name}"
     settings = job.settings
     optimizer = torch.optim.AdamW(factors.values(), lr=settings.rate, weight_decay=0.0)
     state = load_state(job.out, settings) if job.out is not None else None
     step = 0
     if state is not None:
+        assert job.out is not None, "there is a state"
+        _check_same(job.out, factors, state["factors"])
         step = state["step"]
         with torch.no_grad():
             for name, factor in factors.items():
@@ -107,6 +114,19 @@ def _start(model: PeftModel, job: Job) -> Progress:
         optimizer.load_state_dict(state["optimizer"])
     stream = batches(job.blocks.train, settings.batch, settings.seed, step)
     return Progress(job, factors, optimizer, stream, step)
+
+
+def _check_same(out: Path, factors: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+    """Raises ConfigError if the state beside `out` is of other factors, as another model under the base's name has."""
+    shapes, saved = ({n: [*f.shape] for n, f in of.items()} for of in (factors, before))
+    differing = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            f"{out} holds a run of other factors ({len(differing)} differ; {name} has shape "
+            f"{saved.get(name, 'none')} there, {shapes.get(name, 'none')} now): use the same base model to go on, "
+            "another OUT, or --restart to begin anew"
+        )
 
 
 def _step(model: PeftModel, runs: Sequence[Progress], mixed: bool) -> tuple[dict[str, float], int]:
