@@ -128,7 +128,8 @@ def test_a_state_of_another_model_is_refused_in_one_line(file, tmp_path, base):
         ("jobs: []", "needs base: MODEL and jobs"),
         ("base: m\njobs: [{data: d, out: o, speed: 3}]", "job 1: it has unknown keys speed; allowed are method, rank"),
         ("base: m\njobs: [{data: d}]", "job 1: out must be given"),
-        ("base: m\njobs: [{data: d, out: o}, {data: e, out: o}]", "two jobs write to o"),
+        ("base: m\njobs: [{data: d, out: o}, {data: e, out: o}]", r"jobs 1 and 2 write to .*/o$"),
+        ("base: m\njobs: [{data: d, out: o}, {data: e, out: x/../o/}]", r"jobs 1 and 2 write to .*/o$"),
         (
             "base: m\njobs: [{data: d, out: o, rank: 1.5}]",
             r"rank \(--rank\) must be a whole number .* got 1.5",

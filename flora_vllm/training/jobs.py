@@ -4,6 +4,7 @@ A step reads the base model's weights once for all jobs; the losses, seeds and b
 when trained alone.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,14 @@ def read_jobs(path: Path) -> list[Request]:
         raise ConfigError(f"jobs file {path}: needs base: MODEL and jobs: a list of objects with data and out")
     common = {key: value for key, value in document.items() if key != "jobs"}
     requests, faults = [], []
+    writers: dict[Path, list[str]] = {}  # by the directory itself, which has many spellings
     for number, job in enumerate(document["jobs"], start=1):
         try:
             requests.append(_request(common, job))
+            writers.setdefault(Path(os.path.realpath(requests[-1].out)), []).append(str(number))
         except ConfigError as error:
             faults.append(f"job {number}: {error}")
-    outs = [request.out for request in requests]
-    faults += [f"two jobs write to {out}" for out in sorted({out for out in outs if outs.count(out) > 1})]
+    faults += [f"jobs {' and '.join(them)} write to {out}" for out, them in writers.items() if len(them) > 1]
     if faults:
         raise ConfigError(f"jobs file {path}:\n  " + "\n  ".join(faults))
     return requests
