@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from families_support import save_filled
 from formats_support import edit_config, save_peft_adapter, the_fault, tiny_model
 from safetensors.torch import load_file, save_file
 from test_families_authors import LAYOUT, Q, V, check, lora, mtl_output, mtl_tensors, output, random
@@ -219,3 +220,12 @@ def test_a_hundred_faults_of_one_kind_are_one_line(tmp_path: Path) -> None:
     assert "(100 faults)" in lines[0]
     assert lines[1].endswith("(and 99 more like it)")
     assert Q in lines[1] or V in lines[1]
+
+
+@pytest.mark.parametrize("tasks", [10**13, "two"])
+def test_tasks_that_a_config_cannot_have_are_told_not_counted(tasks: object, tmp_path: Path, capsys) -> None:
+    config = peft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"])
+    save_filled(tiny_model("llama"), config, tmp_path / "poly")
+    edit_config(tmp_path / "poly", n_tasks=tasks)
+    assert convert("--repair", tmp_path / "poly", tmp_path / "out") == 1
+    assert "allowed: an integer from 1 to 4096" in capsys.readouterr().err

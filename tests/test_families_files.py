@@ -170,6 +170,16 @@ def test_unilora_without_indices_needs_the_model(tmp_path: Path) -> None:
         resolve(adapter.modules[Q0].terms, probe)
 
 
+def test_a_pattern_too_slow_to_tell_the_modules_is_a_fault_among_the_others(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_filled(model, peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=["q_proj"]), tmp_path)
+    edit_config(tmp_path, target_modules="(.|..|...)+[#!]", unheard_of=1)
+    found = examine(tmp_path, layout=linear_layout(tiny_model("llama")))
+    assert "takes too long to match module names" in "\n".join(found.faults)
+    assert "'unheard_of'" in "\n".join(found.faults)
+    assert found.family == "UNILORA"
+
+
 def test_unilora_draws_nothing_for_what_is_saved_whole(tmp_path: Path) -> None:
     """Though target_modules names it: every other module's numbers come from another place of the draw without it."""
     config = peft.UniLoraConfig(

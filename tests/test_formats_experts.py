@@ -61,6 +61,14 @@ CONFIGS = {
 }
 
 
+def test_an_alpha_pattern_too_slow_for_parameters_is_a_fault_of_each(tmp_path):
+    save_peft_adapter(_qwen3(), copy.deepcopy(CONFIGS["gate_up"]), tmp_path)
+    edit_config(tmp_path, alpha_pattern={"(.|..|...)+[#!]": 2})
+    faults = faults_of(tmp_path)
+    assert len(faults) == 2
+    assert all("parameter 'model.layers." in fault and "takes too long" in fault for fault in faults)
+
+
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(("make", "name"), [*itertools.product([_qwen3], CONFIGS), (_mixtral, "both")])
 def test_they_merge_as_peft_merges_them(make, name, tmp_path):

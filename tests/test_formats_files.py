@@ -1,5 +1,6 @@
 """Reading an adapter directory as one version, and never from outside the allowed root."""
 
+import errno
 import os
 import threading
 import time
@@ -71,6 +72,18 @@ def test_a_file_that_changes_while_it_is_read(name: str, how: str, tmp_path: Pat
 
     monkeypatch.setattr(files, "read_one", change_after)
     with pytest.raises(AdapterError, match=f"{name}: changed while it was read; publish adapters by renaming"):
+        read_adapter(path)
+
+
+def test_a_directory_that_a_network_file_system_lost(tmp_path: Path, monkeypatch) -> None:
+    """Deleted on the server while it is open here."""
+    path = write_version(tmp_path / "a", 1.0)
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(files.os, "scandir", stale)
+    with pytest.raises(AdapterError, match=r"cannot be opened \(Stale file handle\)"):
         read_adapter(path)
 
 

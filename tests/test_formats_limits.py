@@ -191,6 +191,17 @@ def test_shapes_out_of_this_world(shape: list[int], flora: Path) -> None:
     assert "corrupt" in the_fault(flora)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [2**32, 2**31, 0]])
+def test_an_empty_tensor_of_endless_sides(shape: list[int], flora: Path) -> None:
+    """Kept whole beside the adapter, it was handed to torch, which cannot count its strides."""
+    header = json.dumps({"base_model.model.lm_head.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+    with (flora / WEIGHTS).open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        others, data = json.loads(file.read(length)), file.read()
+    write_header(flora, json.dumps({**json.loads(header), **others}).encode(), data)
+    assert "beyond what a tensor can have" in refused(flora)
+
+
 def test_as_many_prefixes_as_tensors(flora: Path) -> None:
     """A module name in front of a name of the model's own: each was tried on every module of the model."""
     layout = ModelLayout(LAYOUT.shapes, rename=lambda module: module.split("/")[-1])

@@ -82,7 +82,10 @@ def collect_files(
         except (OSError, ValueError) as error:
             return {}, [_directory_fault(error)]
         with directory:
-            files, faults = _collect_from(directory)
+            try:
+                files, faults = _collect_from(directory)
+            except OSError as error:  # of the directory itself, which a network file system may lose while it is open
+                files, faults = {}, [_directory_fault(error)]
             if not faults or not _was_replaced(path if root is None else Path(root, path), directory.descriptor):
                 break
     return files, faults

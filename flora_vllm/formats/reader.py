@@ -8,7 +8,7 @@ family's row names, or a fault.
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -155,12 +155,10 @@ def examine_files(
         # Whatever else could be said of its modules would only say this again.
         return _refused(name, [*faults, _misnamed_fault(tensors.misnamed)])
     if not config.bad and family.implied(config.values):
-        if layout is None:
-            faults.append("which modules it adapts depends on the base model; give that model too (--base)")
-            return _refused(name, faults)
-        tensors = replace(
-            tensors, modules={**{path: {} for path in selected_modules(config, layout)}, **tensors.modules}
-        )
+        implied, fault = _implied(config, layout)
+        if fault is not None:  # without them every tensor would seem to be of no module
+            return _refused(name, [*faults, fault])
+        tensors = replace(tensors, modules={**implied, **tensors.modules})
     modules, parameters, misplaced = take_parameters(config.values, tensors.modules)
     faults += misplaced
     tensors = replace(tensors, modules=modules, parameters=parameters)
@@ -199,6 +197,16 @@ def examine_files(
         saved=_views(data, tensors.saved),
     )
     return Examination(adapter, (), name)
+
+
+def _implied(config: CheckedConfig, layout: ModelLayout | None) -> tuple[dict[str, Records], str | None]:
+    """The modules that the config selects, none of which needs tensors of its own; or why they cannot be told."""
+    if layout is None:
+        return {}, "which modules it adapts depends on the base model; give that model too (--base)"
+    try:
+        return {path: {} for path in selected_modules(config, layout)}, None
+    except AdapterError as error:  # a pattern of the config that takes too long
+        return {}, str(error)
 
 
 def _refused(name: str | None, faults: list[str]) -> Examination:
@@ -340,10 +348,7 @@ def _built(
             if (reason := refusal(head, layout)) is not None:
                 faults.append(f"module {head!r} has the weight of {module!r} and would have its rows, too: {reason}")
     for parameter in tensors.parameters:
-        for module, terms in expert_modules(parameter, _views(data, parameter.records), config.values, layout):
-            if module in modules:
-                faults.append(f"module {module!r} has tensors of its own and in {parameter.full!r}; keep those of one")
-            modules[module] = ModuleTerms(terms)
+        faults += _experts_built(config, data, parameter, layout, modules)
     of_rows = _views(data, tensors.rows)
     for module in rows.tokens:
         if module in modules:
@@ -352,6 +357,23 @@ def _built(
             )
         modules[module] = ModuleTerms((terms_of(rows, module, of_rows),))
     return modules, faults
+
+
+def _experts_built(
+    config: CheckedConfig,
+    data: bytearray,
+    parameter: Parameter,
+    layout: ModelLayout | None,
+    modules: dict[str, ModuleTerms],
+) -> Iterator[str]:
+    """Adds each expert's layers of `parameter` to `modules`; the faults."""
+    try:
+        for module, terms in expert_modules(parameter, _views(data, parameter.records), config.values, layout):
+            if module in modules:
+                yield f"module {module!r} has tensors of its own and in {parameter.full!r}; keep those of one"
+            modules[module] = ModuleTerms(terms)
+    except AdapterError as error:  # a pattern of the config that takes too long
+        yield f"parameter {parameter.full!r}: {error}"
 
 
 def _views(data: bytearray, records: Records) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.base_model import BaseModel, base_layout
 from flora_vllm.formats.base_probe import read_tensor
+from flora_vllm.formats.config_keys import check_config
 from flora_vllm.formats.families.family import Family
 from flora_vllm.formats.families.table import family_of
 from flora_vllm.formats.files import CONFIG_NAME, SIDECAR_NAME, WEIGHTS_NAME
@@ -143,10 +144,9 @@ def _adjusted(config: Config, names: set[str], dropped: list[str]) -> Config:
 def _first_task(config: Mapping[str, object]) -> str | None:
     """A task to read it by, if it has several; a config that cannot say so is at fault, which reading tells."""
     _, family = family_of(config)
-    try:
-        return next(iter(family.tasks(config)), None) if family is not None else None
-    except TypeError:
+    if family is None or (checked := check_config(config, family.keys)).bad:
         return None
+    return next(iter(family.tasks(checked.values)), None)
 
 
 def _some(names: list[str]) -> str:

@@ -81,6 +81,8 @@ def _record(name: str, entry: Any, data_start: int) -> TensorRecord:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise AdapterError(f"header entry of tensor {name!r} is malformed: corrupt")
+    if math.prod(max(size, 1) for size in shape) >= _MOST:  # torch counts the strides of what is empty, too
+        raise AdapterError(f"tensor {name!r}: shape {shape} is beyond what a tensor can have: corrupt")
     begin, end = offsets
     if end < begin or (dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]):
         raise AdapterError(f"tensor {name!r}: {end - begin} bytes do not hold {brief(dtype)} of shape {shape}: corrupt")
