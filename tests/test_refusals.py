@@ -71,20 +71,44 @@ def test_an_only_rank_raises_what_it_meets(monkeypatch: pytest.MonkeyPatch) -> N
         Ranks(monkeypatch, MemoryError()).load()
 
 
+def _replica(models: Any, meets: list[Exception | None], removed: list[int], errored: bool = False) -> Any:
+    """A replica's engine; `meets`: what becomes of its loads, `removed`: ids it was told to let go of."""
+
+    async def add_lora(_request: Any) -> None:
+        if (met := meets.pop(0)) is not None:
+            raise met
+
+    async def remove_lora(adapter: int) -> bool:
+        removed.append(adapter)
+        return True
+
+    client = SimpleNamespace(errored=errored, add_lora=add_lora, remove_lora=remove_lora)
+    return VllmEngineAdapters(SimpleNamespace(_engine_client=client, _oai_models=models))
+
+
+def test_what_one_version_failed_to_load_another_of_equal_content_keeps(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path, "a")
+    models = SimpleNamespace(lora_requests={}, lora_id_counter=SimpleNamespace(inc=lambda _: 1))
+    removed: list[int] = []
+    engine = _replica(models, [None, OSError("disk")], removed)
+    asyncio.run(engine.load(Entry("a", "v", "/a", 1, 4), path))
+    with pytest.raises(NotLoadedError):
+        asyncio.run(engine.load(Entry("a", "w", "/a", 1, 4), path))
+    assert removed == []
+    asyncio.run(engine.unload("a@v"))
+    assert removed == [1]
+
+
 def test_a_replica_holds_against_an_adapter_what_is_wrong_with_it_only(tmp_path: Path) -> None:
     from flora_vllm.plugin.probe import ANOTHER_RANK
 
     path = write_adapter(tmp_path, "a")
     models = SimpleNamespace(lora_requests={}, lora_id_counter=SimpleNamespace(inc=lambda _: 1))
 
-    def load(met: Exception | None, errored: bool = False) -> None:
-        async def add_lora(_request: Any) -> None:
-            if met is not None:
-                raise met
+    removed: list[int] = []
 
-        client = SimpleNamespace(errored=errored, add_lora=add_lora)
-        engine = VllmEngineAdapters(SimpleNamespace(_engine_client=client, _oai_models=models))
-        asyncio.run(engine.load(Entry("a", "v", "/a", 1, 4), path))
+    def load(met: Exception | None, errored: bool = False) -> None:
+        asyncio.run(_replica(models, [met], removed, errored).load(Entry("a", "v", "/a", 1, 4), path))
 
     def said(*faults: str) -> Exception:
         text = str(adapter_error("'a'", faults)).replace("\n", "\\n")
@@ -95,8 +119,10 @@ def test_a_replica_holds_against_an_adapter_what_is_wrong_with_it_only(tmp_path:
     for passing in (said(ANOTHER_RANK), said("pinned adapters have all 2 slots"), OSError("disk"), MemoryError()):
         with pytest.raises(NotLoadedError, match="the engine could not load a@v: "):
             load(passing)
+    assert len(removed) == 5  # another core of the engine may have taken it
     with pytest.raises(OSError, match="engine died"):
         load(OSError("engine died"), errored=True)
+    assert len(removed) == 5
     assert models.lora_requests == {}
     load(None)
     assert models.lora_requests.keys() == {"a@v"}

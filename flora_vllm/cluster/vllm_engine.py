@@ -69,6 +69,9 @@ class VllmEngineAdapters:
             # fault, a full disk say, must not be held against it.
             if self.is_dead():
                 raise
+            if known not in self._users:
+                # With data parallelism another core may have it, or be loading it, and nobody else would let go of it.
+                await self._client.remove_lora(self._ids[known])
             message = refusal(error)
             if message is None or is_passing(message):
                 raise NotLoadedError(f"the engine could not load {entry.id}: {message or error}") from error
