@@ -18,6 +18,7 @@ from tiny_models import FEED_FORWARD, HEADS, LAYERS, POSITIONS, VOCABULARY, WIDT
 pytestmark = support.ENGINE_MARKS
 
 TOKENS = VOCABULARY + 88  # 320 and 280 of them; prompts have those of both
+UNKNOWN = 999
 PEFT_CONFIGS = {
     "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     "lora-some": peft.LoraConfig(r=8, lora_alpha=8, target_modules=["k_proj", "o_proj", "gate_proj"]),
@@ -61,6 +62,7 @@ class Served:
     asks: dict[str, Ask]
     one: dict[str, Answer]
     two: dict[str, Answer]
+    pins_refused: list[str]  # of the adapter UNKNOWN, by one worker and by two
 
 
 @pytest.fixture(
@@ -82,12 +84,17 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         name: Ask(support.prompt(7 + i, seed=i), None if name == "base" else folder / name)
         for i, name in enumerate(states)
     }
-    answers = []
+    answers, refused = [], []
     for workers in (1, 2):
         options = {"tensor_parallel_size": workers, "distributed_executor_backend": "mp" if workers > 1 else "uni"}
         with support.running(model, max_loras=len(asks) - 1, **options) as engine:
+            # Before all else: an answer that a worker still had to give would be that to the loads which follow.
+            with pytest.raises(Exception, match="is not registered") as caught:
+                engine.llm.llm_engine.pin_lora(UNKNOWN)
+            refused.append(str(caught.value))
             answers.append(dict(zip(asks, engine.ask(list(asks.values())), strict=True)))
-    return Served(support.oracle_of(model), states, asks, *answers)
+            assert engine.llm.llm_engine.pin_lora(1)
+    return Served(support.oracle_of(model), states, asks, *answers, refused)
 
 
 def test_two_workers_serve_the_merged_weights(served, record_property):
@@ -103,3 +110,8 @@ def test_two_workers_serve_what_one_serves(served, record_property):
     record_property("worst", max(differences.values()))
     assert max(differences.values()) < support.LOGPROB_TOLERANCE
     assert len({answer.tokens for answer in served.one.values()}) == len(served.asks)
+
+
+def test_a_pin_of_no_adapter_is_refused_and_the_calls_after_it_have_their_own_answers(served):
+    assert all("LoRA 999 is not registered" in message for message in served.pins_refused)
+    assert len(served.two) == len(served.asks)

@@ -26,14 +26,23 @@ class Ranks:
         from vllm.v1.executor.abstract import Executor
         from vllm.v1.worker.gpu_worker import Worker
 
-        monkeypatch.setattr(Worker, "add_lora", lambda self, _: self.model_runner())
-        monkeypatch.setattr(Executor, "add_lora", inspect.unwrap(Executor.add_lora))
+        def add_lora(self: Any, _: Any) -> bool:
+            return self.model_runner()
+
+        def pin_lora(self: Any, _: int) -> bool:
+            return self.model_runner()
+
+        for act in (add_lora, pin_lora):
+            name = act.__name__
+            monkeypatch.setattr(Worker, name, act)
+            monkeypatch.setattr(Executor, name, inspect.unwrap(getattr(Executor, name)))
         refusals.answer_with_refusals()
-        self._add_on_worker, self._add = Worker.add_lora, Executor.add_lora
+        self._on_worker = {"add_lora": Worker.add_lora, "pin_lora": Worker.pin_lora}
+        self._add, self._pin = Executor.add_lora, Executor.pin_lora
         self._faults, self.removed = faults, []
 
-    def collective_rpc(self, _method: str, args: tuple) -> list[Any]:
-        return [self._add_on_worker(self._worker(fault), *args) for fault in self._faults]
+    def collective_rpc(self, method: str, args: tuple) -> list[Any]:
+        return [self._on_worker[method](self._worker(fault), *args) for fault in self._faults]
 
     def _worker(self, fault: Exception | None) -> Any:
         def load() -> bool:
@@ -51,6 +60,9 @@ class Ranks:
     def load(self) -> bool:
         return self._add(self, SimpleNamespace(lora_int_id=7, lora_name="a"))  # pyright: ignore[reportArgumentType]
 
+    def pin(self) -> bool:
+        return self._pin(self, 7)  # pyright: ignore[reportArgumentType]
+
 
 def test_every_rank_answers_and_none_holds_alone_what_one_could_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Ranks(monkeypatch, None, None).load()
@@ -66,9 +78,20 @@ def test_every_rank_answers_and_none_holds_alone_what_one_could_not_load(monkeyp
         assert ranks.removed == []
 
 
+def test_every_rank_answers_a_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Ranks(monkeypatch, None, None).pin()
+    unknown = ValueError("Pinning failed. LoRA 7 is not registered.")
+    ranks = Ranks(monkeypatch, unknown, unknown)
+    with pytest.raises(RuntimeError, match=r"ValueError: Pinning failed\. LoRA 7 is not registered"):
+        ranks.pin()
+    assert ranks.removed == []
+
+
 def test_an_only_rank_raises_what_it_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
         Ranks(monkeypatch, MemoryError()).load()
+    with pytest.raises(ValueError, match="not registered"):
+        Ranks(monkeypatch, ValueError("not registered")).pin()
 
 
 def _replica(models: Any, meets: list[Exception | None], removed: list[int], errored: bool = False) -> Any:

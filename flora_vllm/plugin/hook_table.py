@@ -269,9 +269,11 @@ _ENGINES = (
     Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self",)),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch", ("self",)),
     Hook("vllm.v1.worker.gpu_worker:Worker.add_lora", ("self", "lora_request")),
+    Hook("vllm.v1.worker.gpu_worker:Worker.pin_lora", ("self", "lora_id")),
     Hook("vllm.v1.worker.worker_base:WorkerBase.__init__", ("self",), sets=("vllm_config", "parallel_config")),
     Hook("vllm.v1.executor.abstract:Executor.add_lora", ("self", "lora_request")),
     Hook("vllm.v1.executor.abstract:Executor.remove_lora", ("self", "lora_id")),
+    Hook("vllm.v1.executor.abstract:Executor.pin_lora", ("self", "lora_id")),
     Hook("vllm.v1.executor.abstract:Executor.__init__", ("self", "vllm_config"), sets=("sleeping_tags",)),
     Hook("vllm.v1.executor.abstract:Executor.collective_rpc", ("self", "method", "timeout", "args")),
     Hook(

@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,40 +57,58 @@ def as_vllm_says(error: Exception) -> Exception:
 
 @dataclass(frozen=True)
 class Refused:
-    """A worker's answer to a load in place of the exception."""
+    """A worker's answer to a load or a pin in place of the exception."""
 
     error: Exception
 
 
 def answer_with_refusals() -> None:
-    """Have workers answer a load they refuse or, one of several ranks, fail at, and the engine raise it.
+    """Have workers answer a load or a pin that they refuse or, one of several ranks, fail at, and the engine raise it.
 
     An exception would leave the answers of the ranks after it unread (vLLM's multiprocess executor stops at the first),
     and every later call of all ranks, a step's too, would be given the answer of the call before it.
     """
     worker: Any = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
     executor: Any = importlib.import_module("vllm.v1.executor.abstract").Executor
-    load = worker.add_lora
-
-    @functools.wraps(load)
-    def answer(self: Any, lora_request: Any) -> Any:
-        try:
-            return load(self, lora_request)
-        except Exception as error:
-            if isinstance(error, AdapterError) or refusal(error) is not None:
-                return Refused(error)
-            if options_of(self.vllm_config.additional_config) is None or self.parallel_config.world_size == 1:
-                raise
-            logger.exception("adapter %r could not be loaded", lora_request.lora_name)
-            return Refused(RuntimeError(f"{type(error).__name__}: {error}"))
 
     def add_lora(self: Any, lora_request: Any) -> bool:
         answers = self.collective_rpc("add_lora", args=(lora_request,))
-        refused = [given.error for given in answers if isinstance(given, Refused)]
+        refused = _refused(answers)
         if refused:
             if len(refused) < len(answers):  # never on some ranks only
                 self.remove_lora(lora_request.lora_int_id)
             raise refused[0]
         return all(answers)
 
-    worker.add_lora, executor.add_lora = answer, functools.wraps(executor.add_lora)(add_lora)
+    def pin_lora(self: Any, lora_id: int) -> bool:
+        answers = self.collective_rpc("pin_lora", args=(lora_id,))
+        if refused := _refused(answers):
+            raise refused[0]
+        return all(answers)
+
+    asks: dict[str, Callable[..., bool]] = {"add_lora": add_lora, "pin_lora": pin_lora}
+    for name, ask in asks.items():
+        setattr(worker, name, _answering(getattr(worker, name)))
+        setattr(executor, name, functools.wraps(getattr(executor, name))(ask))
+
+
+def _answering(act: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A worker's method, which answers where it would have raised."""
+
+    @functools.wraps(act)
+    def answer(self: Any, adapter: Any) -> Any:
+        try:
+            return act(self, adapter)
+        except Exception as error:
+            if isinstance(error, AdapterError) or refusal(error) is not None:
+                return Refused(error)
+            if options_of(self.vllm_config.additional_config) is None or self.parallel_config.world_size == 1:
+                raise
+            logger.exception("%s of adapter %r failed", act.__name__, getattr(adapter, "lora_name", adapter))
+            return Refused(RuntimeError(f"{type(error).__name__}: {error}"))
+
+    return answer
+
+
+def _refused(answers: Sequence[Any]) -> list[Exception]:
+    return [given.error for given in answers if isinstance(given, Refused)]
