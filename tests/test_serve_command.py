@@ -19,7 +19,8 @@ from urllib.parse import quote
 import pytest
 
 from flora_vllm.commands import serve, server_process
-from flora_vllm.commands.own_server import ServerAddress, address_in
+from flora_vllm.commands.own_server import ServerAddress, adapters_in, address_in
+from flora_vllm.plugin.restarted import place_of
 
 SERVER = """
 import json, os, socket, ssl, sys
@@ -199,7 +200,8 @@ def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path:
     supervised.communicate(timeout=60)
     assert not folder.exists()
     assert [one["FLORA_KEPT_UPLOADS"] for one in told(seen)] == [str(folder)] * 2
-    assert [one["FLORA_RESTARTED"] for one in told(seen)] == [None, "1"], "see test_restarted.py"
+    own = json.dumps({"a": f"{tmp_path}/a"})
+    assert [one["FLORA_RESTARTED"] for one in told(seen)] == [None, own], "see test_restarted.py"
 
 
 def test_what_was_unloaded_does_not_come_back(supervised, seen: Path, port: int) -> None:
@@ -315,6 +317,20 @@ def test_an_address_is_what_vllm_takes(tmp_path: Path, monkeypatch: pytest.Monke
     )
     config.write_text("[not: closed")
     assert address_in([*configured, "--ssl_certfile=c"]) == ServerAddress("127.0.0.1", 8000, is_tls=True, key="ours")
+
+
+def test_a_commands_own_adapters_are_told_from_others(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text('lora-modules: [c=/c, \'{"name": "d", "path": "dlp:/d"}\']\n')
+    command = ["vllm", "serve", "MODEL", "--config", str(config)]
+    assert adapters_in(command) == {"c": "/c", "d": "dlp:/d"}
+    words = ["--lora_modules", "a=x/../a", '{"name": "b", "path": "/b", "base_model_name": "m"}', "{", "--port", "1"]
+    assert adapters_in([*command, *words]) == {"a": "x/../a", "b": "/b"}
+    assert [place_of(path) for path in ("x/../a", "dlp:/d/", "~")] == [
+        str(Path("a").absolute()),
+        "/d",
+        str(Path.home()),
+    ]
 
 
 def test_a_killed_servers_engine_does_not_stay() -> None:

@@ -7,6 +7,7 @@ No proxy of the environment is asked, and no certificate is verified: it is the 
 import contextlib
 import http.client
 import itertools
+import json
 import os
 import socket
 import ssl
@@ -71,6 +72,21 @@ def address_in(command: Sequence[str]) -> ServerAddress:
         is_tls=bool(one.get("ssl-certfile") or one.get("ssl-keyfile")),
         key=next(filter(None, keys), None),
     )
+
+
+def adapters_in(command: Sequence[str]) -> dict[str, str]:
+    """Name -> path of the adapters that this `vllm serve` command names itself; what vLLM will refuse is in none."""
+    given = dict(_options([*_configured(command), *command]))
+    found: dict[str, str] = {}
+    for word in given.get("lora-modules", ()):
+        if "=" in word and "," not in word:  # as vLLM's LoRAParserAction tells them apart
+            name, _, path = word.partition("=")
+            found[name] = path
+            continue
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            module = json.loads(word)
+            found[module["name"]] = module["path"]
+    return found
 
 
 def _configured(command: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
-from flora_vllm.commands.own_server import address_in
+from flora_vllm.commands.own_server import adapters_in, address_in
 from flora_vllm.commands.server_process import end_group, on_cpu, server_environment, vllm_command
 from flora_vllm.plugin import restarted, scratch
 from flora_vllm.plugin.access import CHOICE
@@ -137,7 +137,9 @@ class Supervisor:
         """Run the server to its end: its status, and whether it ever answered."""
         has_served = False
         environment = {**server_environment(), scratch.KEPT_UPLOADS: str(self._uploads)}
-        environment |= {} if self._adapters is None else {restarted.RESTARTED: "1"}
+        if self._adapters is not None:
+            own = {name: restarted.place_of(path) for name, path in adapters_in(self._command).items()}
+            environment[restarted.RESTARTED] = json.dumps(own)
         # Ctrl-C reaches this process alone, which passes it on once.
         with subprocess.Popen(self._with_adapters(), env=environment, start_new_session=True) as process:
             self._process = process
