@@ -77,7 +77,7 @@ class Batch:
 
         self.rows: list[Any] = []
         self.manager: Any = object.__new__(FloraWorkerManager)
-        self.manager.base_rows = BaseRows()
+        self.manager.base_rows = BaseRows(set)
         self.manager.base_rows.learn(1, INVOCATION, "woken")
         self.manager.base_rows.learn(2, None, "whole")
         self.manager._apply_adapters = lambda _: None

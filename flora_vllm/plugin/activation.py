@@ -11,7 +11,7 @@ preemption or speculated tokens cannot move it.
 import functools
 import importlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from flora_vllm.plugin.hooks import offers, verify
 from flora_vllm.plugin.options import options_of
 
 NEVER = sys.maxsize
+# Adapters without an invocation sequence that are known by id; where more are in memory, twice those.
+MOST_WHOLE = 4096
 _CORE_TELLS = "vllm.v1.engine.core:EngineCore.lora_added"  # patches/0017
 _BATCH_TOLD = "vllm.lora.worker_manager:WorkerLoRAManager.note_batch"  # patches/0018
 
@@ -31,12 +33,15 @@ _BATCH_TOLD = "vllm.lora.worker_manager:WorkerLoRAManager.note_batch"  # patches
 class BaseRows:
     """Worker side: which rows of the step that comes are the base model's although their request has an adapter.
 
-    `invocations`: adapter id -> its invocation sequence, of every activated adapter this worker ever loaded.
+    `invocations`: adapter id -> its invocation sequence, of every activated adapter this worker ever loaded. `held`:
+    the ids of the adapters that it has in memory now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Callable[[], Collection[int]]) -> None:
         self.invocations: dict[int, tuple[int, ...]] = {}
+        self._held = held
         self._whole: set[int] = set()  # adapters that apply to every token
+        self._most_whole = MOST_WHOLE
         self._first: dict[str, tuple[Sequence[int], int]] = {}
         self._noted: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -57,6 +62,9 @@ class BaseRows:
             )
         if invocation is None:
             self._whole.add(adapter_id)
+            if len(self._whole) > self._most_whole:  # those that no step can be using
+                self._whole &= {*self._held(), adapter_id}
+                self._most_whole = max(MOST_WHOLE, 2 * len(self._whole))
         elif not announced and adapter_id not in self.invocations:
             raise StepError(f"activated adapter {name!r} reached a step without having been loaded before")
         else:

@@ -45,7 +45,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
     _adapter_manager: Any
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> Any:
-        self.base_rows = BaseRows()
+        self.base_rows = BaseRows(self.list_adapters)
         model = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
