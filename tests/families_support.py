@@ -37,8 +37,8 @@ class ModelProbe:
         self.modules = in_order(model)
         self.shape = self.modules[module]
         weight = state[f"{module}.weight"].float()
-        conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
-        self._weight_OI = weight.T if conv1d else weight
+        self.stores_in_out = type(model.get_submodule(module)).__name__ == "Conv1D"
+        self._weight_OI = weight.T if self.stores_in_out else weight
         self._bias_O = state.get(f"{module}.bias")
         self.dtype = state[f"{module}.weight"].dtype
 

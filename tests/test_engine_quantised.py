@@ -91,6 +91,8 @@ def _packed(whole_OI: torch.Tensor) -> torch.Tensor:
 class Around:
     """`terms.Probe`, as far as these adapters ask: the quantised product itself, and its norms."""
 
+    stores_in_out = False
+
     def __init__(self, base: Callable[[torch.Tensor], torch.Tensor], rows: slice, x_TI: torch.Tensor) -> None:
         self._base, self._rows, self.dtype, self._in_features = base, rows, x_TI.dtype, x_TI.shape[1]
         self.shape = (rows.stop - rows.start, self._in_features)

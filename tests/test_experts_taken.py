@@ -248,7 +248,7 @@ def test_each_rank_serves_its_own_experts(settings, monkeypatch):
         model: Any = SimpleNamespace()
         assert len(model_layout(attached, model).shapes) == 3 * EXPERTS
         # The base of its own experts is asked of this rank alone: the other waits for nothing.
-        base = EngineBase(attached, CPU, dict)
+        base = EngineBase(attached, CPU, dict, lambda _: False)
         own, other = 2 * rank, 2 - 2 * rank
         assert base.holds(f"experts.{own}.up_proj")
         assert not base.holds(f"experts.{other}.up_proj")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -23,10 +24,10 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
-def error_of(path: Path, model: PreTrainedModel) -> float:
+def error_of(path: Path, model: PreTrainedModel, architecture: str = "llama", **changes: Any) -> float:
     """Of the logits, against PEFT's own forward of the folder on `model`, which stays as it is."""
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ours, theirs = tiny_model("llama"), tiny_model("llama")
+    ours, theirs = tiny_model(architecture, **changes), tiny_model(architecture, **changes)
     theirs.load_state_dict(base)
     ours.load_state_dict(ours_merged(model, base, read_adapter(path, layout=linear_layout(model))))
     tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -61,6 +62,25 @@ def test_adalora_pruned_by_its_own_allocator_to_nothing_in_some_modules(tmp_path
     assert ranks[0] == 0
     assert ranks[-1] > 1
     assert error_of(tmp_path, model) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # whichever it is, of one of the two
+def test_an_olora_of_conv1d_and_linear_layers_says_one_thing_of_both(tmp_path: Path) -> None:
+    """Its one `fan_in_fan_out` is the last layer's: what a layer's start was is told by the base."""
+    options = {"tie_word_embeddings": False}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules=["attn.c_proj", "lm_head"], init_lora_weights="olora", fan_in_fan_out=True
+    )
+    wrapped = peft.get_peft_model(tiny_model("gpt2", **options), config)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            fill_normal(name, parameter.data)
+    wrapped.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    model = tiny_model("gpt2", **options)
+    assert error_of(tmp_path, model, "gpt2", **options) < 1e-4
+    edit_config(tmp_path, fan_in_fan_out=True)
+    assert error_of(tmp_path, model, "gpt2", **options) < 1e-4
 
 
 # PEFT warns of what the conversion undoes.

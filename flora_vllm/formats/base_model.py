@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flora_vllm.adapter import ExpertsLayout, ModelLayout
 from flora_vllm.errors import AdapterError
+from flora_vllm.formats.matching import OUTPUT_LAYERS
 from flora_vllm.formats.tensor_file import TensorRecord, load_json_object, read_records
 
 SINGLE_NAME = "model.safetensors"
@@ -25,6 +26,11 @@ SIDE_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _OF_EXPERTS = re.compile(r"(.+)\.([^.]+)(?=\.experts(?:\.|$))")
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _DOWNLOAD = ("*.safetensors", *(f"*{suffix}" for suffix in SIDE_SUFFIXES), "LICENSE*")
+
+
+def is_conv1d(model_type: object, module: str) -> bool:
+    """Whether a model of this type keeps the weight of its linear layer `module` as (I, O)."""
+    return model_type in CONV1D_MODEL_TYPES and module.rpartition(".")[2] not in {*OUTPUT_LAYERS, *EMBEDDINGS}
 
 
 @dataclass(frozen=True)

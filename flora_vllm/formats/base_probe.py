@@ -31,6 +31,10 @@ class FileProbe:
     def dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self._base.records[f"{self._name}.weight"].dtype]
 
+    @property
+    def stores_in_out(self) -> bool:
+        return self._base.stores_in_out
+
     def product(self, x_NI: torch.Tensor) -> torch.Tensor:
         return x_NI.float() @ self._float_weight.T
 

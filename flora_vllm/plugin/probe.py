@@ -88,11 +88,16 @@ class EngineBase:
     """The base under all adapted layers of this rank; keeps each module's row norms once they were asked for."""
 
     def __init__(
-        self, attached: Attached, device: torch.device, modules: Callable[[], Mapping[str, tuple[int, int]]]
+        self,
+        attached: Attached,
+        device: torch.device,
+        modules: Callable[[], Mapping[str, tuple[int, int]]],
+        stores_in_out: Callable[[str], bool],
     ) -> None:
         self._attached = attached
         self._device = device
         self._make_modules = modules
+        self.stores_in_out = stores_in_out
         self._norms: dict[str, torch.Tensor] = {}
         self._places = {name: (layer, parts) for layer, name, parts in _places(attached)}
 
@@ -146,6 +151,10 @@ class LayerProbe:
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
         return self._base.modules
+
+    @property
+    def stores_in_out(self) -> bool:
+        return self._base.stores_in_out(self.module)
 
     def product(self, x_NI: torch.Tensor) -> torch.Tensor:
         columns = slice(self._layout.in_start, self._layout.in_start + self._layout.in_features)

@@ -14,9 +14,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats.activation import EVERYWHERE
-from flora_vllm.formats.base_model import CONV1D_MODEL_TYPES, EMBEDDINGS
+from flora_vllm.formats.base_model import is_conv1d
 from flora_vllm.formats.families.ln_tuning import norm_terms
-from flora_vllm.formats.matching import OUTPUT_LAYERS
 from flora_vllm.formats.module_faults import refusal
 from flora_vllm.formats.names import OF_BASE
 from flora_vllm.formats.ranks import Limits, built_faults
@@ -58,8 +57,7 @@ def with_saved(
         if all(_is_equal(layer, kind, held.get(kind), tensor) for kind, tensor in found.items()):
             continue
         try:
-            is_linear = module.rpartition(".")[2] not in {*OUTPUT_LAYERS, *EMBEDDINGS}
-            if model_type in CONV1D_MODEL_TYPES and is_linear and layout.rename(module) not in layout.norms:
+            if is_conv1d(model_type, module) and layout.rename(module) not in layout.norms:
                 raise AdapterError(f"{model_type} stores linear layers the other way round; train without it")
             terms = _terms(path, module, found, layout, layer)
             if adapter.invocation_tokens is not None:

@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.base_model import is_conv1d
 from flora_vllm.formats.model_order import modules_elsewhere, modules_of
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.plugin.activation import BaseRows
@@ -49,7 +50,9 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         model = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         limits = Limits(manager.options.max_rank, self.lora_config.max_lora_rank, manager.options.max_dense_bytes)
-        base = EngineBase(manager.attached, manager.device, _lister_of(model, vllm_config.model_config))
+        config = vllm_config.model_config
+        in_out = functools.partial(is_conv1d, getattr(config.hf_config, "model_type", None))
+        base = EngineBase(manager.attached, manager.device, _lister_of(model, config), in_out)
         self._loader = AdapterLoader(
             manager.attached,
             limits,

@@ -39,6 +39,11 @@ class Probe(Protocol):
         """Of the base model's weights."""
         ...
 
+    @property
+    def stores_in_out(self) -> bool:
+        """Whether the Hugging Face model keeps W as (I, O), as its Conv1D does; here it is (O, I) all the same."""
+        ...
+
     def product(self, x_NI: torch.Tensor) -> torch.Tensor:
         """W x by rows, without bias: (N, O) float32."""
         ...

@@ -33,7 +33,8 @@ _EVERY_TOKEN = {
     )
 }
 
-# (W (O, I), rank, the file's scale, fan_in_fan_out) -> what the base lost, as up (O, R) and down (R, I).
+# (W (O, I), rank, the file's scale, whether the base stores (I, O)) -> what it lost, as up (O, R) and down (R, I).
+# The last is no matter of the file, whose one `fan_in_fan_out` PEFT leaves at what the last of all layers was.
 Lost = Callable[[torch.Tensor, int, float, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -64,10 +65,9 @@ def _less(lost: Lost) -> Callable[[ModuleFile], tuple[Term, ...]]:
             return bias_terms(module, 1.0)
         down, up, scale = low_rank(module)
         own = Added(down, up, scale, mid=module.get(LORA_DIAG))
-        is_transposed = module.config.get("fan_in_fan_out", False)
 
         def build(probe: Probe) -> tuple[Term, ...]:
-            lost_up, lost_down = lost(probe.weight(), own.rank, scale, is_transposed)
+            lost_up, lost_down = lost(probe.weight(), own.rank, scale, probe.stores_in_out)
             return own, Added(lost_down.contiguous(), lost_up.contiguous(), -1.0)
 
         tensors = (down, up) if own.mid is None else (down, up, own.mid)
