@@ -228,6 +228,7 @@ def test_an_error_is_answered_in_vllms_form():
     errors = {
         "unknown": OpenAIHTTPException(404, "The model `x` does not exist.", "NotFoundError"),
         "long": OpenAIHTTPException(400, "y" * 99999, "BadRequestError"),
+        "later": OpenAIHTTPException(503, "all slots are in use", "NoRoomError"),
         "failed": RayTaskError("chat", "a traceback", RuntimeError("of a library")).as_instanceof_cause(),
         "client": RayTaskError("chat", "a traceback", VLLMValidationError("too many tokens")).as_instanceof_cause(),
     }
@@ -242,9 +243,12 @@ def test_an_error_is_answered_in_vllms_form():
     assert {name: answer.status_code for name, answer in answers.items()} == {
         "unknown": 404,
         "long": 400,
+        "later": 503,
         "failed": 500,
         "client": 400,
     }
+    again = {name: answer.headers["Retry-After"] for name, answer in answers.items() if "Retry-After" in answer.headers}
+    assert again == {"later": "5"}
     told = {name: answer.json()["error"] for name, answer in answers.items()}
     assert told["unknown"] == {
         "message": "The model `x` does not exist.",

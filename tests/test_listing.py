@@ -235,3 +235,4 @@ def test_the_list_waits_for_a_first_answer_and_says_so(monkeypatch):
     app.state.engine_client.engine_core.call_utility_async = call
     answer = _get(app, listing.ROUTE)
     assert (answer.status_code, "ask again" in answer.text) == (503, True)
+    assert int(answer.headers["Retry-After"]) >= 1

@@ -148,6 +148,12 @@ def test_few_uploads_at_a_time_and_others_wait(monkeypatch: Any) -> None:
     asyncio.run(scenario())
 
 
+def test_who_found_no_place_is_told_when_to_ask_again() -> None:
+    """Clients that ask again by themselves would come at once, and wait as long."""
+    assert uploads._refuse(uploads.BusyError("busy")).headers["Retry-After"] == "60"
+    assert "Retry-After" not in uploads._refuse(uploads.TooLargeError("large")).headers
+
+
 def test_an_upload_that_does_not_arrive_gives_its_place_back(monkeypatch: Any) -> None:
     monkeypatch.setattr(uploads, "ARRIVAL_S", 0.01)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ray.exceptions import RayTaskError
 from starlette.responses import JSONResponse, Response
 
 from flora_vllm.cluster.ingress import Directory, Target, UnknownModelError, answer
+from flora_vllm.cluster.memory import RETRY_S
 from flora_vllm.cluster.merged import MergedMetrics, merged_adapters
 from flora_vllm.cluster.ray_hooks import (
     CallbackBase,
@@ -41,6 +43,8 @@ SETTINGS = "flora_cluster"
 ROUTES = {"metrics": "/metrics", "adapters": "/v1/flora/adapters"}
 # A replica that takes longer is not waited for: it waits for its engine for 5 s, and Prometheus for a scrape for 10.
 WAIT_S = 8.0
+# What may be answered otherwise once adapters have come and gone, and not before a replica tries again.
+_LATER = (429, 503)
 
 
 class LocalModel(CallbackBase):
@@ -59,7 +63,8 @@ async def _answer_refused(_request: Any, error: Any) -> Response:
     """As vLLM's server answers; Ray's own handler adds the exception's text and class, twice."""
     code = int(error.status_code)
     content = {"message": bounded(error.message), "type": error.type, "param": None, "code": code}
-    return JSONResponse({"error": content}, status_code=code)
+    headers = {"Retry-After": str(math.ceil(RETRY_S))} if code in _LATER else None
+    return JSONResponse({"error": content}, code, headers)
 
 
 async def _answer_failed(request: Any, error: Any) -> Response:

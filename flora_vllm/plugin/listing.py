@@ -76,7 +76,8 @@ def attach(app: Any) -> None:
         if report is None:
             late = f"the engine did not answer within {WAIT_S:.0f} s; ask again"
             message = "this server has no engine" if engine is None else late
-            return error_answer(message, HTTPStatus.SERVICE_UNAVAILABLE)
+            again_s = None if engine is None else WAIT_S
+            return error_answer(message, HTTPStatus.SERVICE_UNAVAILABLE, retry_after_s=again_s)
         return responses.JSONResponse({"object": "list", "data": entries(state, report)})
 
     app.router.add_route(ROUTE, adapters, methods=["GET"])

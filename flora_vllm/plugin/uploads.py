@@ -174,4 +174,6 @@ async def _content(part: Any) -> bytes:
 
 
 def _refuse(error: AdapterError) -> Any:
-    return error_answer(bounded(str(error)), _STATUS.get(type(error), HTTPStatus.BAD_REQUEST))
+    status = _STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
+    # As long as no place has become free just now.
+    return error_answer(bounded(str(error)), status, retry_after_s=WAIT_S if isinstance(error, BusyError) else None)
