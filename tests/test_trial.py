@@ -44,7 +44,9 @@ def test_one_run_says_it_of_layers_embeddings_and_norms(fails: bool, monkeypatch
     monkeypatch.setattr(trial, "run_once", run_once)
     config = SimpleNamespace(model_config=SimpleNamespace(is_encoder_decoder=False))
     tried = trial.Trial(None, config, torch.device("cpu"), {"embedding": embedding}, {"norm": norm})
-    assert set(tried.layers_elsewhere(layers)) == (set() if fails else {"pooled", "absorbed"})
+    refused = tried.layers_elsewhere(layers)
+    assert set(refused) == (set(layers) if fails else {"pooled", "absorbed"})
+    assert not fails or set(refused.values()) == {"the model could not be tried at start (TypeError: takes no tokens)"}
     assert tried.rows == ({} if fails else {"embedding": [trial.TOKENS], "norm": [trial.TOKENS] * 2})
     assert ("takes no tokens" in str(tried.fault)) is fails
     assert len(runs) == 1

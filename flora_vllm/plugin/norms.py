@@ -64,6 +64,8 @@ def attach_norms(
             attached.refused[name] = UNKNOWN_ROWS if step is None else LEFT_OUT
         elif hasattr(module.weight, "weight_loader"):
             attached.refused[name] = "this model changes the norm's weight when it is loaded, an adapter's it would not"
+        elif trial.fault is not None:
+            attached.refused[name] = trial.fault
         elif {*trial.rows.get(name, ())} != {TOKENS}:
             attached.refused[name] = (
                 "this norm is not called with a step's tokens as rows, where adapters cannot follow"

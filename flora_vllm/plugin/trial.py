@@ -111,10 +111,11 @@ class Trial:
         ):
             try:
                 run_once(*self._asked)
-            except Exception as error:  # noqa: BLE001 - models differ in what they take; steps are judged as they come
-                logger.info("the model could not be tried at start (%s: %s)", type(error).__name__, error)
-                self.fault = f"the model could not be tried at start ({error})"
-                return {}
+            except Exception as error:
+                self.fault = f"the model could not be tried at start ({type(error).__name__}: {error})"
+                logger.error("%s: no adapter of any of its layers can be served", self.fault, exc_info=error)
+                # A layer that is never called would leave an adapter out in silence, which no step can notice.
+                return dict.fromkeys(layers, self.fault)
         self.rows = of_embeddings | of_norms
         found = {}
         for name, counts in of_layers.items():
