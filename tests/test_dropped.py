@@ -35,7 +35,18 @@ def _post(route: str, body: bytes) -> httpx.Response:
     return asyncio.run(post())
 
 
-@pytest.mark.parametrize("route", ["/v1/messages", "/v1/messages/count_tokens", "/cohere/v2/chat", "/v2/embed"])
+@pytest.mark.parametrize(
+    "route",
+    [
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/cohere/v2/chat",
+        "/v2/embed",
+        "/inference/v1/generate",
+        "/v1/chat/completions/derender",
+        "/v1/completions/derender",
+    ],
+)
 def test_the_field_is_refused_where_it_would_be_lost(route: str) -> None:
     answer = _post(route, json.dumps({"model": "base", "text": "x" * 5000, "flora": MIX}).encode())
     assert answer.status_code == 400

@@ -1,6 +1,6 @@
-"""Routes whose requests vLLM turns into others without fields that it does not know: "flora" is refused there.
+"""Routes whose requests vLLM reads without fields that it does not know: "flora" is refused there.
 
-Otherwise a request for a mix would be answered by the base model.
+Otherwise a request for a mix would be answered by the base model, or under its name.
 """
 
 import json
@@ -11,6 +11,8 @@ from flora_vllm.plugin.mix_requests import KEY
 
 # Anthropic's, Cohere's, and the one that takes tokens. Elsewhere unknown fields are kept (mix_requests.py).
 ROUTES = ("/v1/messages", "/cohere/", "/v2/embed", "/inference/")
+# Tokens are turned back into text there, and no model runs.
+_DERENDER = "/derender"
 
 
 class DroppedField:
@@ -21,14 +23,18 @@ class DroppedField:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or not path.startswith(ROUTES):
+        drops = path.startswith(ROUTES) or path.endswith(_DERENDER)
+        if scope["type"] != "http" or scope["method"] != "POST" or not drops:
             await self._app(scope, receive, send)
             return
         messages = [await receive()]
         while messages[-1].get("more_body"):
             messages.append(await receive())
         if _names_mix(b"".join(message.get("body", b"") for message in messages)):
-            text = f'{path} takes no "{KEY}"; ask /v1/chat/completions or /v1/completions, or load the mix under a name'
+            instead = "ask /v1/chat/completions or /v1/completions, or load the mix under a name"
+            if path.endswith(_DERENDER):
+                instead = "the mix is for /render, whose answer names it as its model; leave it out here"
+            text = f'{path} takes no "{KEY}"; {instead}'
             await error_answer(text, param=KEY)(scope, receive, send)
             return
 
