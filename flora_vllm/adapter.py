@@ -101,6 +101,7 @@ class ModelLayout:
     `tied`: embedding -> the output layer whose weight is the embedding's, both as paths used here.
     `norms`: those in `shapes`, there as (width, width), that norm their input and scale it instead of multiplying it.
     `embeddings`: those in `shapes`, there as (tokens, width), that look their input up instead of multiplying it.
+    `never_run`: how paths begin of modules that checkpoints may have and the engine never runs (`mtp.`).
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -111,10 +112,15 @@ class ModelLayout:
     embeddings: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
     norms: frozenset[str] = frozenset()
+    never_run: tuple[str, ...] = ()
 
     def is_of_expert(self, path: str) -> bool:
         """Whether `path`, as this layout calls it, is a linear layer of an expert."""
         return bool(self.experts) and path.rsplit(".", 2)[0] in self.experts
+
+    def never_runs(self, tensor: str) -> bool:
+        """Whether a checkpoint's tensor is of such a module, by vLLM's rule (`LoRAModel._should_skip_module`)."""
+        return any(tensor.startswith(start) or f".{start}" in tensor for start in self.never_run)
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """(O, I) of a checkpoint's module; None if the model has no such module."""

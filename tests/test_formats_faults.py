@@ -169,6 +169,26 @@ def test_modules_of_another_model(flora: Path) -> None:
     assert any("layers.2.self_attn.q_proj' is selected by target_modules but has no" in fault for fault in faults)
 
 
+def test_what_the_engine_never_runs_is_left_out_and_nothing_else(flora: Path) -> None:
+    """By the model's own list, in the middle of a path too; a name that only contains it is not meant."""
+    drafts = ModelLayout(LAYOUT.shapes, never_run=("mtp.",))
+    bad = torch.full((2, 6), torch.nan)
+    for module in ("mtp.layers.0.q_proj", "model.mtp.q_proj"):
+        edit_tensors(flora, **{A.format(module): bad, B.format(module): torch.ones(8, 2)})
+    found = examine(flora, layout=drafts)
+    assert found.adapter is not None
+    assert found.adapter.modules.keys() == LAYOUT.shapes.keys()
+    assert {name.split(".flora")[0].removeprefix("base_model.model.") for name in found.left_out} == {
+        "mtp.layers.0.q_proj",
+        "model.mtp.q_proj",
+    }
+    assert any("NaN" in fault for fault in faults_of(flora, layout=LAYOUT))
+    edit_tensors(flora, **{A.format("nomtp.q_proj"): torch.ones(2, 6), B.format("nomtp.q_proj"): torch.ones(8, 2)})
+    assert "'nomtp.q_proj' is not in the base model" in the_fault(flora, layout=drafts)
+    edit_tensors(flora, **{p.format(m): None for p in (A, B) for m in (*LAYOUT.shapes, "nomtp.q_proj")})
+    assert any("but of modules that this engine never runs" in fault for fault in faults_of(flora, layout=drafts))
+
+
 def test_target_without_tensors(flora: Path) -> None:
     edit_tensors(flora, **{A.format(Q0): None, B.format(Q0): None})
     assert f"module '{Q0}' is selected by target_modules but has no tensors" in the_fault(flora, layout=LAYOUT)

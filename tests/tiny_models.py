@@ -20,6 +20,8 @@ from transformers import (
     Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -128,6 +130,15 @@ def tiny_gptbigcode(directory: Path, seed: int = 0) -> Path:
         eos_token_id=END,
     )
     return _save(GPTBigCodeForCausalLM(config), directory, seed)
+
+
+def tiny_nemotron_h(directory: Path, seed: int = 0) -> Path:
+    """Nemotron-H: Mamba, attention and dense layers without a gate; no experts."""
+    kinds = ["linear_attention", "mlp", "full_attention", "mlp"]
+    mamba = {"mamba_num_heads": HEADS, "mamba_head_dim": WIDTH // HEADS, "n_groups": 2, "ssm_state_size": 16}
+    settings = {**_decoder_settings(), "head_dim": WIDTH // HEADS, "pad_token_id": UNKNOWN, "num_hidden_layers": 4}
+    config = NemotronHConfig(**settings, **mamba, layers_block_type=kinds, chunk_size=16)
+    return _save(NemotronHForCausalLM(config), directory, seed)
 
 
 def tiny_whisper(directory: Path, seed: int = 0) -> Path:

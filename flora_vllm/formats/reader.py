@@ -59,6 +59,7 @@ class Examination:
     faults: tuple[str, ...]
     family: str | None = None
     digest: str | None = None
+    left_out: tuple[str, ...] = ()  # tensors of modules that the engine never runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,8 @@ def examine_files(
         records = parse_records(data)
     except AdapterError as error:
         return _refused(name, [*faults, f"{WEIGHTS_NAME}: {error}"])
+    left_out = () if layout is None else tuple(r.name for r in records if layout.never_runs(r.name))
+    records = [record for record in records if record.name not in left_out] if left_out else records
     faults += value_faults(data, records)
     if family is None:
         return _refused(name, faults)
@@ -163,7 +166,8 @@ def examine_files(
     faults += misplaced
     tensors = replace(tensors, modules=modules, parameters=parameters)
     if not (tensors.modules or tensors.parameters or misplaced):
-        faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}; nothing would be adapted")
+        but = f" but of modules that this engine never runs ({left_out[0]!r})" if left_out else ""
+        faults.append(f"{WEIGHTS_NAME}: no module has tensors of family {family.name}{but}; nothing would be adapted")
     rows = TokenRows()
     try:
         # No more than it takes to know that there are too many to list.
@@ -196,7 +200,7 @@ def examine_files(
         invocation_tokens=invocation_tokens(config.values),
         saved=_views(data, tensors.saved),
     )
-    return Examination(adapter, (), name)
+    return Examination(adapter, (), name, left_out=left_out)
 
 
 def _implied(config: CheckedConfig, layout: ModelLayout | None) -> tuple[dict[str, Records], str | None]:

@@ -132,6 +132,7 @@ _WORKER_SIDE = (
     Hook("vllm.config:ModelConfig.hf_text_config"),
     Hook("vllm.model_executor.models.module_mapping:MultiModelKeys.language_model"),
     Hook("vllm.model_executor.models.interfaces:SupportsLoRA.packed_modules_mapping"),
+    Hook("vllm.model_executor.models.interfaces:SupportsLoRA.lora_skip_prefixes"),
 )
 _LAYERS = (
     Hook("vllm.model_executor.models.utils:PPMissingLayer"),

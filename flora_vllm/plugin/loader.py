@@ -214,6 +214,9 @@ class AdapterLoader:
             faults.append("alora_invocation_tokens: an encoder's rows have no place before or after them; leave it out")
         if faults or adapter is None:
             raise adapter_error(where, faults)
+        if found.left_out:
+            few = f"{len(found.left_out)} tensors of modules that this engine never runs"
+            logger.warning("adapter %s: %s are left out, for example %r", where, few, found.left_out[0])
         return adapter
 
     def _cut_once(

@@ -40,7 +40,8 @@ def model_layout(attached: Attached, model: torch.nn.Module) -> ModelLayout:
     known = {*shapes, *refused, *fused, *experts} - of_experts
     # Asked several times for each of an adapter's hundreds of modules.
     rename = functools.lru_cache(maxsize=1 << 16)(renamer(model, known, of_experts))
-    return ModelLayout(shapes, refused, rename, fused, experts, embeddings, tied, norms)
+    never_run = tuple(getattr(model, "lora_skip_prefixes", None) or ())  # stock's own rule for whom it does not name
+    return ModelLayout(shapes, refused, rename, fused, experts, embeddings, tied, norms, never_run)
 
 
 def _tied(attached: Attached, model: Any) -> dict[str, str]:
