@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from engine_support import Ask
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FEED_FORWARD, HEADS, KV_HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH, randomise
 
 import flora_vllm
@@ -125,6 +125,46 @@ def test_parameters_of_experts_are_their_merged_weights(make, ranks, tmp_path):
     for seed, (name, config) in enumerate(PARAMETERS.items()):
         states[name] = support.save_peft_adapter(model, tmp_path / name, copy.deepcopy(config), seed)
     errors = _serve(model, tmp_path, states, **_ranks(ranks))
+    assert max(errors.values()) < support.LOGPROB_TOLERANCE, errors
+
+
+def _as_vllm_reads_it(folder: Path) -> None:
+    """The adapter in `folder` without its target_parameters, and its experts' tensors with an axis for them."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in (name for name in tensors if ".experts" in name):
+        tensor = tensors[name]
+        axes = (EXPERTS, -1, tensor.shape[1]) if "lora_A" in name else (len(tensor), -1, EXPERTS)
+        tensors[name] = tensor.view(axes)
+    save_file(tensors, path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": None}))
+
+
+def _shared_outer(folder: Path, base: support.State) -> support.State:
+    """One adapter as `--enable-moe-shared-loras` has it: experts share A of gate and up, and B of down."""
+    g = torch.Generator().manual_seed(11)
+    path, merged = "model.layers.1.mlp.experts", dict(base)
+    shapes = {"w1": ((1, 3, WIDTH), (EXPERTS, INNER, 3)), "w2": ((EXPERTS, 3, INNER), (1, WIDTH, 3))}
+    pairs = {w: [0.14 * torch.randn(s, generator=g) for s in shapes.get(w, shapes["w1"])] for w in ("w1", "w2", "w3")}
+    sides = {"A": 0, "B": 1}
+    tensors = {f"{path}.{w}.lora_{side}.weight": pair[i] for w, pair in pairs.items() for side, i in sides.items()}
+    _write(folder, {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["experts"]}, tensors)
+    gate, down, up = (2 * b @ a for a, b in pairs.values())
+    merged[f"{path}.gate_up_proj"] = merged[f"{path}.gate_up_proj"] + torch.cat([gate, up], 1)
+    merged[f"{path}.down_proj"] = merged[f"{path}.down_proj"] + down
+    return merged
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_moe_shared_loras": True}, {"enable_mixed_moe_lora_format": True}])
+def test_experts_in_the_layouts_of_vllms_lora_are_their_merged_weights(options, tmp_path):
+    """Whichever of its options, which choose one of them, is set."""
+    model = _saved(tmp_path / "model", _qwen3)
+    states: dict[str, support.State] = {"base": support.load(model).state_dict()}
+    states["both"] = support.save_peft_adapter(model, tmp_path / "both", copy.deepcopy(PARAMETERS["both"]), 3)
+    _as_vllm_reads_it(tmp_path / "both")
+    states["shared"] = _shared_outer(tmp_path / "shared", states["base"])
+    errors = _serve(model, tmp_path, states, **options, **_ranks(1 if options else 2))
     assert max(errors.values()) < support.LOGPROB_TOLERANCE, errors
 
 

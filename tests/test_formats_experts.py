@@ -171,3 +171,86 @@ def test_modules_of_experts_need_no_others_and_nothing_selects_parameters(tmp_pa
     faults = faults_of(tmp_path / "adapter", layout=_layout())
     assert len(faults) == 7
     assert all("is selected by target_modules but has no tensors" in fault for fault in faults)
+
+
+def _rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The adapter at `path` has these tensors of experts and no others, and says nothing of parameters."""
+    old = [name for name in load_file(path / "adapter_model.safetensors") if ".experts" in name]
+    edit_tensors(path, **{**dict.fromkeys(old), **{name: tensor.contiguous() for name, tensor in tensors.items()}})
+    edit_config(path, target_parameters=None)
+
+
+def _terms_of(path: Path, layout: ModelLayout | None) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, terms in read_adapter(path, layout=layout).modules.items():
+        (term,) = terms.terms
+        found[name] = term.scale * term.up @ term.down
+    return found
+
+
+@pytest.mark.parametrize("has_axis", [False, True])
+@pytest.mark.parametrize("layout", [_layout(), _layout(is_interleaved=True), None])
+def test_tensors_of_both_parameters_need_no_target_parameters(layout, has_axis, both):
+    """As vLLM reads them by their names; with an axis for the experts, too."""
+    wanted = _terms_of(both, layout)
+    file = {n: t for n, t in load_file(both / "adapter_model.safetensors").items() if ".experts" in n}
+    if has_axis:
+        file = {n: t.view(4, 3, -1) if "lora_A" in n else t.view(-1, 3, 4) for n, t in file.items()}
+    _rewrite(both, file)
+    found = _terms_of(both, layout)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_one_of_the_two_alone_is_not_guessed(both):
+    file = load_file(both / "adapter_model.safetensors")
+    _rewrite(both, {name: t for name, t in file.items() if name.startswith(f"{OUTER}.lora")})
+    assert any("'model.layers.0.mlp.experts' is not in the base model" in f for f in faults_of(both, layout=_layout()))
+
+
+def _stacked(shared: tuple[str, ...], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Name -> tensor of layer 0's projections, of 4 experts but where they share it (`w1.A`)."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"w1": (12, 16), "w3": (12, 16), "w2": (16, 12)}
+    shapes = {f"{w}.{s}": ((3, i) if s == "A" else (o, 3)) for w, (o, i) in sizes.items() for s in "AB"}
+    return {
+        f"{OUTER}.{key[:2]}.lora_{key[-1]}.weight": torch.randn(1 if key in shared else 4, *shape, generator=g)
+        for key, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("shared", [("w1.A", "w3.A", "w2.B"), (), ("w2.A", "w2.B")])
+@pytest.mark.parametrize("has_layout", [True, False])
+def test_projections_of_all_experts_may_share_a_side(has_layout, shared, both):
+    file = _stacked(shared)
+    _rewrite(both, file)
+    found = _terms_of(both, _layout() if has_layout else None)
+    names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for key, name in names.items():
+        a, b = (file[f"{OUTER}.{key}.lora_{side}.weight"] for side in "AB")
+        products = (2 * b @ a).expand(4, -1, -1)
+        for i in range(4 if has_layout else max(len(a), len(b))):
+            product = found[f"model.layers.0.mlp.experts.{i}.{name if has_layout else key}"]
+            torch.testing.assert_close(product, products[i])
+
+
+def test_faults_of_stacked_projections_are_named(both):
+    file = _stacked(("w1.A",))
+    name = f"{OUTER}.{{}}.weight".format
+    file[name("w1.lora_B")] = file[name("w1.lora_B")][:3]
+    del file[name("w2.lora_A")]
+    file[name("w3.lora_A")] = file[name("w3.lora_A")][0]
+    _rewrite(both, file)
+    faults = "\n".join(faults_of(both, layout=_layout()))
+    assert f"'{name('w1.lora_B')}' has shape (3, 12, 3); the config and the base model allow (4, 12 (out" in faults
+    assert f"tensor '{name('w2.lora_A')}' is missing" in faults
+    assert f"'{name('w3.lora_A')}' has shape (3, 16); the config and the base model allow (4, 3, 16 (in" in faults
+    _rewrite(both, {**_stacked(()), name("w1.lora_B"): torch.ones(3, 12, 3)})
+    assert any("disagree about the number of experts" in fault for fault in faults_of(both))
+    _rewrite(both, {**_stacked(()), name("w1.lora_B"): torch.tensor(1.0)})
+    assert any(f"'{name('w1.lora_B')}' has shape ()" in fault for fault in faults_of(both))
+    as_parameters = {f"{place}.lora_{s}.weight": torch.ones(12, 16) for place in (OUTER, INNER) for s in "AB"}
+    as_parameters |= {f"{OUTER}.lora_A.weight": torch.ones(12, 12), f"{INNER}.lora_B.weight": torch.ones(24, 12)}
+    as_parameters[f"{OUTER}.lora_B.weight"] = torch.ones(16, 12)
+    _rewrite(both, {**_stacked(()), **as_parameters})
+    assert any("has tensors of its own and in" in fault for fault in faults_of(both, layout=_layout()))

@@ -16,7 +16,7 @@ import torch
 from flora_vllm.adapter import Adapter, ModelLayout, ModuleTerms
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.activation import EVERYWHERE, invocation_tokens
-from flora_vllm.formats.config_keys import CheckedConfig, check_config
+from flora_vllm.formats.config_keys import EXPERT_PARAMETERS, CheckedConfig, check_config
 from flora_vllm.formats.experts import Parameter, expert_modules, parameter_faults, take_parameters
 from flora_vllm.formats.families.biases import BIAS_NAMES
 from flora_vllm.formats.families.family import FLOATS, Family, ModuleFile
@@ -162,7 +162,8 @@ def examine_files(
         if fault is not None:  # without them every tensor would seem to be of no module
             return _refused(name, [*faults, fault])
         tensors = replace(tensors, modules={**implied, **tensors.modules})
-    modules, parameters, misplaced = take_parameters(config.values, tensors.modules)
+    adapts_parameters = family.keys.get("target_parameters") is EXPERT_PARAMETERS
+    modules, parameters, misplaced = take_parameters(config.values, tensors.modules, unsaid=adapts_parameters)
     faults += misplaced
     tensors = replace(tensors, modules=modules, parameters=parameters)
     if not (tensors.modules or tensors.parameters or misplaced):

@@ -17,6 +17,7 @@ _BEHIND = {"module.": "", "model.base_model.": ROOT, "base_model.model.base_mode
 # Tinker's name of the output layer.
 _UNEMBED = re.compile(rf"{re.escape(PREFIX)}(?:model\.)?unembed_tokens\.")
 _BASE_LAYER = ".base_layer"
+_OF_PARAMETER = f".experts{_BASE_LAYER}"  # the first of two parameters, whoever saved it (experts.py)
 _MARKS = (*_WRAPPERS, "base_model.model.base_model.", "unembed_tokens", f"{_BASE_LAYER}.")
 
 
@@ -37,7 +38,7 @@ def as_peft_names(family: Family, name: str, nested: bool = False) -> str:
             if split is None:
                 continue
             module, part = split
-            if module is not None and module.endswith(_BASE_LAYER) and not nested:
+            if module is not None and module.endswith(_BASE_LAYER) and not (nested or module.endswith(_OF_PARAMETER)):
                 return f"{PREFIX}{module.removesuffix(_BASE_LAYER)}.{part}"
             return candidate
     return name
