@@ -146,8 +146,10 @@ def examine_files(
         records = parse_records(data)
     except AdapterError as error:
         return _refused(name, [*faults, f"{WEIGHTS_NAME}: {error}"])
-    left_out = () if layout is None else tuple(r.name for r in records if layout.never_runs(r.name))
-    records = [record for record in records if record.name not in left_out] if left_out else records
+    left_out = ()
+    if layout is not None and layout.never_run:
+        left_out = tuple(record.name for record in records if layout.never_runs(record.name))
+        records = [record for record in records if not layout.never_runs(record.name)]
     faults += value_faults(data, records)
     if family is None:
         return _refused(name, faults)
