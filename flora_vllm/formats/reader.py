@@ -143,13 +143,9 @@ def examine_files(
         return _refused(name, faults)
     data = files[WEIGHTS_NAME]
     try:
-        records = parse_records(data)
+        records, left_out = _of_what_runs(parse_records(data), layout)
     except AdapterError as error:
         return _refused(name, [*faults, f"{WEIGHTS_NAME}: {error}"])
-    left_out = ()
-    if layout is not None and layout.never_run:
-        left_out = tuple(record.name for record in records if layout.never_runs(record.name))
-        records = [record for record in records if not layout.never_runs(record.name)]
     faults += value_faults(data, records)
     if family is None:
         return _refused(name, faults)
@@ -204,6 +200,16 @@ def examine_files(
         saved=_views(data, tensors.saved),
     )
     return Examination(adapter, (), name, left_out=left_out)
+
+
+def _of_what_runs(
+    records: list[TensorRecord], layout: ModelLayout | None
+) -> tuple[list[TensorRecord], tuple[str, ...]]:
+    """Those of modules that the engine runs, and the names of the others."""
+    if layout is None or not layout.never_run:
+        return records, ()
+    left_out = tuple(record.name for record in records if layout.never_runs(record.name))
+    return [record for record in records if not layout.never_runs(record.name)], left_out
 
 
 def _implied(config: CheckedConfig, layout: ModelLayout | None) -> tuple[dict[str, Records], str | None]:
