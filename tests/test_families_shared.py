@@ -145,10 +145,7 @@ _CASES = {
     "shira-unseeded": ("qwen2", shira(r=4)),
     "supertuning": ("llama", made(peft.SupertuningConfig, sparsity=0.9)),
     "supertuning-lora": ("qwen2", made(peft.SupertuningConfig, sparsity=0.9, r=3, lora_alpha=5)),
-    "supertuning-unsaved": ("llama", made(peft.SupertuningConfig, sparsity=0.9, save_precomputed_indices=False)),
-    "supertuning-smallest": (
-        "llama", made(peft.SupertuningConfig, sparsity=0.8, select_top=False, save_precomputed_indices=False),
-    ),
+    "supertuning-smallest": ("llama", made(peft.SupertuningConfig, sparsity=0.8, select_top=False)),
     "frod": ("llama", frod(sparse_rate=0.05)),
     "frod-conv1d": ("gpt2", frod(*CONV1D, fan_in_fan_out=True)),
     "frod-bias": ("qwen2", frod("q_proj", "down_proj", bias="frod_only")),
@@ -257,6 +254,22 @@ def test_structured_matrices_count_their_own_bytes(tmp_path: Path) -> None:
         assert message in the_fault(path, layout=layout, max_dense_bytes=size - 1)
 
 
+def test_supertuning_without_its_places_is_refused_and_what_the_message_advises_is_served(tmp_path: Path) -> None:
+    """The places are an order of weights' sizes, which float32 and bfloat16 do not share."""
+    make = made(peft.SupertuningConfig, Q0, sparsity=0.9)
+    trained = save_filled(tiny_model("llama"), make(save_precomputed_indices=False), tmp_path / "unsaved")
+    layout = linear_layout(tiny_model("llama"))
+    said = "'save_precomputed_indices' is False; allowed: True, for rounding"
+    assert any(said in fault for fault in faults_of(tmp_path / "unsaved", layout=layout))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        again = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "unsaved"), config=make())
+    again.save_pretrained(str(tmp_path / "saved"))
+    served = tiny_model("llama").bfloat16()
+    (terms,) = read_adapter(tmp_path / "saved", layout=layout).modules.values()
+    ours, _ = merged(torch.zeros(64, 64), None, resolve(terms.terms, ModelProbe(served, served.state_dict(), Q0)))
+    assert torch.equal(ours, trained.get_submodule(f"base_model.model.{Q0}").get_delta_weight("default"))
+
+
 def drawn_again(model, config, path: Path) -> tuple[torch.nn.Module, dict[str, tuple]]:
     """PEFT's model, and our terms of the folder it saved, by module."""
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -327,7 +340,7 @@ def test_a_module_that_the_hugging_face_model_names_otherwise_has_no_number(tmp_
         resolve(terms, probe)
 
 
-@pytest.mark.parametrize("case", ["vera-unsaved", "tinylora-conv1d", "supertuning-unsaved"])
+@pytest.mark.parametrize("case", ["vera-unsaved", "tinylora-conv1d", "supertuning"])
 def test_a_base_in_files_answers_what_a_family_asks(case: str, tmp_path: Path) -> None:
     """The order of its modules, its dtype and its weights, for a merge."""
     architecture, make, fill = CASES[case]

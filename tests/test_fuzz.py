@@ -22,7 +22,7 @@ FAMILIES = (
     "gralora-hybrid", "delora", "poly", "peanut-deep", "hra-gram-schmidt", "deft-qr", "psoft", "osf", "oft",
     "oft-coft", "boft", "road-2", "glora", "beft", "vera", "vera-unsaved", "pvera", "randlora-sparse", "tinylora",
     "fourierft-pattern", "waveft-db2", "waveft-proportional", "lokr", "c3a", "shira", "supertuning",
-    "supertuning-unsaved", "frod", "melora", "mtllora", "xgblora",
+    "supertuning-smallest", "frod", "melora", "mtllora", "xgblora",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ FOUND: dict[str, tuple[dict, str]] = {
     "tinylora-one-vector": ({"weight_tying": 3}, "'weight_tying' is 3; allowed: a number from 0 to 1"),
     "waveft": ({"scaling": 10**30}, "'scaling' is 10000"),
     "waveft-coif3": ({"scaling": 3e38}, "leaves the range of float32"),
-    "supertuning-unsaved": ({"lora_alpha": 3}, "lora_alpha is set and r is null"),
+    "supertuning-smallest": ({"lora_alpha": 3}, "lora_alpha is set and r is null"),
 }
 
 
