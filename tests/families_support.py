@@ -35,10 +35,10 @@ class ModelProbe:
     def __init__(self, model: PreTrainedModel, state: Mapping[str, torch.Tensor], module: str) -> None:
         self.module = module
         self.modules = in_order(model)
-        self.shape = self.modules[module]
         weight = state[f"{module}.weight"].float()
         self.stores_in_out = type(model.get_submodule(module)).__name__ == "Conv1D"
         self._weight_OI = weight.T if self.stores_in_out else weight
+        self.shape = (self._weight_OI.shape[0], self._weight_OI.shape[1])
         self._bias_O = state.get(f"{module}.bias")
         self.dtype = state[f"{module}.weight"].dtype
 

@@ -1,6 +1,7 @@
 """What the saved file of a family may be besides the plainest: pruned, converted, renamed, packed, of several tasks."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,6 +199,34 @@ def test_a_pattern_too_slow_to_tell_the_modules_is_a_fault_among_the_others(tmp_
     assert "takes too long to match module names" in "\n".join(found.faults)
     assert "'unheard_of'" in "\n".join(found.faults)
     assert found.family == "UNILORA"
+
+
+# More rows in the embedding than any linear layer has, and draws that would differ with it among the modules.
+@pytest.mark.filterwarnings("ignore:Specified to not")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda targets: peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=targets),
+        lambda targets: peft.RandLoraConfig(r=5, save_projection=False, target_modules=targets),
+        lambda targets: peft.TinyLoraConfig(r=3, u=8, save_projection=False, target_modules=targets),
+        lambda targets: peft.WaveFTConfig(
+            n_frequency=200, proportional_parameters=True, target_modules=targets, init_weights=False
+        ),
+    ],
+    ids=["unilora", "randlora", "tinylora", "waveft"],
+)
+def test_all_linear_counts_no_embedding(make: Callable[[str], peft.PeftConfig], tmp_path: Path) -> None:
+    """PEFT saves the names that it found; a config may say the word itself, too."""
+    model = tiny_model("llama", vocab_size=500)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = save_filled(model, make("all-linear"), tmp_path)
+    edit_config(tmp_path, target_modules="all-linear")
+    plain = tiny_model("llama", vocab_size=500)
+    ours = ours_merged(plain, base, read_adapter(tmp_path, layout=linear_layout(plain)))
+    wanted = wrapped.merge_and_unload().state_dict()
+    for name in (f"{Q0}.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert float((wanted[name] - base[name]).abs().max()) > 1e-3
+        assert float((ours[name] - wanted[name]).abs().max()) < 1e-4
 
 
 def test_unilora_draws_nothing_for_what_is_saved_whole(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The linear layers and embeddings of a model in the order of its Hugging Face class.
+"""The linear layers of a model in the order of its Hugging Face class.
 
 Some families number their modules (TinyLoRA, UniLoRA): what a file means then depends on that order, which neither the
 checkpoint's files nor an engine's packed layers keep. The class is built without memory for its weights.
+Embeddings are none of them: no such family adapts one here, and PEFT's "all-linear" names none.
 """
 
 import json
@@ -19,7 +20,7 @@ from flora_vllm.errors import AdapterError
 
 @lru_cache(maxsize=4)
 def modules_in_order(directory: Path | str) -> Mapping[str, tuple[int, int]]:
-    """Module path -> (O, I), embeddings (rows, width). Raises AdapterError if transformers cannot build the model."""
+    """Module path -> (O, I). Raises AdapterError if transformers cannot build the model."""
     from transformers import AutoConfig
 
     return modules_of(AutoConfig.from_pretrained(directory))
@@ -58,8 +59,6 @@ def in_order(model: torch.nn.Module) -> Mapping[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, torch.nn.Embedding):
-            shapes[name] = (module.num_embeddings, module.embedding_dim)
         elif type(module).__name__ == "Conv1D":
             weight = module.weight
             assert isinstance(weight, torch.Tensor), "transformers' Conv1D has a weight"

@@ -26,7 +26,7 @@ class Probe(Protocol):
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
-        """Every linear layer and embedding, in the Hugging Face model's order, with its (O, I) or (rows, width)."""
+        """Every linear layer, in the Hugging Face model's order, with its (O, I)."""
         ...
 
     @property
