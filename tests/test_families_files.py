@@ -281,6 +281,19 @@ def test_osf_is_dense_only_where_factors_are_larger(tmp_path: Path) -> None:
     assert kinds == {"half": (Dense, 0, 4 * 64 * 64), "few": (Added, 8, 0)}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_untrained_osf_changes_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT keeps what it starts from in the base's dtype, and so does what is taken off here."""
+    model = tiny_model("llama").to(dtype)
+    peft.get_peft_model(model, peft.OSFConfig(target_modules=["q_proj"], effective_rank=40)).save_pretrained(tmp_path)
+    plain = tiny_model("llama").to(dtype)
+    (*_, terms) = read_adapter(tmp_path, layout=linear_layout(plain)).modules.values()
+    probe = ModelProbe(plain, plain.state_dict(), Q0.replace("0", "1"))
+    change, _ = merged(torch.zeros(64, 64), None, resolve(terms.terms, probe))
+    # The sums' own rounding; that of the factors is 1e-3 of it and more.
+    assert float(change.abs().max()) < 1e-6 * float(probe.weight().abs().max())
+
+
 def test_config_and_file_of_a_block_diagonal_lora_must_agree(tmp_path: Path) -> None:
     blocks = peft.BdLoraConfig(["q_proj"], None, nblocks=2)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_bdlora=blocks)

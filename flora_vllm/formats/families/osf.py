@@ -1,8 +1,9 @@
 """OSF (arXiv 2504.07097) as PEFT 0.21 saves it: the small singular components of W replaced by trained ones.
 
 `W + U diag(S) V − U₀ diag(S₀) V₀`, the second from the base's own decomposition, as many components as the file has
-(`peft/tuners/osf/layer.py::get_delta_weight`). With half of W's components that is as large as W: a dense term, unless
-factors are smaller.
+(`peft/tuners/osf/layer.py::get_delta_weight`), rounded to the base's dtype as PEFT rounds them
+(`utils.py::decompose_weight_matrix`). With half of W's components that is as large as W: a dense term, unless factors
+are smaller.
 """
 
 import torch
@@ -26,7 +27,7 @@ def _terms(module: ModuleFile) -> tuple[Term, ...]:
     as_factors = 2 * count * (out_features + in_features) < out_features * in_features
 
     def build(probe: Probe) -> tuple[Term, ...]:
-        lost_up, lost_down = smallest_part(probe.weight(), count)
+        lost_up, lost_down = smallest_part(probe.weight(), count, probe.dtype)
         down, up = torch.cat([right, lost_down]), torch.cat([left * sizes, -lost_up], 1)
         return (Added(down, up) if as_factors else Dense(up @ down),)
 
@@ -61,4 +62,8 @@ OSF = Family(
     kinds=(Dense, Added),
     rank_key="effective_rank",
     note="a full matrix where many components are trained; decomposes every base weight at load",
+    caution=(
+        "what it replaces is rounded to the served dtype, as PEFT rounds it to the base's; serve it in the dtype that "
+        "it was trained in, which the file does not tell"
+    ),
 )

@@ -12,13 +12,18 @@ def largest_part(weight_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
     return _part(weight_OI, slice(0, count))
 
 
-def smallest_part(weight_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of the smallest, of min(O, I) in all."""
-    return _part(weight_OI, slice(-count, None))
+def smallest_part(
+    weight_OI: torch.Tensor, count: int, kept: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the smallest, of min(O, I) in all; vectors and values rounded to `kept` before the product."""
+    return _part(weight_OI, slice(-count, None), kept)
 
 
-def _part(weight_OI: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    left, sizes, right = torch.linalg.svd(weight_OI.float(), full_matrices=False)
+def _part(
+    weight_OI: torch.Tensor, which: slice, kept: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = torch.linalg.svd(weight_OI.float(), full_matrices=False)
+    left, sizes, right = (factor.to(kept).float() for factor in found)
     return left[:, which] * sizes[which], right[which]
 
 
