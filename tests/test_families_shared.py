@@ -117,6 +117,9 @@ _CASES = {
     "tinylora-conv1d": ("gpt2", tinylora(*CONV1D, fan_in_fan_out=True)),
     "fourierft": ("llama", fourierft()),
     "fourierft-pattern": ("qwen2", fourierft(n_frequency_pattern={"q_proj": 7}, random_loc_seed=3, bias="all")),
+    # PEFT's expression has no group: the first alternative is any path that goes on after it.
+    "fourierft-alternatives": ("llama", fourierft(n_frequency_pattern={"q_proj|v_proj": 7})),
+    "fourierft-path": ("llama", fourierft(n_frequency_pattern={"model.layers.0.self_attn.q_proj": 7, "q_proj": 9})),
     "fourierft-conv1d": ("gpt2", fourierft(*CONV1D, fan_in_fan_out=True)),
     "fourierft-fused": ("phi3", fourierft(*FUSED, init_weights=True)),
     "waveft": ("llama", waveft()),

@@ -18,7 +18,7 @@ from flora_vllm.errors import MAX_MESSAGE_BYTES, adapter_error, bounded
 from flora_vllm.formats import limits, read_adapter, write_flora
 from flora_vllm.formats.families.table import FAMILIES
 from flora_vllm.formats.matching import match_pattern
-from flora_vllm.formats.patterns import NamePatterns, speaks_re
+from flora_vllm.formats.patterns import AFTER_DOT, IN_GROUP, NamePatterns, speaks_re
 
 MODULES = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(32) for name in "qkvo"]
 LAYOUT = ModelLayout(dict.fromkeys(MODULES, (4, 4)))
@@ -119,7 +119,8 @@ def test_honest_patterns_are_read(pattern: str) -> None:
     assert speaks_re(pattern)
 
 
-def test_keys_that_are_names_match_as_in_peft() -> None:
+@pytest.mark.parametrize("place", [IN_GROUP, AFTER_DOT])
+def test_keys_that_are_names_match_as_in_peft(place: str) -> None:
     """Against PEFT's own expression, tried one by one."""
     keys = ["q_proj", "^model.layers", r"^model\.layers\.1\.q", "layers.1", "a.b", r"a\.b", ".", "^x", "v-1", "b"]
     modules = ["q_proj", "model.q_proj", "xq_proj", "model.layers", "model_layers", "modelslayers", "model.layers.1.q"]
@@ -127,8 +128,8 @@ def test_keys_that_are_names_match_as_in_peft() -> None:
     for start in range(len(keys)):
         chosen = keys[start:] + keys[:start]
         for module in modules:
-            expected = next((i for i, key in enumerate(chosen) if re.match(rf"(.*\.)?({key})$", module)), None)
-            assert NamePatterns(chosen).first(module) == expected, (chosen, module)
+            expected = next((i for i, key in enumerate(chosen) if re.match(place.format(key), module)), None)
+            assert NamePatterns(chosen, place).first(module) == expected, (chosen, module)
     assert match_pattern({"q_proj": 3}, "k_proj", 2) == 2
     assert match_pattern({}, "k_proj", 2) == 2
 

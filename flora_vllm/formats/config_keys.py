@@ -11,7 +11,7 @@ from typing import Any
 
 from flora_vllm.formats import activation
 from flora_vllm.formats.limits import MAX_NAME_LETTERS, shown
-from flora_vllm.formats.patterns import all_speak_re, speaks_re
+from flora_vllm.formats.patterns import AFTER_DOT, IN_GROUP, all_speak_re, speaks_re
 
 # True if the value can be served.
 Check = Callable[[Any], bool]
@@ -50,10 +50,10 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
-def _is_pattern_of(check: Check) -> Check:
+def _is_pattern_of(check: Check, place: str = IN_GROUP) -> Check:
     return lambda value: (
         value is None
-        or (isinstance(value, dict) and all_speak_re(value, within=r"(.*\.)?({})$") and all(map(check, value.values())))
+        or (isinstance(value, dict) and all_speak_re(value, within=place) and all(map(check, value.values())))
     )
 
 
@@ -86,6 +86,7 @@ BOOLEAN = Key("true or false", lambda value: isinstance(value, bool))
 RANK = Key("an integer of at least 1", is_rank, required=True)
 NUMBER = Key("a finite number, an integer below 2^63", is_number, required=True)
 RANK_PATTERN = Key("an object of module name or regex -> integer of at least 1", _is_pattern_of(is_rank))
+RANK_PATTERN_AFTER_DOT = Key(RANK_PATTERN.allowed, _is_pattern_of(is_rank, AFTER_DOT))
 NUMBER_PATTERN = Key("an object of module name or regex -> finite number", _is_pattern_of(is_number))
 MODULES = Key(
     "a list of module names or one regular expression",

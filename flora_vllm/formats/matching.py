@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.patterns import any_match_start, full_match, match_start, name_patterns
+from flora_vllm.formats.patterns import IN_GROUP, any_match_start, full_match, match_start, name_patterns
 
 ALL_LINEAR = "all-linear"
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "score", "classifier"})
@@ -89,12 +89,15 @@ class Targets:
         return False
 
 
-def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key of `rank_pattern` or `alpha_pattern` that fits `module`, else `default`."""
+def match_pattern(patterns: Mapping[str, Any], module: str, default: Any, place: str = IN_GROUP) -> Any:
+    """The value of the first key of `rank_pattern` or `alpha_pattern` that fits `module`, else `default`.
+
+    `place`: what PEFT makes of a key.
+    """
     if not patterns:
         return default
     keys = tuple(patterns)
-    first = name_patterns(keys).first(module)
+    first = name_patterns(keys, place).first(module)
     return patterns.get(module, default) if first is None else patterns[keys[first]]
 
 

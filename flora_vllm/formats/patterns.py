@@ -97,16 +97,21 @@ def _compiled(pattern: str) -> "regex.Pattern[str]":
     return regex.compile(pattern)
 
 
+# The expressions that PEFT makes of a key: of most patterns (`utils/other.py::get_pattern_key`), and of FourierFT's
+# (`tuners/fourierft/model.py`), which needs something before the name and whose alternatives are the whole's.
+IN_GROUP, AFTER_DOT = r"(.*\.)?({})$", r".*\.{}$"
+
+
 class NamePatterns:
     """The keys of a `rank_pattern` or its like: which is the first that PEFT would take for a module.
 
-    PEFT (`peft/utils/other.py::get_pattern_key`) tries `(.*\\.)?(KEY)$` one after another. Keys that are names are
-    looked up instead, so that a config with one key for each module costs what its modules do, not their square.
+    PEFT tries `place`, one of the two above, of one after another. Keys that are names are looked up instead, so that a
+    config with one key for each module costs what its modules do, not their square.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], place: str = IN_GROUP) -> None:
         """Raises AdapterError if more than MAX_PATTERNS keys are of different forms."""
-        self._keys = tuple(keys)
+        self._keys, self._place = tuple(keys), place
         # (letters, from the start, places of dots that stand for any letter) -> name with these left out -> index
         self._names: dict[tuple[int, bool, tuple[int, ...]], dict[str, int]] = {}
         self._patterns: list[int] = []
@@ -129,7 +134,7 @@ class NamePatterns:
         for index in self._patterns:
             if index > found:
                 break
-            pattern = rf"(.*\.)?({self._keys[index]})$"
+            pattern = self._place.format(self._keys[index])
             if self._stopwatch.run(_compiled(pattern).match, module, self._keys[index]) is not None:
                 return index
         return found if found < len(self._keys) else None
@@ -137,7 +142,7 @@ class NamePatterns:
     def _names_that_fit(self, module: str) -> Iterable[int]:
         for (letters, from_start, dots), names in self._names.items():
             start = len(module) - letters
-            if start < 0 or (start > 0 and (from_start or module[start - 1] != ".")):
+            if start < (self._place == AFTER_DOT) or (start > 0 and (from_start or module[start - 1] != ".")):
                 continue
             index = names.get(_without(module[start:], dots))
             if index is not None:
@@ -159,9 +164,9 @@ def _without(name: str, places: tuple[int, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def name_patterns(keys: tuple[str, ...]) -> NamePatterns:
+def name_patterns(keys: tuple[str, ...], place: str = IN_GROUP) -> NamePatterns:
     """The table of these keys, kept: a config asks it once a module. Raises AdapterError."""
-    return NamePatterns(keys)
+    return NamePatterns(keys, place)
 
 
 class _Stopwatch:

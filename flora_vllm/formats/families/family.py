@@ -12,6 +12,7 @@ import torch
 
 from flora_vllm.formats.config_keys import Key
 from flora_vllm.formats.matching import match_pattern
+from flora_vllm.formats.patterns import IN_GROUP
 from flora_vllm.terms import Term
 
 # The keys of adapter_config.json whose values are allowed.
@@ -48,9 +49,9 @@ class Scope:
     present: frozenset[str] = frozenset()  # the parts that the file has
     task: str | None = None  # which of the adapter's tasks is asked for
 
-    def by_pattern(self, key: str, default: Any) -> Any:
-        """The value for this module of a config key such as `rank_pattern`."""
-        return match_pattern(self.config.get(key) or {}, self.module, default)
+    def by_pattern(self, key: str, default: Any, place: str = IN_GROUP) -> Any:
+        """The value for this module of a config key such as `rank_pattern`; `place`: what PEFT makes of its keys."""
+        return match_pattern(self.config.get(key) or {}, self.module, default, place)
 
 
 @dataclass(frozen=True, eq=False)

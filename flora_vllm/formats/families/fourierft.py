@@ -10,11 +10,12 @@ import math
 
 import torch
 
-from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK_PATTERN, TUNER, Key, is_rank
+from flora_vllm.formats.config_keys import ANYTHING, NUMBER, RANK_PATTERN_AFTER_DOT, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
-from flora_vllm.formats.families.family import Family, ModuleFile, Part
-from flora_vllm.formats.families.projections import coefficients, random_cells, sides
+from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.projections import random_cells, sides
 from flora_vllm.formats.families.vera import SEED
+from flora_vllm.formats.patterns import AFTER_DOT
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Term
 
 SPECTRUM = "fourierft_spectrum"
@@ -26,6 +27,10 @@ def waves(cells: torch.Tensor, size: int) -> torch.Tensor:
     turns = (torch.arange(size)[:, None] * cells) % size
     angle = turns.double() * (2 * math.pi / size)
     return torch.cat([angle.cos(), angle.sin()], 1).float()
+
+
+def _count(scope: Scope) -> int:
+    return scope.by_pattern("n_frequency_pattern", scope.config.get("n_frequency", 1000), AFTER_DOT)
 
 
 def _terms(module: ModuleFile) -> tuple[Term, ...]:
@@ -57,13 +62,13 @@ FOURIERFT = Family(
         "scaling": NUMBER,
         "random_loc_seed": SEED,
         "n_frequency": Key("an integer of at least 1", is_rank),
-        "n_frequency_pattern": RANK_PATTERN,
+        "n_frequency_pattern": RANK_PATTERN_AFTER_DOT,
         "init_weights": ANYTHING,
     },
     names=(SPECTRUM, *BIAS_NAMES),
     alone=frozenset(BIAS_NAMES),
     # Another number of coefficients would have other places.
-    parts=lambda scope: {SPECTRUM: Part((coefficients(scope, 1000),)), **bias_parts(scope)},
+    parts=lambda scope: {SPECTRUM: Part((_count(scope),)), **bias_parts(scope)},
     terms=and_biases(_terms),
     kinds=(Added, Offset),
     note="waves held once per engine",

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from flora_vllm.errors import AdapterError
-from flora_vllm.formats.families.family import Config, Scope
+from flora_vllm.formats.families.family import Config
 from flora_vllm.formats.matching import Targets
 from flora_vllm.terms import Probe
 
@@ -26,11 +26,6 @@ def largest_sides(probe: Probe, config: Config) -> tuple[int, int]:
     if not sizes:
         raise AdapterError("the config selects no module of the base model")
     return max(size for size, _ in sizes), max(size for _, size in sizes)
-
-
-def coefficients(scope: Scope, default: int) -> int:
-    """How many coefficients a module has; `default` is PEFT's, for a config that does not say."""
-    return scope.by_pattern("n_frequency_pattern", scope.config.get("n_frequency", default))
 
 
 def sides(probe: Probe) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from flora_vllm.errors import AdapterError
 from flora_vllm.formats.config_keys import ANYTHING, BOOLEAN, NUMBER, RANK_PATTERN, TUNER, Key, is_rank
 from flora_vllm.formats.families.biases import BIAS_NAMES, and_biases, bias_key, bias_parts
 from flora_vllm.formats.families.family import Config, Family, ModuleFile, Part, Scope
-from flora_vllm.formats.families.projections import coefficients, random_cells, sides, targets_in_order
+from flora_vllm.formats.families.projections import random_cells, sides, targets_in_order
 from flora_vllm.formats.families.vera import SEED
 from flora_vllm.formats.families.wavelets import LOW_PASS
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Shared, Sparse, Term
@@ -57,7 +57,9 @@ def _coefficients(
 
 def _count(scope: Scope) -> int | None:
     """None where only the whole model tells."""
-    return None if scope.config.get("proportional_parameters") else coefficients(scope, 2592)
+    if scope.config.get("proportional_parameters"):
+        return None
+    return scope.by_pattern("n_frequency_pattern", scope.config.get("n_frequency", 2592))
 
 
 def _share(probe: Probe, config: Config) -> int:
