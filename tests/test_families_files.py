@@ -103,6 +103,12 @@ def test_a_converted_start_is_plain_lora(start: str, tmp_path: Path) -> None:
     assert error_of(tmp_path / "out", model) < 1e-5
 
 
+@pytest.mark.parametrize("start", ["Gaussian", "MICA"])
+def test_starts_are_compared_in_any_case(start: str, tmp_path: Path) -> None:
+    save_filled(tiny_model("llama"), peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=start), tmp_path)
+    assert error_of(tmp_path, tiny_model("llama")) < 1e-5
+
+
 def test_bone_is_miss_under_other_names(tmp_path: Path) -> None:
     config = peft.MissConfig(r=8, target_modules=["q_proj", "down_proj"])
     error, _ = worst_errors(config, tmp_path)

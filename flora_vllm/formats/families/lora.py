@@ -43,6 +43,7 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def _leaves_the_base(value: object) -> bool:
+    value = value.lower() if isinstance(value, str) else value  # as PEFT compares most of them
     return any(type(value) is type(init) and value == init for init in _INITS)
 
 
