@@ -11,6 +11,8 @@ import pytest
 import torch
 from families_support import ModelProbe, fill_normal, ours_merged, save_filled, worst_errors
 from formats_support import edit_config, edit_tensors, linear_layout, the_fault, tiny_model
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -101,6 +103,44 @@ def test_a_converted_start_is_plain_lora(start: str, tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path / "out", layout=linear_layout(model))
     assert (adapter.family, adapter.rank) == ("LORA", 6)
     assert error_of(tmp_path / "out", model) < 1e-5
+
+
+def _measured(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+    """What PEFT wants done before training, for the starts that look at data."""
+    tokens = torch.randint(0, 80, (1, 60), generator=torch.Generator().manual_seed(4))
+    if config.init_lora_weights == "corda":
+        preprocess_corda(model, config, run_model=lambda: model(tokens))
+    else:
+        preprocess_loraga(model, config, lambda: model(tokens, labels=tokens).loss.backward())
+
+
+@pytest.mark.filterwarnings("ignore:.*_config. specified but will be ignored", "ignore:Full backward hook")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "corda", "corda_config": peft.tuners.lora.config.CordaConfig(corda_method="ipm")},
+        {"init_lora_weights": "lora_ga", "lora_ga_config": peft.tuners.lora.config.LoraGAConfig()},
+    ],
+    ids=["corda", "lora_ga"],
+)
+def test_a_converted_start_may_keep_its_settings(settings: dict, tmp_path: Path) -> None:
+    """What the refusal of an unconverted one advises is read, though PEFT leaves the start's own key in it."""
+    torch.manual_seed(2)
+    model = tiny_model("llama")
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "up_proj"], **settings)
+    _measured(model, config)
+    wrapped = peft.get_peft_model(model, config)
+    config.init_lora_weights = True
+    wrapped.save_pretrained(str(tmp_path / "start"))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    wrapped.save_pretrained(str(tmp_path / "out"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["corda_config"] or written["lora_ga_config"]
+    assert error_of(tmp_path / "out", tiny_model("llama")) < 1e-5
+    edit_config(tmp_path / "out", init_lora_weights=settings["init_lora_weights"])
+    assert "path_initial_model_for_weight_conversion" in the_fault(tmp_path / "out")
 
 
 @pytest.mark.parametrize("start", ["Gaussian", "MICA"])

@@ -67,6 +67,8 @@ LORA_KEYS: Mapping[str, Key] = {
     # Used only while training, or only by a feature that is off.
     "lora_dropout": ANYTHING,
     "eva_config": ANYTHING,
+    # Of starts that `init_lora_weights` names, or named before PEFT converted the file.
+    **dict.fromkeys(("corda_config", "loftq_config", "lora_ga_config"), ANYTHING),
     "megatron_core": ANYTHING,
     "qalora_group_size": ANYTHING,
     # Of PEFT 0.2 and 0.3, at the values that switch nothing on.
@@ -78,11 +80,8 @@ LORA_KEYS: Mapping[str, Key] = {
     "ensure_weight_tying": only(False),
     "use_bdlora": only(None),
     "arrow_config": NOTHING,
-    "corda_config": NOTHING,
     "kasa_config": NOTHING,
     "layer_replication": NOTHING,
-    "loftq_config": NOTHING,
-    "lora_ga_config": NOTHING,
     "megatron_config": NOTHING,
     "monteclora_config": NOTHING,
     "target_parameters": NOTHING,
