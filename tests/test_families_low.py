@@ -60,6 +60,9 @@ CASES: dict[str, Case] = {
         LINEAR,
         use_bdlora=peft.BdLoraConfig(["o_proj", "down"], ["q_proj", "k_proj", "v_proj", "gate", "up"], nblocks=2),
     ),
+    "lora-bdlora-paths": lora(
+        "llama", LINEAR, use_bdlora=peft.BdLoraConfig(["self_attn.o", "mlp.down"], ["0.mlp.up", "attn.q"], 2, False)
+    ),
     "lora-bdlora-bias": lora(
         "qwen2",
         [*ATTENTION, "k_proj"],

@@ -42,10 +42,9 @@ def _is_blocks(value: object) -> bool:
 
 
 def _packed_side(config: Mapping[str, Any], module: str) -> str | None:
-    """Which factor of `module` is packed: PEFT looks for the patterns anywhere in the last word of its path."""
-    leaf = module.rpartition(".")[2]
+    """Which factor of `module` is packed: PEFT looks for the patterns anywhere in its path."""
     for side, key in ((LORA_A, "target_modules_bd_a"), (LORA_B, "target_modules_bd_b")):
-        if any(pattern in leaf for pattern in config["use_bdlora"].get(key) or ()):
+        if any(pattern in module for pattern in config["use_bdlora"].get(key) or ()):
             return side
     return None
 
