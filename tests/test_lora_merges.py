@@ -64,7 +64,7 @@ CASES: dict[str, tuple[tuple[peft.LoraConfig, ...], dict[str, Any]]] = {
 }
 
 
-def save_parts(configs: tuple[peft.LoraConfig, ...], folder: Path) -> list[Path]:
+def save_parts(configs: tuple[peft.LoraConfig, ...], folder: Path, *, as_saved: bool = False) -> list[Path]:
     def fill(name: str, parameter: torch.Tensor) -> None:
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{len(paths)}{name}".encode()).digest()[:4], "little"))
         fill_normal(name, parameter)
@@ -75,6 +75,9 @@ def save_parts(configs: tuple[peft.LoraConfig, ...], folder: Path) -> list[Path]
         save_filled(tiny_model("llama"), config, path, fill)
         # PEFT saves the base's own weights of an embedding, too.
         whole = [name for name in load_file(path / "adapter_model.safetensors") if "lora_" not in name]
+        assert bool(whole) == ("embed_tokens" in config.target_modules)
+        if as_saved:
+            whole = []
         edit_tensors(path, **dict.fromkeys(whole))
         paths.append(path)
     return paths
@@ -150,6 +153,24 @@ def test_equals_pefts(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     before, after = logits_of(tiny_model("llama")), logits_of(theirs)
     assert float((after - before).abs().max()) > 0.01, "the merge must do something"
     torch.testing.assert_close(logits_of(loaded), after, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapted_embedding_as_peft_saves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base's own weight lies beside its factors: passed over where --base says that it is that."""
+    paths, options = save_parts(EMBEDDED, tmp_path, as_saved=True), {"method": "cat"}
+    theirs = pefts(paths, WEIGHTS[: len(paths)], options)
+    found = refused(paths, options, tmp_path / "out", capsys)
+    assert "['model.embed_tokens.base_layer.weight'] whole, which no merge has; save it without" in found
+    assert "--base" in found
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    options["base"] = str(tmp_path / "base")
+    assert ours(paths, WEIGHTS[: len(paths)], options, tmp_path / "out") == 0, capsys.readouterr().err
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "out")).eval()
+    assert float((logits_of(loaded) - logits_of(theirs)).abs().max()) < 1e-5
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    edit_tensors(paths[0], **{name: load_file(paths[0] / "adapter_model.safetensors")[name] + 1})
+    assert f"{paths[0]} holds ['model.embed_tokens" in refused(paths, options, tmp_path / "no", capsys)
 
 
 def test_every_method_has_a_case() -> None:
@@ -242,6 +263,7 @@ def test_arguments_of_the_two_merges_are_not_mixed(tmp_path: Path, capsys: pytes
     for words, message in (
         (["a", "b", "c", "out"], "2 adapters need --method"),
         (["--seed", "1", "a", "b", "out"], "--seed: for what merges LoRA adapters"),
+        (["--base", "model", "a", "b", "out"], "--base: for what merges LoRA adapters"),
         (["--method", "cat", "--top-k", "1", "a", "b", "out"], "--top-k: for --method arrow"),
         (["--method", "arrow", "--weights", "1,1", "a", "b", "out"], "--weights: for methods other than arrow"),
         (["--method", "cat", "a", "b", "out"], "must be 2 finite numbers"),

@@ -53,6 +53,19 @@ def test_what_equals_the_base_is_no_change_wherever_it_is() -> None:
     assert judged({"q.base_layer.weight": state()["q.weight"]}, "gpt2") == ({}, "")
 
 
+def test_only_what_differs_is_still_held_whole() -> None:
+    """What a merge of adapters may then pass over."""
+    from flora_vllm.plugin.saved import with_saved
+
+    held = {
+        "q.weight": state()["q.weight"],
+        "embed.base_layer.weight": state()["embed.weight"],
+        "ln.bias": torch.ones(4),
+    }
+    adapter = Adapter("LORA", 1, {}, "", None, None, held)
+    assert [*with_saved(adapter, Model("llama"), LAYOUT, Limits(), {})[0].saved] == ["ln.bias"]
+
+
 def test_what_differs_is_a_term_of_its_kind() -> None:
     changed = {name: tensor + 1 for name, tensor in state().items() if not name.startswith(("tower", "conv"))}
     assert judged(changed) == ({"q": [Replaced, Offset], "embed": [Replaced], "ln": [Product, Offset]}, "")

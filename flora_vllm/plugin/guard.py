@@ -17,6 +17,7 @@ from flora_vllm.formats.limits import brief
 from flora_vllm.formats.paths import path_fault
 from flora_vllm.plugin.access import CURRENT, ScopedRequests, is_operators
 from flora_vllm.plugin.answers import error_kind
+from flora_vllm.plugin.handed import is_handed
 from flora_vllm.plugin.lasting import to_its_end
 from flora_vllm.plugin.mix_paths import ENCODED
 from flora_vllm.plugin.names import name_fault
@@ -63,7 +64,8 @@ async def _load(load: Any, self: Any, options: FloraOptions, request: Any, base_
     is_known = is_operators(self.static_lora_modules, request.lora_name or "", request.lora_path or "")
     if (refused := load_fault(request, options, is_known=is_known)) is not None:
         return _error(*refused)
-    return presentable(await load(request, base_model_name), request.lora_path)
+    sent_path = None if is_handed(request.lora_path or "") else request.lora_path
+    return presentable(await load(request, base_model_name), sent_path)
 
 
 async def _unload(unload: Any, self: Any, options: FloraOptions, request: Any) -> Any:

@@ -13,6 +13,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -28,6 +29,8 @@ from flora_vllm.plugin import scratch
 
 logger = logging.getLogger(__name__)
 
+_NAME_LETTERS = 32
+_OWN_NAME = re.compile(rf"[0-9a-f]{{{_NAME_LETTERS}}}")
 _users: Counter[Path] = Counter()
 # Uploads are written in threads.
 _lock = threading.Lock()
@@ -48,8 +51,9 @@ def _make_root() -> Path:
 
 
 def is_handed(path: str) -> bool:
-    """Whether the directory is of such an adapter."""
-    return Path(path).parent.name.startswith(scratch.HANDED) and Path(path).parent == _root()
+    """Whether the directory is of such an adapter: named as `directory_of` names them, which `..` is not."""
+    own = Path(path)
+    return own.parent.name.startswith(scratch.HANDED) and own.parent == _root() and bool(_OWN_NAME.fullmatch(own.name))
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def directory_of(config: bytes, weights: bytes) -> Iterator[str]:
     Raises AdapterError if there is no room for it."""
     files = {CONFIG_NAME: config, WEIGHTS_NAME: weights}
     try:
-        path = _root() / digest_of(files)[:32]
+        path = _root() / digest_of(files)[:_NAME_LETTERS]
         if not _is_used(path):
             _write(path, files)
     except OSError as error:
