@@ -105,6 +105,30 @@ def test_a_converted_start_is_plain_lora(start: str, tmp_path: Path) -> None:
     assert error_of(tmp_path / "out", model) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    "start",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": peft.KasaConfig()}],
+    ids=["pissa", "olora", "kasa"],
+)
+def test_a_reduced_output_layer_may_lie_beside_its_factors(start: dict, tmp_path: Path) -> None:
+    """PEFT writes it unasked: what is taken off the served base's is that, or the file is of another base."""
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["lm_head", "q_proj"], **start)
+    save_filled(tiny_model("llama"), config, tmp_path)
+    name = "base_model.model.lm_head.base_layer.weight"
+    saved = load_file(tmp_path / "adapter_model.safetensors")[name]
+    model = tiny_model("llama")
+    assert not torch.equal(saved, model.lm_head.weight)
+    assert error_of(tmp_path, model) < 1e-4
+    terms = read_adapter(tmp_path, layout=linear_layout(model)).modules["lm_head"].terms
+    model.to(torch.bfloat16)
+    resolve(terms, ModelProbe(model, model.state_dict(), "lm_head"))
+    edit_tensors(tmp_path, **{name: model.lm_head.weight.detach().float()})
+    terms = read_adapter(tmp_path, layout=linear_layout(model)).modules["lm_head"].terms
+    with pytest.raises(AdapterError, match="save it again with save_embedding_layers=False"):
+        resolve(terms, ModelProbe(model, model.state_dict(), "lm_head"))
+
+
 def _measured(model: PreTrainedModel, config: peft.LoraConfig) -> None:
     """What PEFT wants done before training, for the starts that look at data."""
     tokens = torch.randint(0, 80, (1, 60), generator=torch.Generator().manual_seed(4))

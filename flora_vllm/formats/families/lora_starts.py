@@ -17,12 +17,14 @@ import torch
 from flora_vllm.errors import AdapterError
 from flora_vllm.formats import activation
 from flora_vllm.formats.config_keys import NOTHING, Key, only
-from flora_vllm.formats.families.family import Family, ModuleFile, Part, Scope
+from flora_vllm.formats.families.family import Family, ModuleFile, Part
 from flora_vllm.formats.families.lora import LORA, LORA_A, LORA_KEYS, LORA_NAMES, bias_terms, lora_parts, low_rank
 from flora_vllm.formats.families.singular import largest_part, smallest_part
 from flora_vllm.terms import Added, FromBase, Offset, Probe, Term
 
 LORA_DIAG = "lora_diag"
+# The reduced base itself, which PEFT writes beside the factors of an output layer (`save_embedding_layers`).
+REDUCED = "base_layer.weight"
 
 # PEFT reduces the base for all tokens; here those before an adapter's own meet the base as it was.
 _EVERY_TOKEN = {
@@ -59,6 +61,17 @@ def _leading_columns(
     return columns * scale, columns.T @ weight_OI
 
 
+def _check_left(left_OI: torch.Tensor, saved_OI: torch.Tensor, weight_OI: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises AdapterError if the file's reduced base is not what is left of the served one, whose dtype is given."""
+    # PEFT rounds what is left to the base's dtype; of float32 decompositions 1e-4 leave room for any library's.
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(saved_OI.dtype).eps, 1e-4)
+    if float((left_OI - saved_OI.to(left_OI.device)).norm()) > rounding * float(weight_OI.norm()):
+        raise AdapterError(
+            f"its {REDUCED!r} is not what its start leaves of the served base's weight; serve the base that it was "
+            "trained on, or, if that is this one, save it again with save_embedding_layers=False"
+        )
+
+
 def _less(lost: Lost) -> Callable[[ModuleFile], tuple[Term, ...]]:
     def terms(module: ModuleFile) -> tuple[Term, ...]:
         if LORA_A not in module:
@@ -67,7 +80,10 @@ def _less(lost: Lost) -> Callable[[ModuleFile], tuple[Term, ...]]:
         own = Added(down, up, scale, mid=module.get(LORA_DIAG))
 
         def build(probe: Probe) -> tuple[Term, ...]:
-            lost_up, lost_down = lost(probe.weight(), own.rank, scale, probe.stores_in_out)
+            weight = probe.weight()
+            lost_up, lost_down = lost(weight, own.rank, scale, probe.stores_in_out)
+            if REDUCED in module:
+                _check_left(weight - lost_up @ lost_down, module[REDUCED], weight, probe.dtype)
             return own, Added(lost_down.contiguous(), lost_up.contiguous(), -1.0)
 
         tensors = (down, up) if own.mid is None else (down, up, own.mid)
@@ -83,8 +99,7 @@ def _row(
     lost: Lost,
     when: Callable[[Mapping[str, Any]], bool],
     keys: Mapping[str, Key],
-    parts: Callable[[Scope], Mapping[str, Part]] = lora_parts,
-    names: tuple[str, ...] = (),
+    own: Mapping[str, Part] | None = None,
     note: str = "decomposes every base weight at load",
 ) -> Family:
     return replace(
@@ -95,8 +110,8 @@ def _row(
         peft_type="LORA",
         when=when,
         keys={**LORA_KEYS, **keys},
-        names=(*LORA_NAMES, *names),
-        parts=parts,
+        names=(*LORA_NAMES, REDUCED, *(own or ())),
+        parts=lambda scope: {**lora_parts(scope), REDUCED: Part(("O", "I"), optional=True), **(own or {})},
         terms=_less(lost),
         kinds=(Added, Offset),
         note=note,
@@ -132,6 +147,5 @@ KASA = _row(
     _smallest,
     lambda config: bool(config.get("kasa_config")),
     {"kasa_config": Key("an object", lambda value: isinstance(value, dict)), "fan_in_fan_out": only(False)},
-    lambda scope: {**lora_parts(scope), LORA_DIAG: Part(("R",))},
-    (LORA_DIAG,),
+    {LORA_DIAG: Part(("R",))},
 )
