@@ -8,6 +8,9 @@ import threading
 import fsspec
 import pytest
 from cluster_support import make_gate, minimal, write_adapter
+from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from flora_vllm.cluster.config import ClusterConfig, parse, read_config, to_data
 from flora_vllm.cluster.store import Cache, Catalogue, Entry, Found, StaleVersionError, StoreError
@@ -142,6 +145,43 @@ def test_a_source_that_does_not_answer_holds_up_nobody(tmp_path):
     assert [e.name for e in catalogue.scan()[0]] == ["prose"]
     assert catalogue.is_listed()
     assert not catalogue.store_faults
+
+
+def hub_file(name, blob):
+    return RepoFile(path=f"poems/{name}", size=100, oid=blob)
+
+
+def test_a_new_version_on_the_hub_is_noticed_by_its_blob(monkeypatch):
+    """Hugging Face's file system tells no time and no ETag, and remembers what it listed once."""
+    blob, config = ["one"], b'{"peft_type": "FLORA", "r": 4}'
+
+    def tree(_self, _repo, path=None, **_options):
+        if path:
+            return [hub_file("adapter_config.json", "c"), hub_file("adapter_model.safetensors", blob[0])]
+        return [RepoFolder(path="poems", oid="t")]
+
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "list_repo_tree", tree)
+    monkeypatch.setattr(HfFileSystem, "cat_file", lambda *_, **__: config)
+    catalogue = Catalogue(["hf://me/adapters"])
+    (first,), _ = catalogue.scan()
+    assert catalogue.scan() == ([], [])
+    blob[0] = "two"
+    (second,), _ = catalogue.scan()
+    assert (second.name, second.version) != (first.name, first.version)
+
+
+def test_files_that_nothing_tells_a_change_of_are_at_fault(tmp_path, monkeypatch):
+    write_adapter(tmp_path, "poems")
+    info = LocalFileSystem.info
+
+    def bare(self, path, **kwargs):
+        return {k: v for k, v in info(self, path, **kwargs).items() if k in ("name", "size", "type")}
+
+    monkeypatch.setattr(LocalFileSystem, "info", bare)
+    catalogue = Catalogue([str(tmp_path)])
+    assert catalogue.scan() == ([], [])
+    assert "neither a checksum nor a time of change of adapter_config.json" in catalogue.faults["poems"]
 
 
 def test_object_store_through_fsspec(tmp_path):

@@ -33,8 +33,11 @@ SIDECAR = "flora_sidecar.json"
 # Beside the files of a copy: what their content must be.
 DIGEST = "digest"
 VERSION_LETTERS = 12
-# Change marks that stores give, most telling first.
-_MARKS = ("ETag", "etag", "md5Hash", "crc32c", "contentHash", "mtime", "LastModified", "updated", "created")
+# Change marks that stores give, most telling first: of content, then of time.
+_MARKS = (
+    *("ETag", "etag", "md5Hash", "crc32c", "contentHash", "blob_id", "xet_hash", "sha"),
+    *("mtime", "LastModified", "last_modified", "modificationTime", "modified", "modify", "updated", "created"),
+)
 
 
 class StoreError(FloraError, OSError):
@@ -83,17 +86,29 @@ def _open(uri: str) -> tuple[Any, str]:
     return fs, path
 
 
+def _ls(fs: Any, path: str) -> list[dict[str, Any]]:
+    # Hugging Face's remembers listings, whatever it is told when it is opened.
+    fs.invalidate_cache()
+    return fs.ls(path, detail=True)
+
+
 def _listing(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """The adapter's files by name, as the store describes them."""
-    infos = fs.ls(path, detail=True)
+    infos = _ls(fs, path)
     return {n: i for i in infos if (n := PurePosixPath(i["name"]).name) in (*FILES, SIDECAR) and i["type"] == "file"}
 
 
 def _version(files: dict[str, dict[str, Any]]) -> str:
+    """Raises AdapterError for a file that a new version could take the place of unnoticed."""
     digest = hashlib.sha256()
     for name in sorted(files):
         info = files[name]
         marks = [str(info[m]) for m in _MARKS if info.get(m) is not None]
+        if not marks:
+            raise AdapterError(
+                f"its store tells neither a checksum nor a time of change of {name}, so that a new version of equal "
+                "size would not be noticed; keep adapters in a store that does"
+            )
         # A file swapped in by rename may keep size and time; its inode tells.
         digest.update(repr((name, info["size"], marks[:1], info.get("ino"))).encode())
     return digest.hexdigest()[:VERSION_LETTERS]
@@ -123,7 +138,7 @@ class Source:
         entries, faults = found.entries, found.faults
         try:
             with _reaching(self.uri, "list"):
-                directories = sorted(i["name"] for i in fs.ls(root, detail=True) if i["type"] == "directory")
+                directories = sorted(i["name"] for i in _ls(fs, root) if i["type"] == "directory")
         except FileNotFoundError as error:
             raise StoreError(f"cannot list {self.uri}: there is no such directory") from error
         for directory in directories:
