@@ -11,6 +11,7 @@ from cluster_support import make_gate, minimal, write_adapter
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.hf_api import RepoFile, RepoFolder
+from peft import AdaLoraConfig, HiraConfig, LoKrConfig, LoraConfig, OFTConfig, RandLoraConfig, ShiraConfig, VeraConfig
 
 from flora_vllm.cluster.config import ClusterConfig, parse, read_config, to_data
 from flora_vllm.cluster.store import Cache, Catalogue, Entry, Found, StaleVersionError, StoreError
@@ -79,9 +80,9 @@ def test_scan_finds_new_changed_removed_and_faulty(tmp_path):
     write_adapter(tmp_path, "poems")
     write_adapter(tmp_path, "a:b")
     write_adapter(tmp_path, "broken", config="{")
-    write_adapter(tmp_path, "rankless", config='{"r": "four"}')
+    write_adapter(tmp_path, "rankless", config='{"peft_type": "LORA", "r": "four"}')
     write_adapter(tmp_path, "listed", config="[4]")
-    write_adapter(tmp_path, "patterned", config='{"rank_pattern": [8]}')
+    write_adapter(tmp_path, "patterned", config='{"peft_type": "LORA", "r": 4, "rank_pattern": [8]}')
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
     (tmp_path / "unrelated").mkdir()
@@ -95,7 +96,8 @@ def test_scan_finds_new_changed_removed_and_faulty(tmp_path):
     assert catalogue.scan() == ([], [])
     write_adapter(tmp_path, "poems", b"other weights")
     (changed,), _ = catalogue.scan()
-    assert "JSON object" in catalogue.faults["listed"]
+    assert "not an object" in catalogue.faults["listed"]
+    assert "'r' is 'four'; allowed: an integer of at least 1" in catalogue.faults["rankless"]
     assert changed.version != added[0].version
     (tmp_path / "poems" / "adapter_model.safetensors").unlink()
     assert [e.name for e in catalogue.scan()[1]] == ["poems"]
@@ -147,6 +149,28 @@ def test_a_source_that_does_not_answer_holds_up_nobody(tmp_path):
     assert not catalogue.store_faults
 
 
+@pytest.mark.parametrize(
+    ("config", "rank"),
+    [
+        (LoraConfig(r=8, rank_pattern={"q_proj": 24}), 24),
+        (HiraConfig(r=24), 24),
+        # No limit counts the number that these state: whether they fit is told by what the engine builds.
+        (VeraConfig(), 1),
+        (RandLoraConfig(), 1),
+        (ShiraConfig(), 1),
+        (LoKrConfig(r=32), 1),
+        (OFTConfig(r=32, oft_block_size=0), 1),
+        (AdaLoraConfig(init_r=32, total_step=9, rank_pattern={"q_proj.lora_E": [True, False, True]}), 1),
+    ],
+    ids=lambda value: getattr(value, "peft_type", value),
+)
+def test_a_rank_counts_where_a_limit_counts_it(tmp_path, config, rank):
+    config.save_pretrained(write_adapter(tmp_path, "poems"))
+    catalogue = Catalogue([str(tmp_path)])
+    ((entry,), _) = catalogue.scan()
+    assert (entry.rank, catalogue.faults) == (rank, {})
+
+
 def hub_file(name, blob):
     return RepoFile(path=f"poems/{name}", size=100, oid=blob)
 
@@ -186,7 +210,7 @@ def test_files_that_nothing_tells_a_change_of_are_at_fault(tmp_path, monkeypatch
 
 def test_object_store_through_fsspec(tmp_path):
     fs = fsspec.filesystem("memory")
-    fs.pipe("/bucket/poems/adapter_config.json", b'{"r": 2, "rank_pattern": {"q_proj": 8}}')
+    fs.pipe("/bucket/poems/adapter_config.json", b'{"peft_type": "LORA", "r": 2, "rank_pattern": {"q_proj": 8}}')
     fs.pipe("/bucket/poems/adapter_model.safetensors", b"weights")
     try:
         catalogue = Catalogue(["memory://bucket"])

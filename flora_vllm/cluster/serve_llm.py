@@ -225,7 +225,7 @@ class FloraIngress(OpenAiIngress):
         return self._card(model_id, target.base, target.adapter)
 
     def _card(self, name: str, base: str, adapter: Entry) -> Any:
-        metadata = {"parent": base, "version": adapter.version, "rank": adapter.rank, "bytes": adapter.nbytes}
+        metadata = {"parent": base, "version": adapter.version, "bytes": adapter.nbytes}
         return ModelCard(id=name, object="model", owned_by="flora-vllm", permission=[], metadata=metadata)
 
     async def models(self) -> Any:

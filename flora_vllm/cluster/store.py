@@ -10,7 +10,6 @@ checked against it before this process first uses it: a node that lost power may
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,6 +23,10 @@ from typing import Any
 
 from flora_vllm.cluster.config import name_fault
 from flora_vllm.errors import AdapterError, FloraError
+from flora_vllm.formats.config_keys import check_config
+from flora_vllm.formats.families.table import family_of
+from flora_vllm.formats.ranks import stated_rank
+from flora_vllm.formats.tensor_file import load_json_object
 
 log = logging.getLogger("ray.serve")
 
@@ -50,7 +53,7 @@ class StaleVersionError(FloraError, RuntimeError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter in one version. `rank` as its config says; `uri` of its directory."""
+    """One adapter in one version. `rank` as its config says, where a limit counts it; `uri` of its directory."""
 
     name: str
     version: str
@@ -175,24 +178,28 @@ class Source:
     def _entry(self, fs: Any, name: str, directory: str, files: dict[str, dict[str, Any]]) -> Entry:
         version = _version(files)
         if (name, version) not in self._ranks:
-            self._ranks[name, version] = _largest_rank(files[FILES[0]]["name"], fs.cat_file(files[FILES[0]]["name"]))
+            self._ranks[name, version] = _limited_rank(fs.cat_file(files[FILES[0]]["name"]))
         uri = fs.unstrip_protocol(directory)
         return Entry(name, version, uri, int(files[FILES[1]]["size"]), self._ranks[name, version])
 
 
-def _largest_rank(path: str, text: bytes) -> int:
-    """The largest rank that an adapter_config.json names; 1 if it names none. Raises AdapterError."""
+def _limited_rank(text: bytes) -> int:
+    """The largest rank that an adapter_config.json states, where a rank limit counts it; else 1. Raises AdapterError.
+
+    Of another family's adapter the engine counts what it builds, when it loads it.
+    """
     try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(pattern := config.get("rank_pattern") or {}, dict):
-        raise AdapterError(f"{path} must be a JSON object, and rank_pattern in it too")
-    rank = config.get("r") or 1  # MELoRA has a list, a rank a slice
-    ranks = [*(rank if isinstance(rank, list) and rank else [rank]), *pattern.values()]
-    if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
-        raise AdapterError(f"{path}: r and rank_pattern must be whole numbers > 0, got {ranks}")
-    return max(ranks)
+        raw = load_json_object(text)
+    except AdapterError as error:
+        raise AdapterError(f"{FILES[0]}: {error}") from error
+    _, family = family_of(raw)
+    if family is None or family.limit is None:
+        return 1
+    ranks = {key: family.keys[key] for key in (family.rank_key, "rank_pattern") if key in family.keys}
+    config = check_config({key: raw[key] for key in ranks if key in raw}, ranks)
+    if config.faults:
+        raise AdapterError("; ".join(config.faults))
+    return stated_rank(config, family)
 
 
 def _digest(copy: Path) -> str:
