@@ -82,6 +82,7 @@ def test_scan_finds_new_changed_removed_and_faulty(tmp_path):
     write_adapter(tmp_path, "broken", config="{")
     write_adapter(tmp_path, "rankless", config='{"peft_type": "LORA", "r": "four"}')
     write_adapter(tmp_path, "listed", config="[4]")
+    write_adapter(tmp_path, "endless", config=f'{{"peft_type": "LORA", "r": {10**400}}}')
     write_adapter(tmp_path, "patterned", config='{"peft_type": "LORA", "r": 4, "rank_pattern": [8]}')
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
@@ -91,7 +92,7 @@ def test_scan_finds_new_changed_removed_and_faulty(tmp_path):
     assert [e.name for e in added] == ["poems"]
     assert not removed
     assert added[0].rank == 4
-    assert set(catalogue.faults) == {"a:b", "broken", "rankless", "half", "listed", "patterned"}
+    assert set(catalogue.faults) == {"a:b", "broken", "rankless", "half", "listed", "endless", "patterned"}
     assert "':'" in catalogue.faults["a:b"]
     assert catalogue.scan() == ([], [])
     write_adapter(tmp_path, "poems", b"other weights")

@@ -22,9 +22,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flora_vllm.cluster.config import name_fault
+from flora_vllm.cluster.rules.placement import UNLIMITED
 from flora_vllm.errors import AdapterError, FloraError
 from flora_vllm.formats.config_keys import check_config
 from flora_vllm.formats.families.table import family_of
+from flora_vllm.formats.limits import shown
 from flora_vllm.formats.ranks import stated_rank
 from flora_vllm.formats.tensor_file import load_json_object
 
@@ -199,7 +201,11 @@ def _limited_rank(text: bytes) -> int:
     config = check_config({key: raw[key] for key in ranks if key in raw}, ranks)
     if config.faults:
         raise AdapterError("; ".join(config.faults))
-    return stated_rank(config, family)
+    rank = stated_rank(config, family)
+    if rank > UNLIMITED:
+        # Placement counts in int64; and an error there would end the controller, for all adapters.
+        raise AdapterError(f"{FILES[0]}: rank {shown(rank)} is above {UNLIMITED}, more than any layer has")
+    return rank
 
 
 def _digest(copy: Path) -> str:
