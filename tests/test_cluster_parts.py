@@ -118,6 +118,15 @@ def test_same_size_and_time_but_other_file_is_another_version(tmp_path):
     assert second.version != first.version
 
 
+def test_a_source_named_twice_is_one(tmp_path):
+    write_adapter(tmp_path / "src", "poems")
+    (tmp_path / "c.yaml").write_text("models:\n- {name: base, source: hub/id, adapters: [./src, ./src/]}\n")
+    catalogue = Catalogue(read_config(tmp_path / "c.yaml").models[0].adapters)
+    assert [e.name for e in catalogue.scan()[0]] == ["poems"]
+    assert catalogue.scan() == ([], [])
+    assert not catalogue.store_faults
+
+
 def test_unreachable_source_keeps_the_rest(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     write_adapter(good, "poems")

@@ -326,7 +326,7 @@ class Catalogue:
     """
 
     def __init__(self, uris: Iterable[str], patience_s: float = 10.0) -> None:
-        self._sources = [Source(uri) for uri in uris]
+        self._sources = [Source(uri) for uri in dict.fromkeys(uris)]
         self._patience_s = patience_s
         self._pool = ThreadPoolExecutor(max(1, len(self._sources)), thread_name_prefix="flora-scan")
         self._asked: dict[str, Future[Found]] = {}
