@@ -127,6 +127,30 @@ def test_a_source_named_twice_is_one(tmp_path):
     assert not catalogue.store_faults
 
 
+def test_adapters_behind_symbolic_links_are_served(tmp_path):
+    real, source = tmp_path / "real", tmp_path / "src"
+    for name in ("one", "two"):
+        write_adapter(real, name, name.encode())
+    (source / "files").mkdir(parents=True)
+    (source / "whole").symlink_to(real / "one")
+    for file in (real / "one").iterdir():
+        (source / "files" / file.name).symlink_to(file)
+    (source / "nowhere").symlink_to(real / "three")
+    catalogue, cache = Catalogue([str(source)]), Cache(tmp_path / "cache", 10**9)
+    first = {e.name: e for e in catalogue.scan()[0]}
+    assert set(first) == {"files", "whole"}
+    assert (catalogue.faults, catalogue.store_faults) == ({}, {})
+    assert catalogue.scan() == ([], [])
+    (source / "whole").unlink()
+    (source / "whole").symlink_to(real / "two")
+    (changed,), _ = catalogue.scan()
+    assert changed.name == "whole"
+    assert (cache.fetch(changed) / "adapter_model.safetensors").read_bytes() == b"two"
+    assert (cache.fetch(first["files"]) / "adapter_model.safetensors").read_bytes() == b"one"
+    write_adapter(real, "one", b"new")
+    assert [e.name for e in catalogue.scan()[0]] == ["files"]
+
+
 def test_unreachable_source_keeps_the_rest(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     write_adapter(good, "poems")

@@ -97,10 +97,21 @@ def _ls(fs: Any, path: str) -> list[dict[str, Any]]:
     return fs.ls(path, detail=True)
 
 
+def _followed(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """What a symbolic link leads to, under the link's name; of one that leads nowhere, the link."""
+    if not info.get("islink") and info["type"] != "link":
+        return info
+    try:
+        return fs.info(info["name"])
+    except FileNotFoundError:
+        return info
+
+
 def _listing(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """The adapter's files by name, as the store describes them."""
-    infos = _ls(fs, path)
-    return {n: i for i in infos if (n := PurePosixPath(i["name"]).name) in (*FILES, SIDECAR) and i["type"] == "file"}
+    named = {PurePosixPath(i["name"]).name: i for i in _ls(fs, path)}
+    infos = {name: _followed(fs, named[name]) for name in (*FILES, SIDECAR) if name in named}
+    return {name: info for name, info in infos.items() if info["type"] == "file"}
 
 
 def _version(files: dict[str, dict[str, Any]]) -> str:
@@ -143,13 +154,16 @@ class Source:
         entries, faults = found.entries, found.faults
         try:
             with _reaching(self.uri, "list"):
-                directories = sorted(i["name"] for i in _ls(fs, root) if i["type"] == "directory")
+                infos = sorted(_ls(fs, root), key=lambda info: info["name"])
         except FileNotFoundError as error:
             raise StoreError(f"cannot list {self.uri}: there is no such directory") from error
-        for directory in directories:
+        for info in infos:
+            directory = info["name"]
             name = PurePosixPath(directory).name
             try:
                 with _reaching(directory, "read"):
+                    if _followed(fs, info)["type"] != "directory":
+                        continue
                     files = _listing(fs, directory)
                     fault = self._fault(name, files)
                     if fault is None:
