@@ -256,6 +256,21 @@ def test_object_store_through_fsspec(tmp_path):
         fs.rm("/bucket", recursive=True)
 
 
+def test_the_last_adapter_of_an_object_store_can_be_taken_away(tmp_path):
+    fs = fsspec.filesystem("memory")
+    catalogue = Catalogue(["memory://emptied/adapters"])
+    assert catalogue.scan() == ([], [])
+    assert "no such directory" in catalogue.store_faults["memory://emptied/adapters"], "a mistyped one"
+    for name, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"weights")):
+        fs.pipe(f"/emptied/adapters/poems/{name}", content)
+    try:
+        assert [e.name for e in catalogue.scan()[0]] == ["poems"]
+    finally:
+        fs.rm("/emptied", recursive=True)
+    assert [e.name for e in catalogue.scan()[1]] == ["poems"]
+    assert not catalogue.store_faults
+
+
 def test_a_store_that_lets_nobody_in_keeps_nobody_else_from_serving(tmp_path, monkeypatch):
     gate = make_gate(monkeypatch)
     write_adapter(tmp_path / "good", "poems")

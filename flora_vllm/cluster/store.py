@@ -38,6 +38,8 @@ SIDECAR = "flora_sidecar.json"
 # Beside the files of a copy: what their content must be.
 DIGEST = "digest"
 VERSION_LETTERS = 12
+# Where a directory is but the beginning of names, and there no more once its last file went. ("memory": fsspec's own.)
+OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs", "memory"))
 # Change marks that stores give, most telling first: of content, then of time.
 _MARKS = (
     *("ETag", "etag", "md5Hash", "crc32c", "contentHash", "blob_id", "xet_hash", "sha"),
@@ -146,6 +148,7 @@ class Source:
         self.uri = uri
         self._ranks: dict[tuple[str, str], int] = {}
         self._entries: dict[str, Entry] = {}
+        self._was_listed = False
 
     def scan(self) -> Found:
         """Raises StoreError if the source itself cannot be listed."""
@@ -156,7 +159,10 @@ class Source:
             with _reaching(self.uri, "list"):
                 infos = sorted(_ls(fs, root), key=lambda info: info["name"])
         except FileNotFoundError as error:
-            raise StoreError(f"cannot list {self.uri}: there is no such directory") from error
+            if not (self._was_listed and self.uri.partition("://")[0] in OBJECT_STORES):
+                raise StoreError(f"cannot list {self.uri}: there is no such directory") from error
+            infos = []
+        self._was_listed = True
         for info in infos:
             directory = info["name"]
             name = PurePosixPath(directory).name
