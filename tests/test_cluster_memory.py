@@ -10,7 +10,7 @@ from cluster_support import make_memory
 
 from flora_vllm.cluster import memory as memories
 from flora_vllm.cluster.memory import NoRoomError, NotLoadedError
-from flora_vllm.cluster.store import Cache, Entry, StaleVersionError
+from flora_vllm.cluster.store import Cache, Entry, StaleVersionError, StoreError
 from flora_vllm.errors import AdapterError
 
 
@@ -48,6 +48,7 @@ def test_memory_prewarm_takes_no_slot_from_wanted_or_running(tmp_path):
     async def run():
         memory, engine, e = make_memory(tmp_path, "abc", 2)
         memory.wanted = tuple(e[n].id for n in "ab")
+        await memory.prewarm([e["a"], e["b"]])
         await memory.prewarm([e["a"], e["b"], e["c"]])
         assert engine.held == {e["a"].id, e["b"].id}
         assert e["c"].id in memory.troubles
@@ -184,6 +185,39 @@ def test_all_who_wait_for_an_adapter_share_one_download(tmp_path, monkeypatch):
             with pytest.raises(StaleVersionError):
                 await memory.using(e["b"]).__aenter__()
         assert fetched == ["a", "b", "b"]
+
+    asyncio.run(run())
+
+
+def test_a_store_that_does_not_answer_holds_up_no_other(tmp_path, monkeypatch):
+    answers, fetch = threading.Event(), Cache.fetch
+
+    def hang(self, entry):
+        if entry.uri.startswith("dead://"):
+            answers.wait(30)
+        return fetch(self, entry)
+
+    monkeypatch.setattr(Cache, "fetch", hang)
+    dead = [Entry(f"dead{i}", "v", f"dead://bucket/dead{i}", 1, 1) for i in range(64)]
+
+    async def run():
+        memory, engine, e = make_memory(tmp_path, "abc", 4)
+        # More than any pool has threads; their clients leave, the threads stay.
+        waiting = [asyncio.create_task(memory.using(entry).__aenter__()) for entry in dead]
+        await asyncio.sleep(0.3)
+        for task in waiting:
+            task.cancel()
+        began = time.monotonic()
+        async with memory.using(e["a"]):
+            pass
+        monkeypatch.setattr(memories, "FETCH_S", 2.0)
+        await memory.prewarm([dead[0], e["b"], e["c"]])
+        assert time.monotonic() - began < 20
+        assert sorted(engine.log) == ["+a", "+b", "+c"]
+        with pytest.raises(StoreError, match="dead://bucket/dead1 has not come within 2 s"):
+            await memory.using(dead[1]).__aenter__()
+        assert memory.troubles.keys() == {dead[0].id}
+        answers.set()
 
     asyncio.run(run())
 

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from flora_vllm.cluster.store import Cache, Entry, StaleVersionError
+from flora_vllm.cluster.store import Cache, Entry, StaleVersionError, StoreError
 from flora_vllm.errors import AdapterError, FloraError
 
 # A version that left the catalogue is refused for this long: ample for every ingress to hear of it.
@@ -22,6 +23,10 @@ RETIRED_S = 60.0
 LOOK_AGAIN_S = 1.0
 # After an engine could not load an adapter it is asked to again no sooner: each try reads the whole file.
 RETRY_S = 5.0
+# Who wants an adapter waits no longer for its store to send it; the fetch goes on for who comes later.
+FETCH_S = 30.0
+# At a time from one source.
+MOST_FETCHES = 4
 
 
 class NoRoomError(FloraError, RuntimeError):
@@ -70,7 +75,8 @@ class AdapterMemory:
         self._wait_s, self._limit_bytes, self._max_rank = wait_s, limit_bytes, max_rank
         self._held: dict[str, _Held] = {}
         self._loading: str | None = None
-        self._fetches: dict[Entry, asyncio.Task[Path]] = {}
+        self._fetches: dict[Entry, tuple[asyncio.Future[Path], float]] = {}  # and since when
+        self._pools: dict[str, ThreadPoolExecutor] = {}  # of each source, so that one that hangs holds up no other's
         self._failed: dict[str, tuple[float, str]] = {}  # id -> when the engine could not load it, and why
         self._turn = asyncio.Lock()
         self._freed = asyncio.Condition()
@@ -107,7 +113,7 @@ class AdapterMemory:
             raise StaleVersionError(f"{entry.name} has a newer version than {entry.version}, or is gone")
         held = self._held.get(entry.id)
         if held is None:
-            held = await self._load(entry, reserve=True)
+            held = await self._place(entry, await self._fetch(entry), reserve=True)
         else:
             self._count(held, 1)
         try:
@@ -139,25 +145,29 @@ class AdapterMemory:
         return [e.id for e in entries if not any(e.id in table for table in known)]
 
     async def prewarm(self, entries: Iterable[Entry]) -> None:
-        """Loads what is missing of all that is wanted, in order; an adapter that fails is noted and passed over."""
+        """Loads what is missing of all that is wanted, as it is fetched; one that fails is noted and passed over."""
         entries = tuple(entries)
         wanted = {entry.id for entry in entries}
         self.troubles = {i: trouble for i, trouble in self.troubles.items() if i in wanted}
-        for entry in entries:
-            if entry.id in self._held or entry.id in self.faults:
-                continue
-            try:
-                await self._load(entry, reserve=False)
-            except AdapterError as error:
-                self.faults.setdefault(entry.id, str(error))
-            except FloraError as error:
-                # Not held against the adapter: the next sync asks again.
-                self.troubles[entry.id] = str(error)
+        turn = asyncio.Lock()
+        async with asyncio.TaskGroup() as group:
+            for entry in entries:
+                if entry.id not in self._held and entry.id not in self.faults:
+                    group.create_task(self._prewarm(entry, turn))
 
-    async def _load(self, entry: Entry, reserve: bool) -> _Held:
+    async def _prewarm(self, entry: Entry, turn: asyncio.Lock) -> None:
+        try:
+            path = await self._fetch(entry)
+            async with turn:  # else requests would line up behind all of them
+                await self._place(entry, path, reserve=False)
+        except AdapterError as error:
+            self.faults.setdefault(entry.id, str(error))
+        except FloraError as error:
+            # Not held against the adapter: the next sync asks again.
+            self.troubles[entry.id] = str(error)
+
+    async def _place(self, entry: Entry, path: Path, reserve: bool) -> _Held:
         """Brings it into the engine; with `reserve` it is counted as in use before anyone can evict it."""
-        self._check(entry)
-        path = await self._fetch(entry)
         deadline = time.monotonic() + (self._wait_s if reserve else 0.0)
         while True:
             async with self._turn:
@@ -190,18 +200,29 @@ class AdapterMemory:
             raise NotLoadedError(self._failed[entry.id][1])
 
     async def _fetch(self, entry: Entry) -> Path:
-        """One download for all who wait for it; it goes on if one of them leaves."""
-        task = self._fetches.get(entry)
-        if task is None:
-            task = self._fetches[entry] = asyncio.ensure_future(asyncio.to_thread(self._cache.fetch, entry))
+        """Where its copy is; one download for all who wait for it, which goes on if one of them leaves."""
+        self._check(entry)
+        copy = await asyncio.to_thread(self._cache.copy_of, entry)
+        if copy is not None:
+            return copy
+        if entry not in self._fetches:
+            source = entry.uri.rpartition("/")[0]
+            if source not in self._pools:
+                self._pools[source] = ThreadPoolExecutor(MOST_FETCHES, thread_name_prefix="flora-fetch")
+            began = asyncio.get_running_loop().run_in_executor(self._pools[source], self._cache.fetch, entry)
+            self._fetches[entry] = began, time.monotonic()
 
-            def end(task: asyncio.Task[Path]) -> None:
+            def end(fetch: asyncio.Future[Path]) -> None:
                 del self._fetches[entry]
-                if not task.cancelled():
-                    task.exception()  # whoever asked may have left
+                if not fetch.cancelled():
+                    fetch.exception()  # whoever asked may have left
 
-            task.add_done_callback(end)
-        return await asyncio.shield(task)
+            began.add_done_callback(end)
+        fetch, since_s = self._fetches[entry]
+        await asyncio.wait([fetch], timeout=since_s + FETCH_S - time.monotonic())
+        if not fetch.done():
+            raise StoreError(f"{entry.uri} has not come within {FETCH_S:g} s; its fetch goes on")
+        return fetch.result()
 
     async def _fill(self, entry: Entry, path: Path) -> _Held:
         self._loading = entry.id

@@ -256,11 +256,16 @@ class Cache:
         where = hashlib.sha256(entry.uri.encode()).hexdigest()[:8]
         return self.root / f"{entry.id}-{where}"
 
+    def copy_of(self, entry: Entry) -> Path | None:
+        """The copy of exactly this version if it is here; asks no store."""
+        target = self.path(entry)
+        return target if self._is_whole(target) else None
+
     def fetch(self, entry: Entry) -> Path:
         """The copy of exactly this version. Raises StaleVersionError or StoreError."""
+        if (copy := self.copy_of(entry)) is not None:
+            return copy
         target = self.path(entry)
-        if self._is_whole(target):
-            return target
         fs, path = _open(entry.uri)
         try:
             with _reaching(entry.uri, "fetch"), tempfile.TemporaryDirectory(prefix=".fetch-", dir=self.root) as made:
