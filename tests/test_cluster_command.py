@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     # Ray uses what pydantic deprecated.
     warnings.simplefilter("ignore")
     import ray
+    from vllm.config.lora import LoRAConfig
 
     from flora_vllm.cluster import manifest, operate, ray_hooks
     from flora_vllm.cluster.app import _llm_config, build_app, build_from_data, deployment_options
@@ -149,6 +150,21 @@ def test_the_plugins_options_reach_every_engine():
     ):
         with pytest.raises(ConfigError, match=words):
             parse(ClusterConfig, {"models": [{**data, "flora": bad}]})
+
+
+@pytest.mark.parametrize(("asked", "passed"), [(4, 8), (16, 16), (24, 32), (300, 320), (512, 512)])
+def test_any_max_rank_makes_an_engine(asked, passed):
+    """vLLM knows a few limits of a LoRA's rank; FLoRA's, and what the fleet places, keep the one that was asked for."""
+    config = parse(ClusterConfig, {"models": [{"name": "smol", "source": "hub/smol", "max_rank": asked}]})
+    made = _llm_config(config, config.models[0]).engine_kwargs
+    assert LoRAConfig(max_lora_rank=made["max_lora_rank"]).max_lora_rank == passed
+    assert made["additional_config"]["flora"]["max_rank"] == asked
+
+
+def test_a_max_rank_that_no_engine_takes_is_refused():
+    config = parse(ClusterConfig, {"models": [{"name": "smol", "source": "hub/smol", "max_rank": 513}]})
+    with pytest.raises(ConfigError, match="max_rank is 513, vLLM allows at most 512"):
+        _llm_config(config, config.models[0])
 
 
 def test_every_name_of_ray_that_we_use_is_there():

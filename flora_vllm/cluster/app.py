@@ -70,6 +70,7 @@ def _environment(model: ModelConfig) -> dict[str, str]:
 def _llm_config(config: ClusterConfig, model: ModelConfig) -> Any:
     from flora_vllm.cluster.ray_hooks import LLMConfig
     from flora_vllm.cluster.serve_llm import SETTINGS, FloraLLMServer, LocalModel
+    from flora_vllm.cluster.vllm_engine import lora_limit
 
     options: dict[str, Any] = {}
     if model.device == "cpu":
@@ -87,7 +88,7 @@ def _llm_config(config: ClusterConfig, model: ModelConfig) -> Any:
             "enable_lora": True,
             "max_loras": model.slots,
             "max_cpu_loras": model.slots,
-            "max_lora_rank": model.max_rank,
+            "max_lora_rank": lora_limit(model.max_rank),
             "tensor_parallel_size": model.tensor_parallel,
             "pipeline_parallel_size": model.pipeline_parallel,
             "additional_config": {KEY: asdict(model.flora_options)},
@@ -120,6 +121,8 @@ def build_app(config: ClusterConfig) -> Any:
         )
     try:
         llm_configs = [_llm_config(config, model) for model in config.models]
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"ray.serve.llm refuses the configuration: {error}") from error
     with more_endpoints(ROUTES, ANSWERS):

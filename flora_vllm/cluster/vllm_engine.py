@@ -8,14 +8,24 @@ import asyncio
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 from flora_vllm.cluster.memory import NotLoadedError
 from flora_vllm.cluster.store import Entry
-from flora_vllm.errors import AdapterError, HookError
+from flora_vllm.errors import AdapterError, ConfigError, HookError
 from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.listing import Reports, added, entries
 from flora_vllm.plugin.traffic import FAMILIES, MOST_NAMED
+
+
+def lora_limit(max_rank: int) -> int:
+    """The least of the limits that vLLM knows for a LoRA's rank which allows `max_rank`. Raises ConfigError."""
+    from vllm.config.lora import MaxLoRARanks
+
+    limits = get_args(MaxLoRARanks)
+    if max_rank > max(limits):
+        raise ConfigError(f"max_rank is {max_rank}, vLLM allows at most {max(limits)}")
+    return min(limit for limit in limits if limit >= max_rank)
 
 
 class VllmEngineAdapters:

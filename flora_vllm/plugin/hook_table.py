@@ -47,6 +47,7 @@ _CONFIG = (
     Hook("vllm.config:ModelConfig.is_encoder_decoder"),
     Hook("vllm.config.lora:LoRAConfig.fully_sharded_loras"),
     Hook("vllm.config.lora:LoRAConfig.max_lora_rank"),
+    Hook("vllm.config.lora:MaxLoRARanks"),
     Hook("vllm.config:get_current_vllm_config_or_none", ()),
     Hook("vllm.platforms.interface:Platform.device_type"),
     Hook("vllm.platforms.cpu:CpuPlatform.check_and_update_config", ("vllm_config",), "cpu"),
