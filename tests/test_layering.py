@@ -67,7 +67,7 @@ PARTS = (
                      "plugin.options"),
          ("numpy", "ray", "yaml", "fsspec", "fastapi", "starlette", "pydantic", "jsonschema")),
     Part("demo.model_conversion", (), ("numpy", "tokenizers", "torch", "transformers")),
-    Part("demo.model_assets", ("errors", "demo.model_conversion"), ("safetensors", "torch")),
+    Part("demo.model_assets", ("errors", "formats", "demo.model_conversion"), ("safetensors", "torch")),
     Part("demo.adapters"),
     Part("demo", ("environment", "errors", "commands.server_process", "demo.model_assets"), ("openai", "tqdm")),
     Part("commands.bootstrap"),

@@ -142,9 +142,12 @@ def _to_lora(args: argparse.Namespace) -> None:
 
     from flora_vllm.formats import read_adapter, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
+    from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
     from flora_vllm.formats.lora_writer import lora_factors, write_lora
+    from flora_vllm.formats.out import replaceable
     from flora_vllm.formats.reader import warn_of
 
+    replaceable(args.out, (CONFIG_NAME, WEIGHTS_NAME))  # decomposing takes long
     base = open_base(args.base)
     path, task = split_task(args.adapter)
     adapter = read_adapter(path, layout=base_layout(base), task=task)

@@ -31,9 +31,12 @@ def run(args: argparse.Namespace) -> None:
         _dlp(args)
         return
     from flora_vllm.formats.base_model import open_base
+    from flora_vllm.formats.files import FILE_NAMES
     from flora_vllm.formats.foreign import Told, find
+    from flora_vllm.formats.out import replaceable
     from flora_vllm.formats.repair import repaired, write
 
+    replaceable(args.out, FILE_NAMES)
     base = None if args.base is None else open_base(args.base)
     found = repaired(
         find(Path(args.adapter), args.pickle, Told(args.alpha, args.temperature, args.base, args.top_k)), base

@@ -69,11 +69,13 @@ def _into_base(args: argparse.Namespace) -> str:
     from flora_vllm.formats import read_adapter, split_task
     from flora_vllm.formats.base_model import base_layout, open_base
     from flora_vllm.formats.merge import merge_model
+    from flora_vllm.formats.out import replaceable
     from flora_vllm.formats.reader import warn_of
 
     if len(args.adapters) > 1:
         raise AdapterError(f"{len(args.adapters)} adapters need --method; else give BASE ADAPTER OUT")
     _refuse(args, "what merges LoRA adapters, by --method", "seed", *_OF_MERGES, *_OF_ARROW)
+    out = replaceable(Path(args.out))
     (given_adapter,) = args.adapters
     base = open_base(args.base)
     path, task = split_task(given_adapter)
@@ -81,7 +83,7 @@ def _into_base(args: argparse.Namespace) -> str:
     warn_of(adapter.family, given_adapter)
     total = sum((base.directory / name).stat().st_size for name in base.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr) as bar:
-        merge_model(base, adapter, Path(args.out), bar)
+        merge_model(base, adapter, out, bar)
     return f"merged {adapter.family} adapter ({len(adapter.modules)} modules) into {args.out}"
 
 
@@ -101,6 +103,7 @@ def _into_one(args: argparse.Namespace) -> str:
     from flora_vllm.formats.lora_merges import merged_lora, read_part
     from flora_vllm.formats.lora_writer import write_lora
     from flora_vllm.formats.merge_methods import Method
+    from flora_vllm.formats.out import replaceable
 
     if args.method == "arrow":
         return _into_arrow(args)
@@ -108,7 +111,7 @@ def _into_one(args: argparse.Namespace) -> str:
     method = Method(args.method, args.density, args.majority_sign_method, args.seed, args.svd_rank)
     paths = [args.base, *args.adapters]
     weights = _weights(args.weights, len(paths))
-    out = _fresh(args.out)
+    out = replaceable(Path(args.out))
     parts = [read_part(weight, path) for weight, path in zip(weights, paths, strict=True)]
     found = merged_lora(parts, method)
     write_lora(out, found, parts[0].adapter.base_model)
@@ -118,21 +121,15 @@ def _into_one(args: argparse.Namespace) -> str:
     )
 
 
-def _fresh(out: str) -> Path:
-    path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AdapterError(f"{path} exists and is not an empty directory; give a new one")
-    return path
-
-
 def _into_arrow(args: argparse.Namespace) -> str:
     from flora_vllm.formats.arrow import Routing, write_arrow
     from flora_vllm.formats.lora_merges import read_part
+    from flora_vllm.formats.out import replaceable
 
     _refuse(args, "methods other than arrow", *_OF_MERGES)
     given = {"top_k": args.top_k, "temperature": args.temperature, "seed": args.seed}
     routing = Routing(**{name: value for name, value in given.items() if value is not None})
-    out = _fresh(args.out)
+    out = replaceable(Path(args.out))
     tasks = [read_part(1, path) for path in (args.base, *args.adapters)]
     general = [read_part(1, path) for path in args.general or ()]
     write_arrow(out, tasks, general, routing)

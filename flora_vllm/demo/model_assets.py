@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_vllm.demo.model_conversion import convert_smollm2, convert_whisper
-from flora_vllm.errors import ConfigError, FloraError
+from flora_vllm.errors import AdapterError, ConfigError, FloraError
 
 
 class ModelError(FloraError, RuntimeError):
@@ -107,15 +107,21 @@ def fetch_model(which: str, out: Path) -> Path:
     Raises ConfigError if `out` is taken by something else or can't be written, ModelError if the download or the
     conversion fails.
     """
+    from flora_vllm.formats.out import replaceable  # here, because the package loads torch
+
     asset = ASSETS[which]
     if is_complete(which, out):
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a complete {asset.title}; remove it or name another place")
+    try:
+        real = replaceable(out)
+    except AdapterError as error:
+        raise ConfigError(str(error)) from None
     started = time.monotonic()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{real.name}-", dir=real.parent)
     except OSError as error:
         raise ConfigError(f"{out} can't be written: {error}; name another place") from error
     with beside as folder:
@@ -130,7 +136,7 @@ def fetch_model(which: str, out: Path) -> Path:
                 f"the converted weights of {asset.title} have digest {found}, expected {asset.digest}: "
                 "this version of transformers or gguf reads them differently"
             )
-        _move(which, made, out)
+        _move(which, made, real)
     _say(f"{asset.title} is at {out} ({time.monotonic() - started:.0f} s)")
     return out
 

@@ -17,12 +17,12 @@ from flora_vllm.formats.dlp import CLASSIFIER_NAME, DLP_NAME, ENCODER_NAME, TOKE
 from flora_vllm.formats.dlp_classifier import WITHOUT_EFFECT
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from flora_vllm.formats.foreign import load_tensors
+from flora_vllm.formats.out import replaceable
 
 
 def write_dlp(out: Path, listing: Path, encoder: Path, classifier: Path, top_p: float, max_tokens: int) -> Chooser:
-    """Write the folder `out`, which must be absent or empty, and read it back. Raises AdapterError, nothing written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterError(f"{out} exists and is not an empty directory; give a new one")
+    """Write the folder `out`, see `replaceable`, and read it back. Raises AdapterError, nothing written."""
+    out = replaceable(out)
     adapters = _listed(listing)
     tensors, _ = load_tensors(classifier)
     out.parent.mkdir(parents=True, exist_ok=True)

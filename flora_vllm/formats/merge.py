@@ -17,6 +17,7 @@ from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError, adapter_error
 from flora_vllm.formats.base_model import INDEX_NAME, SIDE_SUFFIXES, BaseModel, tied_fault
 from flora_vllm.formats.base_probe import FileProbe
+from flora_vllm.formats.out import replaceable
 from flora_vllm.formats.repair import changed_of
 from flora_vllm.formats.tensor_file import TORCH_DTYPES, TensorRecord, tensor_view
 from flora_vllm.terms import Gain, Gated, Offset, Replaced, Swap, Term, merged, resolve
@@ -32,7 +33,7 @@ class Progress(Protocol):
 
 
 def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress) -> None:
-    """Write `base` with `adapter` merged to the directory `out`, which must be absent or empty.
+    """Write `base` with `adapter` merged to the directory `out`, see `replaceable`.
 
     `adapter` must have been read with the layout of `base`. `progress.update` is told of bytes written. `out`
     appears complete or not at all. Raises AdapterError naming every module whose weight cannot be merged.
@@ -42,8 +43,7 @@ def merge_model(base: BaseModel, adapter: Adapter, out: Path, progress: Progress
             f"{adapter.family} for {base.directory}",
             ["alora_invocation_tokens: it leaves a prompt's first tokens to the base model, which no weight can say"],
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterError(f"{out} exists and is not an empty directory; give a new one")
+    out = replaceable(out)
     plan = _plan(base, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.parent / f".{out.name}.new-{secrets.token_hex(4)}"

@@ -17,6 +17,7 @@ from flora_vllm.formats.card import CARD_NAME, card_for
 from flora_vllm.formats.families.flora import FLORA_A, FLORA_B
 from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from flora_vllm.formats.names import PREFIX
+from flora_vllm.formats.out import replaceable
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
 
@@ -65,19 +66,13 @@ def write_flora(
     return Path(path)
 
 
-def check_replaceable(path: Path, names: Collection[str]) -> None:
-    """Raises AdapterError if `path` is there and is anything but a directory of no other files than `names`."""
-    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - set(names)):
-        raise AdapterError(f"{path} exists and holds more than an adapter's {' and '.join(names)}; use a new directory")
-
-
 def publish(path: Path, files: Mapping[str, bytearray], without: Collection[str] = ()) -> None:
-    """Make `path` a directory of exactly `files`, complete at every moment it can be opened.
+    """Make `path`, or what it links to, a directory of exactly `files`, complete at every moment it can be opened.
 
-    Raises AdapterError if `path` is there and holds anything but earlier versions of these files, or of those named in
+    Raises AdapterError if it is there and holds anything but earlier versions of these files, or of those named in
     `without`, which may go.
     """
-    check_replaceable(path, [*files, *without])
+    path = replaceable(path, [*files, *without])
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, stale = (path.parent / f".{path.name}.{kind}-{secrets.token_hex(4)}" for kind in ("new", "old"))
     fresh.mkdir()

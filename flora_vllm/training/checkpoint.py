@@ -115,9 +115,9 @@ def check_out(out: Path) -> None:
     """Raises AdapterError if `publish_adapter` would, long before there is an adapter."""
     from flora_vllm.formats.card import CARD_NAME
     from flora_vllm.formats.files import CONFIG_NAME, WEIGHTS_NAME
-    from flora_vllm.formats.writer import check_replaceable
+    from flora_vllm.formats.out import replaceable
 
-    check_replaceable(out, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
+    replaceable(out, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
 
 
 def publish_adapter(model: PeftModel, out: Path, adapter_name: str, dtype: torch.dtype, base: str) -> None:
