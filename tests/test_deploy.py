@@ -254,6 +254,12 @@ def test_the_containers_flags_are_ours_or_vllms() -> None:
         assert kind == "docker" or used & ours, kind
 
 
+@pytest.mark.parametrize("kind", [kind for kind in FILES if "image: IMAGE" in text_of(kind)])
+def test_a_file_that_leaves_the_image_open_says_how_to_fill_it_in(kind: str) -> None:
+    head = text_of(kind).partition("\n\n")[0]
+    assert re.search(rf"^#   flora-vllm deploy {kind} \| sed 's\|IMAGE\|\S+:{re.escape(__version__)}\|' ", head, re.M)
+
+
 def test_compose_names_only_what_it_defines() -> None:
     (compose,) = documents("compose")
     for service in compose["services"].values():
