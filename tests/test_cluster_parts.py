@@ -29,8 +29,12 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("models:\n- {name: base, source: hub/id, policy: {copy_share: 1}}\n")
     assert read_config(path).models[0].policy.copy_share == 1.0
-    path.write_text("models:\n- {name: base, source: ./model, adapters: [../adapters, /a, s3://b/c]}\n")
+    models = "models:\n- {name: base, source: ./model, adapters: [../adapters, /a, s3://b/c]}\n"
+    path.write_text(models + "store: {cache_dir: ./cache}\n")
     (model,) = read_config(path).models
+    assert read_config(path).store.cache_dir == str(tmp_path / "cache")
+    path.write_text(models + "store: {cache_dir: ~/cache}\n")
+    assert read_config(path).store.cache_dir == "~/cache", "of each node"
     assert model.source == str(tmp_path / "model")
     assert model.adapters == (str(tmp_path.parent / "adapters"), "/a", "s3://b/c")
 

@@ -307,7 +307,8 @@ def _anchored(config: ClusterConfig, folder: Path) -> ClusterConfig:
     models = (
         dataclasses.replace(m, source=anchor(m.source), adapters=tuple(map(anchor, m.adapters))) for m in config.models
     )
-    return dataclasses.replace(config, models=tuple(models))
+    store = dataclasses.replace(config.store, cache_dir=anchor(config.store.cache_dir))
+    return dataclasses.replace(config, models=tuple(models), store=store)
 
 
 def read_config(path: str | Path) -> ClusterConfig:
