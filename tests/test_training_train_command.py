@@ -108,6 +108,17 @@ def test_other_settings_are_not_mixed_into_a_run(base, data, tmp_path, capsys):
     assert read_adapter(tmp_path / "out").rank == 2
 
 
+def test_a_finished_run_says_that_nothing_is_left_to_train(base, data, tmp_path, capsys):
+    assert command(base, data, tmp_path / "out", "--steps", "2") == 0
+    assert "--restart" not in capsys.readouterr().out
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert command(base, data, tmp_path / "out", "--steps", "2", "--lr", "0.5") == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'out'} holds this run, all 2 steps: nothing is left to train" in said
+    assert "--restart trains anew" in said
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", pickle.dumps(print, 2), [1], {"settings": [], "step": 1}, {"step": 1}]
 )

@@ -24,7 +24,14 @@ from flora_vllm.training.checkpoint import check_out, forget, load_state
 from flora_vllm.training.data import as_batch
 from flora_vllm.training.learning_rate import warn_if_lora_sized
 from flora_vllm.training.loop import Job, backward, held_out_loss, train
-from flora_vllm.training.run import Bar, Measured, measure_and_publish, read_blocks, settings_of
+from flora_vllm.training.run import (
+    Bar,
+    Measured,
+    measure_and_publish,
+    read_blocks,
+    settings_of,
+    tell_what_is_done,
+)
 from flora_vllm.training.speech import is_speech_model
 
 # One batch holds all jobs' examples, so these are the file's, not a job's.
@@ -102,6 +109,8 @@ def train_together(requests: Sequence[Request], *, restart: bool = False) -> Rep
         for request in requests:
             forget(request.out)
     jobs = [Job(job_name(i), s, b, r.out) for i, (r, s, b) in enumerate(zip(requests, settings, blocks, strict=True))]
+    for request, setting in zip(requests, settings, strict=True):
+        tell_what_is_done(request.out, setting)
     alone_s = sum(_seconds_of_a_step(adapted, job) * _steps_left(job) for job in jobs)
     adapted.set_requires_grad([job.name for job in jobs])
     start = perf_counter()

@@ -128,10 +128,7 @@ def train_one(
     adapted.print_trainable_parameters()
     if restart:
         forget(request.out)
-    before = load_state(request.out, settings)
-    done = before["step"] if before is not None else 0
-    if done:
-        print(f"going on after step {done} of {settings.steps}")
+    done = tell_what_is_done(request.out, settings)
     with adapted.disable_adapter():
         base = held_out_loss(adapted, blocks.held_out, request.batch)
     try:
@@ -142,6 +139,17 @@ def train_one(
     except DivergedError as error:
         raise DivergedError(f"{error}. {kept(request.out, settings)}") from None
     return measure_and_publish(request, adapted, "default", dtype, blocks, base)
+
+
+def tell_what_is_done(out: Path, settings: Settings) -> int:
+    """Says what an earlier run has left to do; its steps. Raises ConfigError if it had other settings."""
+    state = load_state(out, settings)
+    done = 0 if state is None else state["step"]
+    if done >= settings.steps:
+        print(f"{out} holds this run, all {done} steps: nothing is left to train, at any rate; --restart trains anew")
+    elif done:
+        print(f"going on after step {done} of {settings.steps}")
+    return done
 
 
 def measure_and_publish(
