@@ -308,6 +308,14 @@ def test_reads_chats_directories_and_text_files(tmp_path):
         read_documents(tmp_path / "texts", tokenizer)
 
 
+def test_chats_in_a_chat_are_refused(tmp_path):
+    """The template makes a list of them, whose Python text would be trained on."""
+    chat = [{"role": "user", "content": "the cat"}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in (chat, [chat], [chat, chat])))
+    with pytest.raises(ConfigError, match=r"2 line.*\n.*line 2: .*give each chat a line of its own"):
+        read_documents(tmp_path / "chat.jsonl", tiny_tokenizer())
+
+
 def test_lines_end_where_json_lines_end(tmp_path):
     texts = ["the\u2028cat", "the\u2029dog", "a\x85mat"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]

@@ -224,9 +224,12 @@ def _document(line: str, tokenizer: PreTrainedTokenizerBase) -> str:
         from jinja2 import TemplateError
 
         try:
-            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"the model's chat template refuses the messages ({error})") from None
+        if not isinstance(text, str):  # of a list of chats it is a list
+            raise ConfigError('"messages" is a list of chats; give each chat a line of its own')
+        return text
     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise ConfigError(f'needs "text": a string, or "messages": a list; it has {keys}')
 
