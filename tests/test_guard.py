@@ -285,7 +285,7 @@ def test_the_app_has_the_gate(tmp_path: Path) -> None:
     gate.install()
     gate.install()
     try:
-        found = {}
+        found, known = {}, ("Gate", "AuthenticationMiddleware", "TenantsMedia")
         for case, words in (
             ("plain", ["--api-key", "k"]),
             ("keys", ["--api-key", "k", "--enable-flora"]),
@@ -293,11 +293,11 @@ def test_the_app_has_the_gate(tmp_path: Path) -> None:
         ):
             args = cli_args.make_arg_parser(parsing.FlexibleArgumentParser()).parse_args(["--model", "x", *words])
             layers = [layer.cls.__name__ for layer in launcher.build_app(args, ("generate",)).user_middleware]
-            found[case] = [name for name in layers if name in ("Gate", "AuthenticationMiddleware")]
+            found[case] = [name for name in layers if name in known]
         assert found == {
             "plain": ["AuthenticationMiddleware"],
             "keys": ["Gate", "AuthenticationMiddleware"],
-            "acl": ["Gate"],
+            "acl": ["Gate", "TenantsMedia"],
         }
     finally:
         launcher.init_entrypoints_middleware = before

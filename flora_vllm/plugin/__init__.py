@@ -28,6 +28,7 @@
     mix_requests.py   server side: the mix of a request
     answers.py        errors as vLLM's server answers them
     dropped.py        server side: routes that would lose it
+    bodies.py         server side: a request's body, read before vLLM reads it
     choosers.py       server side: DLP-LoRA's folders, of which each prompt gets a mix
     told.py           headers that an answer gets
     identity.py       the name under which the engine knows one content
@@ -40,6 +41,7 @@
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see
     gate.py           the server's door: which requests need a key
+    media_ids.py      ids of images, audio and video that tenants may not choose
     listing.py        the list of adapters, and the answer at /metrics
     series.py         our series there
     traffic.py        tokens, first tokens and requests by adapter

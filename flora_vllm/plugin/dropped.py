@@ -3,9 +3,9 @@
 Otherwise a request for a mix would be answered by the base model, or under its name.
 """
 
-import json
 from typing import Any
 
+from flora_vllm.plugin import bodies
 from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.mix_requests import KEY
 
@@ -27,29 +27,21 @@ class DroppedField:
         if scope["type"] != "http" or scope["method"] != "POST" or not drops:
             await self._app(scope, receive, send)
             return
-        messages = [await receive()]
-        while messages[-1].get("more_body"):
-            messages.append(await receive())
-        if _names_mix(b"".join(message.get("body", b"") for message in messages)):
+        body, again = await bodies.read(receive)
+        if _names_mix(body):
             instead = "ask /v1/chat/completions or /v1/completions, or load the mix under a name"
             if path.endswith(_DERENDER):
                 instead = "the mix is for /render, whose answer names it as its model; leave it out here"
             text = f'{path} takes no "{KEY}"; {instead}'
             await error_answer(text, param=KEY)(scope, receive, send)
             return
-
-        async def again() -> Any:
-            return messages.pop(0) if messages else await receive()
-
         await self._app(scope, again, send)
 
 
 def _names_mix(body: bytes) -> bool:
     """Whether a JSON object has the key; what is no JSON is vLLM's to refuse."""
-    if KEY.encode() not in body and b"\\u" not in body:
-        return False
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
+        found = bodies.parsed(body, (KEY,))
+    except RecursionError:
         return False
     return isinstance(found, dict) and KEY in found

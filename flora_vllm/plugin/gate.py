@@ -18,6 +18,7 @@ from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR, SHARE, AccessRul
 from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.dropped import DroppedField
 from flora_vllm.plugin.flags import options_from
+from flora_vllm.plugin.media_ids import TenantsMedia
 from flora_vllm.plugin.told import ToldHeaders
 
 Scope = MutableMapping[str, Any]
@@ -61,6 +62,7 @@ def install() -> None:
         if rules.has_tenants:
             # It knows the operator's keys only and would turn tenants away; the gate asks for a key wherever it does.
             app.user_middleware = [layer for layer in app.user_middleware if layer.cls.__name__ != _STOCK]
+            app.add_middleware(TenantsMedia)
         listing.attach(app)
         app.add_middleware(ToldHeaders)
         app.add_middleware(DroppedField)
