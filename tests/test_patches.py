@@ -28,7 +28,7 @@ FIXED_ELSEWHERE = {"0002"}
 # layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot and of tenants, a
 # request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each, the status of a
 # server whose engine died, the tables of stored responses, the adapters of a server that is started again, which
-# adapters handlers may still ask with.
+# adapters handlers may still ask with, what the speech server aborts.
 WITHOUT_DIFF = {
     "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
     "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
@@ -44,6 +44,7 @@ WITHOUT_DIFF = {
     "vllm.entrypoints.serve.exception_handling.handlers.validation:clean_loc_for_param",
     "vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message",
     "vllm.entrypoints.serve.lora.api_router:attach_router",
+    "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
     "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing._maybe_get_adapters",
     "vllm.entrypoints.speech_to_text.realtime.connection:sanitize_message",
     "vllm.v1.core.sched.scheduler:Scheduler.__init__",

@@ -48,6 +48,7 @@ def install_all() -> None:
         lent,
         mix_requests,
         restarted,
+        speech,
         stored_responses,
     )
 
@@ -59,6 +60,7 @@ def install_all() -> None:
     _once("default adapters", default_adapters.install)
     _once("lent adapters", lent.install)
     _once("stored responses", stored_responses.install)
+    _once("aborted speech", speech.abort_own_requests_only)
     _once("restarted", restarted.install)
     _once("ending", ending.install)
     _once("published names", published.name_metrics)

@@ -14,4 +14,9 @@ SERVING_HOOKS = (
         ("self", "engine_client"),
         sets=("response_store", "msg_store", "event_store", "background_tasks"),
     ),
+    Hook(
+        "vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
+        ("self", "engine_client"),
+        sets=("engine_client",),
+    ),
 )
