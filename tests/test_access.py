@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cluster_support import write_adapter
 
 from flora_vllm.errors import AdapterError, ConfigError
+from flora_vllm.formats import content_digest
 from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR, AccessRules, Keys, ScopedRequests, Tenant
 from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.gate import Gate
+from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.names import MAX_LETTERS, name_fault
 
 ACME = Tenant("acme", ("acme/*", "shared"), may_load=True, directory="acme")
@@ -268,6 +271,25 @@ def test_parts_of_a_mix_that_comes_back_are_on_the_list(tmp_path: Path, monkeypa
     request = SimpleNamespace(lora_name="both", lora_path=path)
     with pytest.raises(AdapterError, match=r"(?s)prose.* is not on the operator's list"):
         asyncio.run(frontend._identify(models, request, confined=False))
+
+
+def test_an_engine_without_a_server_loads_what_is_on_the_list(tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from flora_vllm.plugin import preload
+
+    path, listed = write_adapter(tmp_path, "a"), tmp_path / "list"
+    config = SimpleNamespace(additional_config={"flora": {"adapter_digests": str(listed)}})
+    engine, loaded = SimpleNamespace(vllm_config=config), []
+    listed.write_text(f"{'0' * 64}\n")
+    for load, run in ((preload._load, lambda result: result), (preload._load_async, asyncio.run)):
+        asked = LoRARequest("a", 1, str(path))
+        with pytest.raises(AdapterError, match=r"(?s)^adapter 'a' .* is not on the operator's list"):
+            run(load(engine, asked, loaded.append))
+    assert not loaded
+    listed.write_text(f"{content_digest(path)}\n")
+    preload._load(engine, LoRARequest("a", 1, str(path)), loaded.append)
+    assert [split_identity(request.lora_name)[0] for request in loaded] == ["a"]
 
 
 def test_digests(tmp_path: Path) -> None:

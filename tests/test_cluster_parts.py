@@ -57,6 +57,16 @@ def test_config_round_trips_and_fills_defaults(tmp_path):
         (minimal(cpus=float("nan")), ["models[0].cpus must be a finite number, got nan"]),
         ({**minimal(), "ingress": {"retry_s": float("inf")}}, ["ingress.retry_s must be a finite number, got inf"]),
         (minimal(replicas=True), ["replicas must be int"]),
+        (
+            minimal(flora={"adapter_acl": "acl", "adapter_names": "x", "adapter_root": "/r", "max_upload_bytes": 1}),
+            [
+                "adapter_acl (--adapter-acl) is kept by the HTTP",
+                "adapter_names (",
+                "adapter_root (",
+                "max_upload_bytes",
+            ],
+        ),
+        (minimal(flora={"adapter_shares": "key"}), ["adapter_shares (--adapter-shares) is kept", "use prefix"]),
         ({"models": minimal()["models"] * 2}, ["distinct"]),
         ({"models": [*minimal(name="a.b")["models"], *minimal(name="a_b")["models"]]}, ["distinct"]),
         ({**minimal(), "name": "my app"}, ["'my app' is not allowed"]),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import flora_vllm
 from flora_vllm.errors import ConfigError
 from flora_vllm.options import fields_of
 from flora_vllm.plugin.carried import CarriedOptions, carried
@@ -68,6 +69,16 @@ def test_python_options_imply_lora(model: str) -> None:
     config = engine_config(EngineArgs(model=model, additional_config={"flora": {"path": "modulated"}}))
     assert config.lora_config is not None
     assert isinstance(config.additional_config["flora"], CarriedOptions)
+
+
+def test_what_only_the_http_server_keeps_is_refused_elsewhere(model: str) -> None:
+    """In Python, and for the gRPC server, which shares `vllm serve`'s command line."""
+    words = r"adapter_acl \(--adapter-acl\) is kept by the HTTP server of `vllm serve` alone"
+    with pytest.raises(ConfigError, match=words):
+        flora_vllm.LLM("no model", adapter_acl="acl")
+    with pytest.raises(ConfigError, match=words):
+        parse("--model", "x", "--enable-flora", "--adapter-acl", "acl", "--grpc")
+    assert parse("--model", model, "--enable-flora", "--flora-path", "stacked", "--grpc").enable_lora
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from flora_vllm.cluster.memory import NotLoadedError
 from flora_vllm.cluster.store import Entry
 from flora_vllm.cluster.vllm_engine import VllmEngineAdapters
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats import content_digest
 from flora_vllm.plugin import refusals
 
 # vLLM's imports warn about others' deprecations.
@@ -148,4 +149,18 @@ def test_a_replica_holds_against_an_adapter_what_is_wrong_with_it_only(tmp_path:
     assert len(removed) == 5
     assert models.lora_requests == {}
     load(None)
+    assert models.lora_requests.keys() == {"a@v"}
+
+
+def test_a_replica_loads_what_is_on_the_operators_list(tmp_path: Path) -> None:
+    path, listed = write_adapter(tmp_path, "a"), tmp_path / "list"
+    models = SimpleNamespace(lora_requests={}, lora_id_counter=SimpleNamespace(inc=lambda _: 1))
+    config = SimpleNamespace(additional_config={"flora": {"adapter_digests": str(listed)}})
+    client = SimpleNamespace(errored=False, add_lora=lambda _: asyncio.sleep(0), vllm_config=config)
+    engine = VllmEngineAdapters(SimpleNamespace(_engine_client=client, _oai_models=models))
+    listed.write_text(f"{'0' * 64}\n")
+    with pytest.raises(AdapterError, match="is not on the operator's list"):
+        asyncio.run(engine.load(Entry("a", "v", "/a", 1, 4), path))
+    listed.write_text(f"{content_digest(path)}\n")
+    asyncio.run(engine.load(Entry("a", "v", "/a", 1, 4), path))
     assert models.lora_requests.keys() == {"a@v"}

@@ -27,7 +27,7 @@ from flora_vllm.cluster.rules.policy import PolicyOptions
 from flora_vllm.cluster.rules.routing import RoutingOptions
 from flora_vllm.errors import ConfigError
 from flora_vllm.options import from_mapping
-from flora_vllm.plugin.options import FloraOptions
+from flora_vllm.plugin.options import FloraOptions, faults_without_server
 
 # Ray's ingress splits adapter ids at the first colon, and an at sign separates name and version.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -135,10 +135,7 @@ class ModelConfig:
         }
         faults += [f"engine: {key} is set from other keys of this file" for key in sorted(reserved & set(self.engine))]
         try:
-            if self.flora_options.adapter_shares == "key":
-                faults.append(
-                    "flora: adapter_shares: key needs the requests' keys, which replicas never see; use prefix"
-                )
+            faults += [f"flora: {fault}" for fault in faults_without_server(self.flora_options)]
         except ConfigError as error:
             faults.append(str(error))
         if faults:

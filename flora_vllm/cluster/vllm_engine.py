@@ -13,8 +13,10 @@ from typing import Any, get_args
 from flora_vllm.cluster.memory import NotLoadedError
 from flora_vllm.cluster.store import Entry
 from flora_vllm.errors import AdapterError, ConfigError, HookError
+from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.identity import identity, plain_name
 from flora_vllm.plugin.listing import Reports, added, entries
+from flora_vllm.plugin.options import options_of_engine
 from flora_vllm.plugin.traffic import FAMILIES, MOST_NAMED
 
 
@@ -66,6 +68,8 @@ class VllmEngineAdapters:
         from flora_vllm.plugin.refusals import is_passing, refusal
 
         digest, family = await asyncio.to_thread(digest_and_family, path)
+        if (options := options_of_engine(self._client)) is not None:
+            await asyncio.to_thread(check_digest, options.adapter_digests, entry.name, digest)
         known = identity(entry.name, digest)
         FAMILIES[known] = family
         if known not in self._ids:

@@ -13,7 +13,7 @@ from flora_vllm.errors import ConfigError
 from flora_vllm.options import add_flags, flags_of, given
 from flora_vllm.plugin import encoder_rows, mistakes, towers
 from flora_vllm.plugin.hooks import offers
-from flora_vllm.plugin.options import KEY, FloraOptions, options_of
+from flora_vllm.plugin.options import KEY, FloraOptions, faults_without_server, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,9 @@ def _fold(args: argparse.Namespace) -> argparse.Namespace:
     mistakes.check_lora_modules(getattr(args, "lora_modules", None))
     config = dict(getattr(args, "additional_config", None) or {})
     config[KEY] = {**config.get(KEY, {}), **on_command_line}
-    FloraOptions.from_mapping(config[KEY])
+    options = FloraOptions.from_mapping(config[KEY])
+    if getattr(args, "grpc", False) and (faults := faults_without_server(options)):
+        raise ConfigError("; ".join(["--grpc: vLLM's gRPC server knows no keys and no names of ours", *faults]))
     args.additional_config = config
     args.enable_lora = True
     return args

@@ -3,8 +3,9 @@
 import inspect
 from typing import Any
 
+from flora_vllm.errors import ConfigError
 from flora_vllm.options import fields_of, keyword, keywords
-from flora_vllm.plugin.options import KEY, FloraOptions
+from flora_vllm.plugin.options import KEY, FloraOptions, faults_without_server
 
 
 def LLM(model: str, **options: Any) -> Any:  # noqa: N802 - stands where vllm.LLM stands
@@ -14,14 +15,15 @@ def LLM(model: str, **options: Any) -> Any:  # noqa: N802 - stands where vllm.LL
         llm.generate(prompts, sampling, lora_request=[LoRARequest("poems", 1, "poems_dir"), None])
 
     `options`: those of `vllm serve --enable-flora` with underscores (max_flora_rank, flora_path, …; the signature has
-    them all); all others go to vLLM unchanged. Raises ConfigError for a bad value, HookError if this vLLM cannot be
-    used safely, and vLLM's TypeError for an unknown name.
+    them all); all others go to vLLM unchanged. Raises ConfigError for a bad value and for what only the HTTP server
+    keeps, HookError if this vLLM cannot be used safely, and vLLM's TypeError for an unknown name.
     """
     import vllm
 
     ours = {name: options.pop(keyword(f)) for name, f in fields_of(FloraOptions).items() if keyword(f) in options}
     config = {**(options.pop("additional_config", None) or {}), KEY: ours}
-    FloraOptions.from_mapping(ours)
+    if faults := faults_without_server(FloraOptions.from_mapping(ours)):
+        raise ConfigError("; ".join(faults))
     options["enable_lora"] = True
     return vllm.LLM(model=model, additional_config=config, **options)
 

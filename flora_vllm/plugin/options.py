@@ -11,6 +11,7 @@ from flora_vllm.options import (
     Values,
     byte_count,
     check,
+    fields_of,
     from_mapping,
     number_above,
     one_of,
@@ -136,6 +137,28 @@ class FloraOptions:
     def from_mapping(cls, values: Any) -> "FloraOptions":
         """Raises ConfigError for anything but a mapping of known keys to allowed values."""
         return from_mapping(cls, values, 'additional_config["flora"]')
+
+
+# What the HTTP server of `vllm serve` keeps, and nothing else: option -> why to leave it out elsewhere.
+_OF_THE_SERVER = {
+    "adapter_root": "no client gives a path there",
+    "adapter_names": "no client gives a name there",
+    "adapter_acl": "ask for keys in front of it",
+    "max_upload_bytes": "nothing is uploaded there",
+}
+
+
+def faults_without_server(options: FloraOptions) -> list[str]:
+    """One for each option that promises something, and would do nothing where `vllm serve` does not ask for it."""
+    known = fields_of(FloraOptions)
+    given = {name: why for name, why in _OF_THE_SERVER.items() if getattr(options, name) != known[name].default}
+    if options.adapter_shares == "key":
+        given["adapter_shares"] = "key needs the requests' keys; use prefix"
+    return [
+        f"{name} ({known[name].metadata['flag']}) is kept by the HTTP server of `vllm serve` alone and would do "
+        f"nothing here; leave it out: {why}"
+        for name, why in given.items()
+    ]
 
 
 def options_of(additional_config: Any) -> FloraOptions | None:

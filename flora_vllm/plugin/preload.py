@@ -18,6 +18,7 @@ from typing import Any
 
 from flora_vllm.errors import AdapterError, adapter_error, without_paths
 from flora_vllm.formats import content_digest, split_task
+from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.handed import on_disk, plain
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.identity import identity, plain_name
@@ -209,6 +210,8 @@ def _identify(engine: Any, request: Any) -> Any:
         return _copy(request, known, load_inplace=False)
     # vLLM's own request of what was removed since comes back with the identity it had.
     digest = content_digest(absolute_path(request.lora_path))
+    if (options := options_of_engine(engine)) is not None:
+        check_digest(options.adapter_digests, plain_name(request.lora_name), digest)
     name = identity(request.lora_name, digest)
     if request.lora_name == identity(plain_name(request.lora_name), digest):
         name = request.lora_name
