@@ -13,10 +13,11 @@ import torch
 
 from flora_vllm.errors import adapter_error, without_paths
 from flora_vllm.formats import write_flora
-from flora_vllm.plugin import flags, frontend, gate, guard, mix_requests
+from flora_vllm.plugin import flags, frontend, gate, guard, handed, mix_requests
 from flora_vllm.plugin.access import CURRENT, NOBODY, Tenant
 from flora_vllm.plugin.guard import Locks, presentable
 from flora_vllm.plugin.mixes import Mix, Part, encoded
+from flora_vllm.plugin.options import FloraOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -121,6 +122,22 @@ def test_loads_through_vllms_own_class(serving: Any, tmp_path: Path) -> None:
     (tmp_path / "digests").write_text("")
     unlisted = load(serving, "a", "a", adapter_root=str(tmp_path / "root"), adapter_digests=str(tmp_path / "digests"))
     assert (unlisted.code, "is not on the operator's list" in unlisted.message) == (400, True)
+
+
+def test_a_refusal_of_an_upload_names_no_path() -> None:
+    """Its client sent none; vLLM itself hides those of some directories only."""
+    models = SimpleNamespace(static_lora_modules=[])
+
+    def refused(path: str) -> str:
+        async def load(*_: Any) -> Any:
+            return SimpleNamespace(error=SimpleNamespace(code=400, message=f"'a' ({path}) cannot be served"))
+
+        asked = guard._load(load, models, FloraOptions(), SimpleNamespace(lora_name="a", lora_path=path))
+        return asyncio.run(asked).error.message
+
+    with handed.directory_of(b"{}", b"weights") as path:
+        assert refused(path) == "'a' (<path>) cannot be served"
+    assert refused("/of/the/client") == "'a' (/of/the/client) cannot be served"
 
 
 def test_keeps_the_words_of_stock_that_clients_match(serving: Any, tmp_path: Path) -> None:

@@ -211,6 +211,17 @@ def test_threads_that_keep_one_content_share_its_directory() -> None:
     assert not [path for path in handed._root().iterdir() if path.is_dir()]
 
 
+def test_only_the_directories_that_are_made_pass_for_handed_over() -> None:
+    """Others' paths are confined to their root."""
+    with handed.directory_of(b"{}", b"weights") as path:
+        root, name = Path(path).parent, Path(path).name
+        assert handed.is_handed(path)
+        assert handed.is_handed(f"{path}/")
+        for other in (f"{root}/..", f"{root}/.", str(root), f"{root}/../{name}", f"{path}/..", f"{root}/{name}0"):
+            assert not handed.is_handed(other), other
+        assert not handed.is_handed(f"/{root.name}/{name}")
+
+
 def test_a_supervisors_server_keeps_what_was_handed_over(tmp_path: Path, monkeypatch: Any) -> None:
     """So that it can be loaded again; the supervisor removes it (test_serve_command.py)."""
     kept = tmp_path / f"{HANDED}kept"
