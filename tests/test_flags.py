@@ -71,6 +71,22 @@ def test_python_options_imply_lora(model: str) -> None:
     assert isinstance(config.additional_config["flora"], CarriedOptions)
 
 
+def test_keywords_go_before_the_mapping_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", lambda **options: options["additional_config"])
+    given = {"flora": {"max_rank": 64, "path": "stacked"}, "other": 1}
+    assert flora_vllm.LLM("x", additional_config=given) == given
+    assert flora_vllm.LLM("x", additional_config=given, max_flora_rank=8) == {
+        "flora": {"max_rank": 8, "path": "stacked"},
+        "other": 1,
+    }
+    assert flora_vllm.LLM("x", max_flora_rank=8) == {"flora": {"max_rank": 8}}
+    for bad, words in ((["on"], "must be a mapping"), ({"adapter_acl": "acl"}, "adapter_acl .* alone")):
+        with pytest.raises(ConfigError, match=words):
+            flora_vllm.LLM("x", additional_config={"flora": bad})
+
+
 def test_what_only_the_http_server_keeps_is_refused_elsewhere(model: str) -> None:
     """In Python, and for the gRPC server, which shares `vllm serve`'s command line."""
     words = r"adapter_acl \(--adapter-acl\) is kept by the HTTP server of `vllm serve` alone"

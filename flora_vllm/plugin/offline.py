@@ -1,6 +1,7 @@
 """`flora_vllm.LLM`: vLLM's offline LLM with adapters on."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from flora_vllm.errors import ConfigError
@@ -15,17 +16,20 @@ def LLM(model: str, **options: Any) -> Any:  # noqa: N802 - stands where vllm.LL
         llm.generate(prompts, sampling, lora_request=[LoRARequest("poems", 1, "poems_dir"), None])
 
     `options`: those of `vllm serve --enable-flora` with underscores (max_flora_rank, flora_path, …; the signature has
-    them all); all others go to vLLM unchanged. Raises ConfigError for a bad value and for what only the HTTP server
-    keeps, HookError if this vLLM cannot be used safely, and vLLM's TypeError for an unknown name.
+    them all), before those of additional_config["flora"]; all others go to vLLM unchanged. Raises ConfigError for a bad
+    value and for what only the HTTP server keeps, HookError if this vLLM cannot be used safely, and vLLM's TypeError
+    for an unknown name.
     """
     import vllm
 
     ours = {name: options.pop(keyword(f)) for name, f in fields_of(FloraOptions).items() if keyword(f) in options}
-    config = {**(options.pop("additional_config", None) or {}), KEY: ours}
-    if faults := faults_without_server(FloraOptions.from_mapping(ours)):
+    config = options.pop("additional_config", None) or {}
+    given = config.get(KEY, {})
+    chosen = {**given, **ours} if isinstance(given, Mapping) else given
+    if faults := faults_without_server(FloraOptions.from_mapping(chosen)):
         raise ConfigError("; ".join(faults))
     options["enable_lora"] = True
-    return vllm.LLM(model=model, additional_config=config, **options)
+    return vllm.LLM(model=model, additional_config={**config, KEY: chosen}, **options)
 
 
 # What `help`, editors and notebooks show.
