@@ -158,6 +158,15 @@ def test_the_rust_server_is_refused(model: str, monkeypatch: pytest.MonkeyPatch)
         engine_config(EngineArgs(model=model, additional_config={"flora": {}}))
 
 
+def test_layers_that_run_on_the_last_tokens_of_a_prompt_are_refused(model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"model": model, "kv_sharing_fast_prefill": True}
+    with pytest.raises(ConfigError, match=r"--kv-sharing-fast-prefill: layers that share .*; leave it out"):
+        engine_config(EngineArgs(**options, additional_config={"flora": {}}))
+    assert engine_config(EngineArgs(**options)).cache_config.kv_sharing_fast_prefill, "ours alone refuse it"
+
+
 def test_graphs_with_adapters_are_refused_where_they_cannot_be(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this CPU; on a GPU where graphs are off, or replay where the op would not see it."""
     args = parse("--model", model, "--enable-flora", "--flora-graph-rows", "64")

@@ -21,6 +21,10 @@ RUST_FRONTEND = (
     "VLLM_USE_RUST_FRONTEND: vLLM's Rust server loads no Python plugins, so it would not know adapters by our names "
     "nor load and unload them; unset it to serve with --enable-flora"
 )
+FAST_PREFILL = (
+    "--kv-sharing-fast-prefill: layers that share others' keys and values would run on the last token of each prompt "
+    "only, and adapters find a row by its place among all of a step's; leave it out to serve with --enable-flora"
+)
 _WRAPPED = "_flora_wrapped"
 
 
@@ -132,10 +136,13 @@ def _before_config(engine_args: Any) -> None:
 
 
 def _after_config(config: Any) -> None:
-    """Refuse what a FLoRA engine cannot serve, and have its options installed wherever the config arrives."""
+    """Refuse what a FLoRA engine cannot serve (ConfigError), and have its options installed wherever the config
+    arrives."""
     options = options_of(config.additional_config)
     if options is None:
         return
+    if config.cache_config.kv_sharing_fast_prefill:
+        raise ConfigError(FAST_PREFILL)
     if config.lora_config.fully_sharded_loras:
         # vLLM's own LoRA, padded to the largest rank, saves memory and work so.
         logger.info("--fully-sharded-loras has no effect: an adapter takes what its own rank needs, nothing is padded")
