@@ -134,6 +134,19 @@ def test_a_saved_head_that_does_not_fit_is_refused_by_name(engine, tiny_model, t
 
 
 @CLASSIFIER
+def test_an_activated_adapter_of_the_head_is_refused_and_one_of_the_backbone_is_not(engine, tiny_model, tmp_path):
+    """By token the head would be the adapter's before its invocation, too."""
+    kinds = {"backbone": ["q_proj"], "head": ["q_proj", "score"]}
+    for name, targets in kinds.items():
+        config = peft.LoraConfig(r=2, target_modules=targets, alora_invocation_tokens=[7, 9])
+        _saved(_load_classifier(tiny_model("classifier")), tmp_path / name, config)
+    plain = _score(engine, None, "classify")
+    assert _agree(_score(engine, tmp_path / "backbone", "classify"), plain), "no prompt has its invocation"
+    with pytest.raises(flora_vllm.AdapterError, match=r"score: alora_invocation_tokens: rows .* classifier's head"):
+        _score(engine, tmp_path / "head", "classify")
+
+
+@CLASSIFIER
 def test_a_step_on_other_rows_fails_its_pooling_requests_and_no_others(engine, tiny_model, tmp_path, monkeypatch):
     """What a layer that nobody found out at start would do; the right value comes back with the layer."""
     base = _load_classifier(tiny_model("classifier"))

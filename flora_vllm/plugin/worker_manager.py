@@ -24,6 +24,7 @@ from flora_vllm.plugin.identity import plain_name
 from flora_vllm.plugin.loader import AdapterLoader, CutAdapter
 from flora_vllm.plugin.manager import FloraModelManager, LoadedAdapter
 from flora_vllm.plugin.memory import MemoryBudget, most_of_ranks
+from flora_vllm.plugin.pooled import PooledRows
 from flora_vllm.plugin.probe import EngineBase, together
 
 logger = logging.getLogger(__name__)
@@ -157,10 +158,19 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
         return most_of_ranks(rows)
 
     def _check_activated(self, name: str, found: CutAdapter) -> None:
-        rows = self._adapter_manager.rows
-        elsewhere = [layer for layer in found.layers if not rows.runs_on_tokens(layer)]
+        manager = self._adapter_manager
+        # A classifier's head is called with one row a request, or with all rows of one.
+        heads = AdaptedHead if isinstance(manager.head_rows, PooledRows) else ()
+        elsewhere = [
+            layer
+            for layer in found.layers
+            if not manager.rows.runs_on_tokens(layer) or isinstance(manager.attached.layers.get(layer), heads)
+        ]
         if found.invocation_tokens is not None and elsewhere:
-            reason = "alora_invocation_tokens: rows of a tower or connector have no place before or after them"
+            reason = (
+                "alora_invocation_tokens: rows of a tower, connector or classifier's head have no place before or "
+                "after them"
+            )
             raise adapter_error(plain_name(name), [f"{elsewhere[0]}: {reason}; leave them or this layer out"])
 
     def take_gone(self) -> list[int]:
