@@ -172,3 +172,12 @@ def test_a_model_run_past_the_op_fails_the_requests_it_did_not_serve_and_no_othe
     assert not engine.llm.llm_engine.has_unfinished_requests()
     for path, wanted in zip((good, None), alone, strict=True):
         assert support.difference(engine.ask([Ask(long, path)])[0], wanted) < support.LOGPROB_TOLERANCE
+
+
+def test_new_weights_are_refused_where_the_old_are_packed_and_nothing_has_changed(engine, good, expected):
+    """Half way through vLLM would meet an empty one, and have no model any more."""
+    for call in ("reload_weights", "start_weight_update", lambda worker: worker.reload_weights()):
+        with pytest.raises(flora_vllm.errors.ConfigError, match=r"'model.layers.0.*' is packed for the CPU; start"):
+            engine.llm.collective_rpc(call)
+    engine.llm.reset_prefix_cache()
+    assert engine.ask([Ask(PROMPT, good), Ask(PROMPT)]) == expected

@@ -29,6 +29,7 @@ FIXED_ELSEWHERE = {"0002"}
 # request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each, the status of a
 # server whose engine died, the tables of stored responses, the adapters of a server that is started again, which
 # adapters handlers may still ask with, what the speech server aborts.
+# adapters handlers may still ask with, new weights where the old are packed.
 WITHOUT_DIFF = {
     "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
     "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
@@ -70,8 +71,11 @@ WITHOUT_DIFF = {
     "vllm.v1.worker.gpu.mm.encoder_runner:group_and_batch_mm_kwargs",
     "vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
     "vllm.v1.worker.gpu_model_runner:group_and_batch_mm_kwargs",
+    "vllm.v1.engine.core:EngineCore.collective_rpc",
     "vllm.v1.worker.gpu_worker:Worker.add_lora",
     "vllm.v1.worker.gpu_worker:Worker.pin_lora",
+    "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+    "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
     "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs",
     "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_token_id_logprobs",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",

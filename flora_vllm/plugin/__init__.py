@@ -52,6 +52,7 @@
     handed.py         adapters given as tensors or files instead of by a path
     restarted.py      what a server that is started again cannot load
     sleeping.py       the sleep that would lose adapters
+    new_weights.py    the new weights of a base that are refused where the old are packed
     ending.py         the status of a server whose engine died
     uploads.py        the route that takes an adapter's files
     traces.py         the adapter on a request's span

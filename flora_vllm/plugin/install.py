@@ -18,6 +18,7 @@ from flora_vllm.plugin import (
     hooks,
     loads,
     mistakes,
+    new_weights,
     prefetch,
     published,
     refusals,
@@ -90,6 +91,7 @@ def install_worker_side() -> None:
     _once("waits asleep", asleep.install)
     if device_type() == "cpu":
         _once("cpu weights", _keep_cpu_weights)
+        _once("new weights", new_weights.install)
     else:
         _once("cuda graphs", _keep_adapter_steps_out_of_graphs)
 
