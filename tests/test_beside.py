@@ -124,6 +124,42 @@ def test_what_has_to_be_loaded_between_steps_is_loaded_beside_nothing(monkeypatc
     assert (str(found.error), said) == ("no", [True, False, False])
 
 
+def test_what_was_loaded_for_another_base_is_loaded_again(monkeypatch: pytest.MonkeyPatch):
+    """Done or not, well or not, when the base got other weights; and once more where it waits for room meanwhile."""
+    from flora_vllm.plugin import beside
+
+    for old in ("old", AdapterError("of the old base"), NotBesideStepsError()):
+        worker = Worker()
+        worker.results = [old, "new", "newer"]
+        monkeypatch.setattr(beside.probe, "all_agree", lambda fine, _device: fine)
+        loads: Any = object.__new__(beside.LoadsBeside)
+        loads._worker, loads._turns, loads._device, loads._given = worker, worker.turns, torch.device("cpu"), {}
+        with ThreadPoolExecutor(1) as loads._thread:
+            loads.begin(1, SimpleNamespace(lora_int_id=7, lora_name="a"), again=False)
+        loads.forget_base()
+        assert not loads.finish(1, frozenset({1}), waits=True).is_held
+        assert not loads.finish(1, frozenset({1}), waits=True).is_held
+        assert worker.results == ["newer"]
+        loads.forget_base()
+        assert loads.finish(1, frozenset(), waits=False).is_held
+        assert worker.held == ["newer"]
+
+
+def test_norms_that_were_begun_on_another_base_are_not_kept():
+    from flora_vllm.plugin import probe
+
+    base: Any = object.__new__(probe.EngineBase)
+    base._norms = {}
+
+    def measured_meanwhile() -> torch.Tensor:
+        base.forget()
+        return torch.zeros(1)
+
+    assert base.norms("q_proj", measured_meanwhile) == 0
+    assert base.norms("q_proj", lambda: torch.ones(1)) == 1
+    assert base.norms("q_proj", lambda: torch.zeros(1)) == 1
+
+
 def test_who_asks_may_wait_for_the_first_that_ends():
     from flora_vllm.plugin import beside
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import logging
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """An adapter that the thread was given: what `FloraWorkerManager.load` is called with, and its call."""
+    """An adapter that the thread was given: what `FloraWorkerManager.load` is called with, and its call.
+
+    `is_outdated`: the base has got other weights since, on which the adapter's cut may depend.
+    """
 
     request: Any
     again: bool
     call: Future
+    is_outdated: bool = False
 
 
 class LoadsBeside:
@@ -51,6 +55,10 @@ class LoadsBeside:
         """Have the thread load an adapter after those it was given before. `again`: it had been evicted."""
         call = self._thread.submit(self._worker.load, request, again)
         self._given[ticket] = Given(request, again, call)
+
+    def forget_base(self) -> None:
+        """The base has other weights from now on; of all ranks between the same calls of `begin` and `finish`."""
+        self._given = {ticket: replace(given, is_outdated=True) for ticket, given in self._given.items()}
 
     def done(self, wait_s: float = 0.0) -> list[int]:
         """Tickets whose loads have ended, well or not. If none has, the first to within `wait_s` is waited for."""
@@ -84,12 +92,12 @@ class LoadsBeside:
         A rank that let it in alone would evict what others keep, and load that in a step, where nobody answers it.
         """
         given, name = self._given[ticket], repr(self._given[ticket].request.lora_name)
-        needs_base = False
+        needs_base = given.is_outdated
 
         def from_thread() -> Any:
             nonlocal needs_base
             try:
-                return given.call.result(timeout=0)
+                return None if needs_base else given.call.result(timeout=0)
             except NotBesideStepsError:
                 needs_base = True
 

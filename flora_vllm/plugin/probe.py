@@ -102,7 +102,8 @@ class EngineBase:
         self._places = {name: (layer, parts) for layer, name, parts in _places(attached)}
 
     def forget(self) -> None:
-        self._norms.clear()
+        """The base has other weights from now on."""
+        self._norms = {}  # a thread that is measuring the old ones puts them into the old one
 
     def holds(self, place: str) -> bool:
         """Whether this rank has the module that the engine calls `place`, or a part of it."""
@@ -118,9 +119,10 @@ class EngineBase:
         return self._make_modules()
 
     def norms(self, place: str, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if place not in self._norms:
-            self._norms[place] = measure()
-        return self._norms[place]
+        known = self._norms
+        if place not in known:
+            known[place] = measure()
+        return known[place]
 
     @property
     def device(self) -> torch.device:

@@ -314,6 +314,7 @@ class FloraWorkerManager(LRUCacheWorkerLoRAManager):
             return
         super().remove_all_adapters()
         self._loader.forget_base()
+        self.beside.forget_base()
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._loader.retire(adapter_id)
