@@ -56,3 +56,42 @@ def test_a_failed_steps_requests_fail_with_those_that_were_given_its_blocks(faul
     again = run.ask(1, prompt=40)
     run.step()
     assert run.scheduled[again] == 40, "what was never written is not found any more"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("leaves", ["aborted", "preempted"])
+def test_what_a_request_that_has_left_was_to_fill_is_not_found(leaves, is_async, tiny_model, monkeypatch) -> None:
+    """Its blocks are free when the step is known to have failed, and nobody knows any more which they were."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import RequestStatus
+
+    from flora_vllm.plugin import step_faults
+
+    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
+    step_faults.install_scheduler_side()
+    run = Run(tiny_model("llama"), None, Clock(), slots=2, is_async=is_async, is_caching=True)
+    other = run.ask(2, prompt=40)
+    run.step()
+    name = run.ask(1, prompt=40)
+    scheduled = run.scheduler.schedule()
+    if leaves == "aborted":
+        run.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
+    else:  # as by a step that lacks blocks
+        request = run.scheduler.requests[name]
+        run.scheduler.running.remove(request)
+        run.scheduler._preempt_request(request, 0.0)
+    follower = None
+    if is_async:  # and the next step is made, with blocks that it was to fill
+        run._answer(run._undone.popleft())
+        follower = run.ask(1, prompt=40)
+        run._undone.append(run.scheduler.schedule())
+        assert run._undone[0].num_scheduled_tokens[follower] == 8, "the follower was to share blocks"
+    run.fault = step_faults.StepFault("gone", frozenset({1}))
+    run._answer(scheduled)
+    ended = {follower} if leaves == "aborted" else {name, follower}
+    assert run.failed == ended - {None}
+    assert other in run.scheduler.requests
+    again, same = run.ask(1, prompt=40), run.ask(2, prompt=40)
+    run.step()
+    assert run.scheduled[again] == 40, "what was never written is not found any more"
+    assert run.scheduled[same] == 8, "what others have is"

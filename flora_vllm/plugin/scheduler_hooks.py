@@ -59,6 +59,8 @@ SCHEDULER_HOOKS = (
             "status",
         ),
     ),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", ("self",), sets=("block_pool",)),
+    Hook("vllm.v1.core.block_pool:BlockPool.__init__", ("self",), sets=("blocks", "null_block")),
     Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", ("self", "request_id")),
     Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks", ("self", "block_ids")),
 )

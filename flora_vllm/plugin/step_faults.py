@@ -154,25 +154,39 @@ def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> lis
 
     known = [scheduler.requests[name] for name in scheduled if name in scheduler.requests]
     failing = [request.request_id for request in known if is_its(request)]
-    unfilled = blocks_of(failing) - {scheduler.kv_cache_manager.block_pool.null_block.block_id}
+    null = {scheduler.kv_cache_manager.block_pool.null_block.block_id}
+    unfilled = blocks_of(failing) - null
+    # Of a request that was aborted or preempted meanwhile nobody knows the blocks any more: they may be any.
+    is_any = any(not blocks_of([name]) for name in scheduled)
     # Under asynchronous scheduling the next step is made by now, with blocks that this one was to fill.
-    later = [request.request_id for request in scheduler.running if is_its(request)]
-    failing += [name for name in later if name not in scheduled and not unfilled.isdisjoint(blocks_of([name]))]
-    scheduler.kv_cache_manager.evict_blocks(blocks_of(failing))
+    later = [
+        request.request_id for request in scheduler.running if is_its(request) and request.request_id not in scheduled
+    ]
+    failing += [name for name in later if is_any or not unfilled.isdisjoint(blocks_of([name]))]
+    if is_any:
+        others = blocks_of(request.request_id for request in scheduler.running if request.request_id not in failing)
+        every = range(len(scheduler.kv_cache_manager.block_pool.blocks))
+        scheduler.kv_cache_manager.evict_blocks({*every} - others - null)
+    else:
+        scheduler.kv_cache_manager.evict_blocks(blocks_of(failing))
     requests = [scheduler.requests[name] for name in failing]
     failed = scheduler.finish_requests(failing, status)
-    drop_encodings(scheduler.encoder_cache_manager, requests)
+    drop_encodings(scheduler.encoder_cache_manager, None if is_any else requests)
     logger.error("%d requests of a step with adapters were ended with an error: %s", len(failed), fault.reason)
     return failed
 
 
-def drop_encodings(cache: Any, requests: Sequence[Any]) -> None:
-    """Forget the encoder's outputs of these requests, which are finished; the worker is told with the next step.
+def drop_encodings(cache: Any, requests: Sequence[Any] | None) -> None:
+    """Forget the encoder's outputs of these requests, which are finished (None: of all that are); the worker is told
+    with the next step.
 
     `cache`: vLLM's manager of them. That of encoder-decoder models keeps nothing for a later request.
     """
-    for name in {feature.identifier for request in requests for feature in request.mm_features}:
-        if name in getattr(cache, "freeable", ()):
+    kept = {*getattr(cache, "freeable", ())}
+    if requests is not None:
+        kept &= {feature.identifier for request in requests for feature in request.mm_features}
+    for name in kept:
+        if name in cache.freeable:
             cache.num_free_slots += cache.freeable.pop(name)
             del cache.cached[name], cache.num_embeds_by_hash[name]
             cache.freed.append(name)
