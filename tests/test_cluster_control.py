@@ -298,7 +298,7 @@ def test_an_adapter_that_could_not_be_read_yet_is_not_taken_away(tmp_path, monke
 
 
 def test_controller_reports_what_cannot_be_served(tmp_path):
-    write_adapter(tmp_path, "wide", config='{"r": 64}')
+    write_adapter(tmp_path, "wide", config='{"peft_type": "LORA", "r": 64}')
     write_adapter(tmp_path, "x:y")
     write_adapter(tmp_path, "faulty")
     write_adapter(tmp_path, "good")
