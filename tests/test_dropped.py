@@ -52,6 +52,8 @@ def test_the_field_is_refused_where_it_would_be_lost(route: str) -> None:
     assert answer.status_code == 400
     assert f'{route} takes no "flora"' in answer.json()["error"]["message"]
     assert _post(route, b'{"\\u0066lora": 1}').status_code == 400, "the same key to JSON"
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le"):
+        assert _post(route, '{"flora": 1}'.encode(encoding)).status_code == 400, encoding
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,17 @@ HASHED = {"token_ids": [1], "features": {"mm_hashes": {"image": ["ab"]}, "mm_pla
 @pytest.mark.parametrize("body", NAMED)
 def test_a_uuid_of_media_is_the_operators(body: dict[str, Any]) -> None:
     text = json.dumps(body)
-    for sent in (text, text.replace("uuid", "\\u0075uid")):
-        refused = post(sent.encode())
+    for sent in (
+        text.encode(),
+        text.replace("uuid", "\\u0075uid").encode(),
+        text.encode("utf-16"),
+        text.encode("utf-32"),
+    ):
+        refused = post(sent)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "uuid"
         assert "leave it out" in refused.json()["error"]["message"]
-        assert post(sent.encode(), OPERATOR).json() == {"length": len(sent)}
+        assert post(sent, OPERATOR).json() == {"length": len(sent)}
 
 
 def test_hashes_of_media_are_the_operators() -> None:

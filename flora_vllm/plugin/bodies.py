@@ -25,7 +25,8 @@ def parsed(body: bytes, keys: Sequence[str]) -> Any:
 
     Raises RecursionError for what is nested too deeply to be looked at.
     """
-    if not any(key.encode() in body for key in keys) and b"\\u" not in body:
+    # Letters can be escaped, and JSON may be UTF-16 or UTF-32, as json.loads sees by the zeros.
+    if not any(key.encode() in body for key in keys) and b"\\u" not in body and b"\0" not in body:
         return None
     try:
         return json.loads(body)
