@@ -17,6 +17,7 @@ from flora_vllm.plugin.digests import check_digest
 from flora_vllm.plugin.gate import Gate
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.names import MAX_LETTERS, name_fault
+from flora_vllm.plugin.routes import path_of
 
 ACME = Tenant("acme", ("acme/*", "shared"), may_load=True, directory="acme")
 
@@ -182,7 +183,9 @@ def test_each_tenant_sees_its_own() -> None:
         CURRENT.reset(token)
 
 
-def through(rules: AccessRules, method: str, path: str, key: str | None = None, kind: str = "http") -> tuple[Any, Any]:
+def through(
+    rules: AccessRules, method: str, path: str, key: str | None = None, kind: str = "http", root_path: str = ""
+) -> tuple[Any, Any]:
     """(status or close code that the gate gave, tenant that the app saw)."""
     seen: list[Tenant] = []
     sent: list[dict] = []
@@ -197,7 +200,7 @@ def through(rules: AccessRules, method: str, path: str, key: str | None = None, 
         return {"type": "websocket.connect"}
 
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
-    scope: dict[str, Any] = {"type": kind, "path": path, "headers": headers}
+    scope: dict[str, Any] = {"type": kind, "path": path, "root_path": root_path, "headers": headers}
     if kind == "http":
         scope["method"] = method
     asyncio.run(Gate(app, rules)(scope, receive, send))
@@ -234,6 +237,20 @@ def test_tenants_at_the_door(tmp_path: Path) -> None:
         assert through(rules, method, "/metrics") == (401, None), "labels name everybody's adapters"
     assert through(AccessRules(["boss"], None, has_root=False), "GET", "/metrics") == (None, NOBODY)
     assert through(rules, "", "/v1/realtime", kind="websocket") == (1008, None)
+
+
+@pytest.mark.parametrize("root", ["/m", "/metric", "/v", "/", "/x", "/open"])
+def test_a_root_path_opens_nothing(root: str, tmp_path: Path) -> None:
+    """It is taken off where vLLM's router takes it off, and only there."""
+    from starlette._utils import get_route_path
+
+    rules = AccessRules(["boss"], acl(tmp_path / "acl", entry()), has_root=False)
+    for path in ("/metrics", "/v1/models", "/v1/flora/adapters", "/openapi.json"):
+        for asked in (path, f"{root}{path}"):
+            assert get_route_path({"path": asked, "root_path": root}) == path_of({"path": asked, "root_path": root})
+            assert through(rules, "GET", asked, root_path=root)[0] == 401, asked
+    assert through(rules, "POST", f"{root}/sleep", "k1", root_path=root)[0] == 403
+    assert through(rules, "POST", f"{root}/v1/completions", "k1", root_path=root)[1] is not None
 
 
 @pytest.mark.parametrize(

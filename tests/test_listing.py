@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge, make_asgi_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from flora_vllm.plugin import listing
-from flora_vllm.plugin.access import CURRENT, ScopedRequests, Tenant
+from flora_vllm.plugin.access import CURRENT, NOBODY, ScopedRequests, Tenant
 from flora_vllm.plugin.listing import Reports
 from flora_vllm.plugin.loads import LOAD_BOUNDS_S, Loads
 from flora_vllm.plugin.series import exposition
@@ -179,6 +179,18 @@ def test_vllms_own_series_name_nobodys_adapters_to_a_tenant(method: str, route: 
         CURRENT.reset(token)
     assert "other/b" not in told
     assert "vllm:num_requests_running 3.0" in told
+
+
+def test_who_has_no_key_sees_all_only_where_nobody_needs_one() -> None:
+    app = _app(_full_report())
+    token = CURRENT.set(NOBODY)
+    try:
+        for options, sees in ((None, True), ({}, True), ({"adapter_acl": "acl"}, False)):
+            config = {} if options is None else {"flora": options}
+            app.state.engine_client.vllm_config = SimpleNamespace(additional_config=config)
+            assert ("other/b" in _get(app, "/metrics").text) == sees
+    finally:
+        CURRENT.reset(token)
 
 
 def test_a_dead_engine_leaves_vllms_own_series():

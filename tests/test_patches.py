@@ -28,8 +28,7 @@ FIXED_ELSEWHERE = {"0002"}
 # layer's rows when a prompt's logprobs are asked for, the turns of adapters that wait for a slot and of tenants, a
 # request's span, its tokens by adapter, loads that hold up no step, encoder runs of one adapter each, the status of a
 # server whose engine died, the tables of stored responses, the adapters of a server that is started again, which
-# adapters handlers may still ask with, what the speech server aborts.
-# adapters handlers may still ask with, new weights where the old are packed.
+# adapters handlers may still ask with, what the speech server aborts, new weights where the old are packed.
 WITHOUT_DIFF = {
     "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
     "vllm.entrypoints.launchers.api_server.entry:build_and_serve",

@@ -41,6 +41,7 @@
     names.py          what adapters may be called
     access.py         API keys, tenants and the adapters they see
     gate.py           the server's door: which requests need a key
+    routes.py         which route a request is for
     media_ids.py      ids of images, audio and video that tenants may not choose
     listing.py        the list of adapters, and the answer at /metrics
     series.py         our series there

@@ -8,6 +8,7 @@ from typing import Any
 from flora_vllm.plugin import bodies
 from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.mix_requests import KEY
+from flora_vllm.plugin.routes import path_of
 
 # Anthropic's, Cohere's, and the one that takes tokens. Elsewhere unknown fields are kept (mix_requests.py).
 ROUTES = ("/v1/messages", "/cohere/", "/v2/embed", "/inference/")
@@ -22,7 +23,7 @@ class DroppedField:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         drops = path.startswith(ROUTES) or path.endswith(_DERENDER)
         if scope["type"] != "http" or scope["method"] != "POST" or not drops:
             await self._app(scope, receive, send)

@@ -19,6 +19,7 @@ from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.dropped import DroppedField
 from flora_vllm.plugin.flags import options_from
 from flora_vllm.plugin.media_ids import TenantsMedia
+from flora_vllm.plugin.routes import path_of
 from flora_vllm.plugin.told import ToldHeaders
 
 Scope = MutableMapping[str, Any]
@@ -106,7 +107,7 @@ class Gate:
 
 def _asked(scope: Scope) -> tuple[str, str]:
     """(path, method)."""
-    return scope["path"].removeprefix(scope.get("root_path", "")), scope.get("method", "WEBSOCKET")
+    return path_of(scope), scope.get("method", "WEBSOCKET")
 
 
 def _is_of_operators(scope: Scope) -> bool:

@@ -19,6 +19,8 @@ from flora_vllm.plugin.access import CURRENT, NOBODY, OPERATOR
 from flora_vllm.plugin.answers import error_answer
 from flora_vllm.plugin.identity import split_identity
 from flora_vllm.plugin.loads import REPORT
+from flora_vllm.plugin.options import options_of_engine
+from flora_vllm.plugin.routes import path_of
 from flora_vllm.plugin.series import exposition, traffic_exposition
 from flora_vllm.plugin.traffic import MOST_NAMED, PUBLISHED, TRAFFIC
 
@@ -115,10 +117,9 @@ class AddedMetrics:
         self._reports = Reports(MOST_NAMED)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         engine = getattr(scope["app"].state, "engine_client", None) if scope["type"] == "http" else None
         # What is there answers every method, and every path that begins so.
-        if engine is None or not path.startswith(METRICS):
+        if engine is None or not path_of(scope).startswith(METRICS):
             await self._app(scope, receive, send)
             return
         text = await self._text(scope["app"].state, engine)
@@ -133,7 +134,7 @@ class AddedMetrics:
         start, *parts = messages
         body = b"".join(part.get("body", b"") for part in parts)
         if start["status"] == 200:
-            if not _sees_all():
+            if not _sees_all(engine):
                 body = b"".join(line for line in body.splitlines(keepends=True) if not line.startswith(_NAMING))
             body += text
         kept = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
@@ -142,7 +143,7 @@ class AddedMetrics:
 
     async def _text(self, state: Any, engine: Any) -> bytes:
         table: Any = _table(state)
-        may_see = None if _sees_all() else table.__contains__
+        may_see = None if _sees_all(engine) else table.__contains__
         return await added(self._reports, engine, _names(state), functools.partial(dict.__contains__, table), may_see)
 
 
@@ -164,14 +165,16 @@ async def added(
     return text if report is None else text + exposition(report, names)
 
 
-def _sees_all() -> bool:
-    """Who needs no key to scrape sees what vLLM's own series tell everybody."""
-    return CURRENT.get() in (OPERATOR, NOBODY)
+def _sees_all(engine: Any) -> bool:
+    """Who needs no key to scrape sees what vLLM's own series tell everybody; with an ACL everybody needs one."""
+    options = options_of_engine(engine)
+    has_tenants = options is not None and options.adapter_acl is not None
+    return CURRENT.get() is OPERATOR or (CURRENT.get() is NOBODY and not has_tenants)
 
 
 def _names(state: Any) -> dict[int, str]:
     """Engine's id -> name, of what the present request may see."""
-    token = CURRENT.set(OPERATOR if _sees_all() else CURRENT.get())
+    token = CURRENT.set(OPERATOR if _sees_all(getattr(state, "engine_client", None)) else CURRENT.get())
     try:
         return {request.lora_int_id: name for name, request in _table(state).items()}
     finally:
