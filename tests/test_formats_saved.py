@@ -83,6 +83,45 @@ def test_rows_of_tokens_are_of_both_ends_of_a_tied_model_alone(tmp_path: Path) -
         assert term.rows.tolist() == [3, 1, 9]
 
 
+# PEFT warns where the key does nothing, and where it wants it.
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`", "ignore:ensure_weight_tying=True but")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [None, [3, 1, 9]])
+def test_weight_tying_that_changes_nothing_is_read(rows: list[int] | None, tied: bool, tmp_path: Path) -> None:
+    """Of linear layers, and of rows that a tied model has twice with it and without."""
+    config = peft.LoraConfig(**LORA, trainable_token_indices=rows, ensure_weight_tying=True, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("qwen2", tie_word_embeddings=tied), config)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += 1
+    model.save_pretrained(tmp_path)
+    tokens, read, said = torch.arange(12)[None], [], []
+    for value in (True, False):
+        edit_config(tmp_path, ensure_weight_tying=value)
+        read.append(examine(tmp_path, layout=layout(tied=tied)))
+        plain = tiny_model("qwen2", tie_word_embeddings=tied)
+        said.append(peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()(tokens).logits)
+    assert torch.equal(*said)
+    assert not read[0].faults
+    assert {*read[0].adapter.modules} == {*read[1].adapter.modules}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:ensure_weight_tying=True but")
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.parametrize(
+    "trained",
+    [{"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+    ids=["target", "saved"],
+)
+def test_weight_tying_is_refused_where_it_ties(trained: dict, tmp_path: Path) -> None:
+    config = peft.LoraConfig(**{**LORA, "layers_to_transform": None, **trained}, ensure_weight_tying=True)
+    path = saved(tmp_path, config)  # on a model that ties nothing
+    message = f"'ensure_weight_tying' is True and '{next(iter(trained))}' names an embedding or an output layer"
+    for place in (None, layout(tied=True)):
+        assert message in "\n".join(examine(path, layout=place).faults)
+    assert not any("tying" in fault for fault in examine(path, layout=layout()).faults)
+
+
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a", peft.LoraConfig(**LORA, trainable_token_indices=[3, 1, 9]))
     assert "token 9 of module 'model.embed_tokens' is beyond" in the_fault(path, layout=layout(tokens=9))

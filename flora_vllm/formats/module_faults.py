@@ -11,6 +11,7 @@ from flora_vllm.formats.families.family import FLOATS, Family, Part, Scope
 from flora_vllm.formats.limits import shown
 from flora_vllm.formats.matching import OUTPUT_LAYERS, Targets
 from flora_vllm.formats.names import PREFIX, ROOT, part_of
+from flora_vllm.formats.patterns import full_match
 from flora_vllm.formats.tensor_file import TensorRecord, tensor_view
 from flora_vllm.pacing import pace
 
@@ -341,4 +342,31 @@ def unsaved_faults(config: CheckedConfig, saved: Collection[str], layout: ModelL
     return [
         f"modules_to_save names {shown(missing)}, of which the file has no tensor; save it again with them, or remove "
         "the names (vLLM: Unsupported modules_to_save)"
+    ]
+
+
+# The ends of an embedding's and an output layer's path by which PEFT knows them.
+_TIED_NAMES = ("embed_tokens", "lm_head")
+
+
+def tying_faults(config: CheckedConfig, layout: ModelLayout | None) -> list[str]:
+    """`ensure_weight_tying` where it does something: an embedding or output layer is trained in a model that ties them.
+
+    Rows of tokens are both's with it and without (`peft/tuners/tuners_utils.py::_check_tied_modules`, and
+    `peft/utils/other.py::set_additional_trainable_modules`). Raises AdapterError for a pattern that takes too long.
+    """
+    if not config.values.get("ensure_weight_tying") or (layout is not None and not layout.tied):
+        return []
+    found = []
+    for key in ("target_modules", "modules_to_save"):
+        given = config.values.get(key) or ()
+        if isinstance(given, str):
+            found += [key for name in _TIED_NAMES if full_match(given, name)]
+        else:
+            found += [key for entry in given if entry.rpartition(".")[2] in _TIED_NAMES]
+    if not found:
+        return []
+    return [
+        f"adapter_config.json: 'ensure_weight_tying' is True and {found[0]!r} names an embedding or an output layer, "
+        "which PEFT then ties; allowed: False, or a base model that ties none (--base); train it without"
     ]

@@ -30,6 +30,7 @@ from flora_vllm.formats.module_faults import (
     scope_of,
     selected_modules,
     shared_faults,
+    tying_faults,
     unsaved_faults,
     value_faults,
 )
@@ -173,6 +174,7 @@ def examine_files(
         faults += itertools.islice(module_faults(family, config, tensors.modules, layout), MAX_LOOKED_FOR)
         faults += parameter_faults(config, tensors.parameters, layout)
         faults += unsaved_faults(config, tensors.saved, layout)
+        faults += tying_faults(config, layout)
         faults += shared_faults(family, config, tensors.shared)
         rows = token_rows(config, tensors.rows, layout)
         faults += rows.faults

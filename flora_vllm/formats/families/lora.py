@@ -77,7 +77,7 @@ LORA_KEYS: Mapping[str, Key] = {
     # Each of these changes what the layer computes, or adapts something that is not a linear layer.
     "use_dora": only(False),
     "use_qalora": only(False),
-    "ensure_weight_tying": only(False),
+    "ensure_weight_tying": BOOLEAN,  # where it does something it is refused: module_faults.tying_faults
     "use_bdlora": only(None),
     "arrow_config": NOTHING,
     "kasa_config": NOTHING,
