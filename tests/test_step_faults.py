@@ -95,3 +95,12 @@ def test_what_a_request_that_has_left_was_to_fill_is_not_found(leaves, is_async,
     run.step()
     assert run.scheduled[again] == 40, "what was never written is not found any more"
     assert run.scheduled[same] == 8, "what others have is"
+
+
+def test_faults_of_several_stages_are_one() -> None:
+    from flora_vllm.plugin.step_faults import StepFault, _joined
+
+    first, second = StepFault("gone", frozenset({1})), StepFault("lost", frozenset({2}))
+    assert _joined([None, None]) is None
+    assert _joined([first, None, second, first]) == StepFault("gone; lost", frozenset({1, 2}))
+    assert _joined([first, StepFault("bypassed")]) == StepFault("gone; bypassed"), "of any adapter"

@@ -12,6 +12,7 @@
     trial.py          one run at start: which layers run on a step's rows
     manager.py        worker side: adapters in host memory, slots, the step's mapping
     step_faults.py    a step that could not serve its adapters fails their requests, not the engine
+    stage_faults.py   the same of a pipeline's stages, of which the last alone is heard
     encoder_rows.py   encoder-decoder models: which layers run on the encoder's rows, and whose those are
     encoder_order.py  the order in which vLLM's runners encode
     loader.py         one adapter directory -> what a worker keeps

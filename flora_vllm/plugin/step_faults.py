@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from flora_vllm.errors import StepError
+from flora_vllm.plugin.stage_faults import StageFaults
 
 logger = logging.getLogger(__name__)
 
 _FAULT = "_flora_fault"  # on a step's output, on its way from the worker to the scheduler
+_STAGES, _HEARD = "_flora_stages", "_flora_heard"  # on a worker of a pipeline: StageFaults, and what it heard last
 _OFFLINE = "_flora_errors"  # of requests that nobody waits for in a queue, on the output processor
 _MARK = "flora-vllm: "  # what such an error's reason begins with, on its way to the request
 
@@ -39,28 +41,34 @@ def note_on_outputs() -> None:
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
     pipeline = importlib.import_module("vllm.distributed.parallel_state").get_pp_group
 
-    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(original: Callable[..., Any], *, runs: bool) -> Callable[..., Any]:
         @functools.wraps(original)
-        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
             manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
             if not hasattr(manager, "take_fault"):
-                return original(self, *args, **kwargs)
+                return original(self, given, *args, **kwargs)
             with manager.turns.step():
-                output = original(self, *args, **kwargs)
-            is_last = pipeline().is_last_rank
+                output = original(self, given, *args, **kwargs)
+            stages = pipeline()
+            if runs and stages.world_size > 1 and given.total_num_scheduled_tokens > 0:
+                told = self.__dict__.setdefault(_STAGES, StageFaults(stages))
+                if not stages.is_last_rank:
+                    told.tell(manager.take_fault())
+                else:
+                    self.__dict__[_HEARD] = told.hear()
             # A step in two parts (run the model, then sample) is judged with its second.
-            if output is None and is_last:
+            if output is None or not stages.is_last_rank:
                 return output
-            fault = manager.take_fault()
-            if fault is not None and not is_last:
-                raise StepError(fault.reason)  # what it hands on cannot be marked, and must not be used
+            faults = self.__dict__.pop(_HEARD, [])
+            fault = _joined([*faults, manager.take_fault()])
             if fault is not None:
                 _note(output, fault)
             return output
 
         return run
 
-    worker.execute_model, worker.sample_tokens = noting(worker.execute_model), noting(worker.sample_tokens)
+    worker.execute_model = noting(worker.execute_model, runs=True)
+    worker.sample_tokens = noting(worker.sample_tokens, runs=False)
     dummy = worker.execute_dummy_batch
 
     @functools.wraps(dummy)
@@ -71,6 +79,16 @@ def note_on_outputs() -> None:
             dummy(self)
 
     worker.execute_dummy_batch = execute_dummy_batch
+
+
+def _joined(faults: Iterable[StepFault | None]) -> StepFault | None:
+    """One fault for those of all stages."""
+    found = [fault for fault in faults if fault is not None]
+    if not found:
+        return None
+    of_some = [fault.adapters for fault in found if fault.adapters is not None]
+    adapters = frozenset[int]().union(*of_some) if len(of_some) == len(found) else None
+    return StepFault("; ".join(dict.fromkeys(fault.reason for fault in found)), adapters)
 
 
 def _note(output: Any, fault: StepFault) -> None:
