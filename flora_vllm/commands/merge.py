@@ -7,8 +7,12 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flora_vllm.errors import AdapterError
+
+if TYPE_CHECKING:
+    from flora_vllm.formats.base_model import BaseModel
 
 EXAMPLES = """\
 examples:
@@ -25,7 +29,8 @@ The result has the base model's dtypes, sharding, configuration and tokenizer.
 
 With --method the adapters are plain LoRAs, and OUT is the LoRA that PEFT's add_weighted_adapter makes of them: linear,
 cat, svd, ties, magnitude_prune, dare_linear, dare_ties, or one of the last four and _svd. The names are PEFT's: linear
-is not the weighted sum (cat is). dare's choices follow from --seed and each module's name. No base model is needed.
+is not the weighted sum (cat is). dare's choices follow from --seed and each module's name. A base model is needed only
+for adapters whose files hold weights of it whole (PEFT saves an adapted embedding so): --base.
 
 --method arrow keeps the adapters apart: in every layer each token chooses --top-k of them by their prototypes, as
 PEFT's create_arrow_model has it. The mean of the --general adapters is taken from each first.
@@ -36,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write a copy of a model with an adapter merged into its weights, or LoRA adapters as one."
     parser.usage = (
         "%(prog)s [-h] BASE ADAPTER OUT\n       %(prog)s --method METHOD --weights W,W,... [--density D]"
-        " [--majority-sign-method SIGNS]\n           [--seed N] [--svd-rank N] ADAPTER ADAPTER ... OUT"
+        " [--majority-sign-method SIGNS]\n           [--seed N] [--svd-rank N] [--base MODEL] ADAPTER ADAPTER ... OUT"
         "\n       %(prog)s --method arrow [--top-k N] [--temperature T] [--seed N] [--general DIR]..."
-        " ADAPTER ADAPTER ... OUT"
+        " [--base MODEL] ADAPTER ADAPTER ... OUT"
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -51,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="of arrow: adapters that a token takes (default: 3)")
     parser.add_argument("--temperature", type=float, help="of arrow: of the softmax over them (default: 1)")
     parser.add_argument("--general", action="append", metavar="DIR", help="of arrow: an adapter of general knowledge")
+    parser.add_argument(
+        "--base",
+        dest="trained_on",
+        metavar="MODEL",
+        help="with --method, the base model: what an adapter's file holds whole of it, unchanged, is passed over",
+    )
     parser.add_argument("base", metavar="BASE", help="model directory or hub id; with --method the first adapter")
     parser.add_argument("adapters", metavar="ADAPTER", nargs="+", help="adapter directory, or directory#task")
     parser.add_argument("out", metavar="OUT", help="directory to write; must be absent or empty")
@@ -74,7 +85,7 @@ def _into_base(args: argparse.Namespace) -> str:
 
     if len(args.adapters) > 1:
         raise AdapterError(f"{len(args.adapters)} adapters need --method; else give BASE ADAPTER OUT")
-    _refuse(args, "what merges LoRA adapters, by --method", "seed", *_OF_MERGES, *_OF_ARROW)
+    _refuse(args, "what merges LoRA adapters, by --method", "seed", "trained_on", *_OF_MERGES, *_OF_ARROW)
     out = replaceable(Path(args.out))
     (given_adapter,) = args.adapters
     base = open_base(args.base)
@@ -94,7 +105,8 @@ _OF_ARROW = ("top_k", "temperature", "general")
 
 def _refuse(args: argparse.Namespace, for_what: str, *names: str) -> None:
     """Raises AdapterError for options that would have no effect."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    flags = {"trained_on": "--base"}
+    given = [flags.get(name, f"--{name.replace('_', '-')}") for name in names if getattr(args, name) is not None]
     if given:
         raise AdapterError(f"{', '.join(given)}: for {for_what}")
 
@@ -112,13 +124,20 @@ def _into_one(args: argparse.Namespace) -> str:
     paths = [args.base, *args.adapters]
     weights = _weights(args.weights, len(paths))
     out = replaceable(Path(args.out))
-    parts = [read_part(weight, path) for weight, path in zip(weights, paths, strict=True)]
+    base = _trained_on(args)
+    parts = [read_part(weight, path, base) for weight, path in zip(weights, paths, strict=True)]
     found = merged_lora(parts, method)
     write_lora(out, found, parts[0].adapter.base_model)
     rank = max(len(down) for down, _ in found.pairs.values())
     return (
         f"merged {len(parts)} LoRA adapters by {args.method} into {args.out}: {len(found.pairs)} modules, rank {rank}"
     )
+
+
+def _trained_on(args: argparse.Namespace) -> "BaseModel | None":
+    from flora_vllm.formats.base_model import open_base
+
+    return None if args.trained_on is None else open_base(args.trained_on)
 
 
 def _into_arrow(args: argparse.Namespace) -> str:
@@ -130,8 +149,9 @@ def _into_arrow(args: argparse.Namespace) -> str:
     given = {"top_k": args.top_k, "temperature": args.temperature, "seed": args.seed}
     routing = Routing(**{name: value for name, value in given.items() if value is not None})
     out = replaceable(Path(args.out))
-    tasks = [read_part(1, path) for path in (args.base, *args.adapters)]
-    general = [read_part(1, path) for path in args.general or ()]
+    base = _trained_on(args)
+    tasks = [read_part(1, path, base) for path in (args.base, *args.adapters)]
+    general = [read_part(1, path, base) for path in args.general or ()]
     write_arrow(out, tasks, general, routing)
     return f"{args.out}: each token chooses {routing.top_k} of {len(tasks)} LoRA adapters in each layer"
 

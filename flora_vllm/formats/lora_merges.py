@@ -8,19 +8,21 @@ leaves out in silence (biases, layers that the first adapter does not select) is
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from flora_vllm.adapter import Adapter
 from flora_vllm.errors import AdapterError, adapter_error
+from flora_vllm.formats.base_model import BaseModel
 from flora_vllm.formats.files import CONFIG_NAME, collect_files
 from flora_vllm.formats.lora_writer import LoraFactors
 from flora_vllm.formats.merge_methods import ON_FACTORS, Method, combined
 from flora_vllm.formats.module_faults import is_embedding
 from flora_vllm.formats.ranks import Limits
 from flora_vllm.formats.reader import examine_files
+from flora_vllm.formats.repair import changed_of
 from flora_vllm.formats.tensor_file import load_json_object
 from flora_vllm.terms import Added
 
@@ -42,13 +44,19 @@ class LoraPart:
         return load_json_object(bytes(self.files[CONFIG_NAME]))
 
 
-def read_part(weight: float, path: str) -> LoraPart:
-    """The adapter directory `path` as a part. Raises AdapterError with every fault."""
+def read_part(weight: float, path: str, base: BaseModel | None = None) -> LoraPart:
+    """The adapter directory `path` as a part. Raises AdapterError with every fault.
+
+    `base`: what it was trained on; whole weights in the file that are this model's are none of the adapter.
+    """
     files, faults = collect_files(path)
     found = examine_files(files, None, Limits())
     if faults or found.adapter is None:
         raise adapter_error(path, [*faults, *found.faults])
-    return LoraPart(weight, path, files, found.adapter)
+    adapter = found.adapter
+    if base is not None and adapter.saved:
+        adapter = replace(adapter, saved={name: adapter.saved[name] for name in changed_of(base, adapter.saved)})
+    return LoraPart(weight, path, files, adapter)
 
 
 def merged_lora(parts: Sequence[LoraPart], method: Method) -> LoraFactors:
@@ -109,7 +117,10 @@ def part_faults(part: LoraPart) -> Iterator[str]:
     if adapter.invocation_tokens is not None:
         yield f"{part.label} has alora_invocation_tokens: it leaves a prompt's first tokens to the base model"
     if adapter.saved:
-        yield f"{part.label} holds {sorted(adapter.saved)} whole, which no merge has; save it without"
+        yield (
+            f"{part.label} holds {sorted(adapter.saved)} whole, which no merge has; save it without (in PEFT "
+            "save_embedding_layers=False), or, if that is the base's own, give `flora-vllm merge` the base with --base"
+        )
     if any(len(terms.terms) != 1 or not terms.of(Added) for terms in adapter.modules.values()):
         yield f"{part.label} has biases, which these merges leave out; save it with bias none and without lora_bias"
 

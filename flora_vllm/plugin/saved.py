@@ -34,7 +34,7 @@ def with_saved(
     norms: Mapping[str, AdaptedNorm],
 ) -> tuple[Adapter, list[str]]:
     """`adapter` with terms for each module that it holds whole and that is not this rank's part of the base's, and why
-    that cannot be for some. `norms`: those of the model that adapters may change."""
+    that cannot be for some; `saved` is then what differs. `norms`: those of the model that adapters may change."""
     if not adapter.saved:
         return adapter, []
     known = dict(model.named_modules(remove_duplicate=False))
@@ -42,7 +42,7 @@ def with_saved(
     for name, tensor in adapter.saved.items():
         module, _, kind = name.rpartition(".")
         tensors.setdefault(module, {})[kind] = tensor
-    modules, faults = dict(adapter.modules), []
+    modules, changed, faults = dict(adapter.modules), {}, []
     taken = {layout.rename(module) for module in modules}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for path, found in tensors.items():
@@ -56,6 +56,7 @@ def with_saved(
         held = norm.base_values() if norm is not None else {kind: getattr(layer, kind, None) for kind in found}
         if all(_is_equal(layer, kind, held.get(kind), tensor) for kind, tensor in found.items()):
             continue
+        changed |= {f"{path}.{kind}": tensor for kind, tensor in found.items()}
         try:
             if is_conv1d(model_type, module) and layout.rename(module) not in layout.norms:
                 raise AdapterError(f"{model_type} stores linear layers the other way round; train without it")
@@ -70,7 +71,7 @@ def with_saved(
             modules[module] = ModuleTerms(terms)
         except AdapterError as error:
             faults.append(f"module {module!r} is saved whole and differs from the base model's: {error}")
-    adapter = replace(adapter, modules=modules)
+    adapter = replace(adapter, modules=modules, saved=changed)
     return adapter, [*faults, *built_faults(modules, limits)]
 
 
