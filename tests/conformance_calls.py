@@ -170,7 +170,7 @@ CASES: tuple[Case, ...] = (
     _named("org/model"),
     _named("Größe"),
     _named("a" * 101),
-    _named("name@0123456789abcdef"),
+    _named(f"name@{'0123456789abcdef' * 4}"),
     Case("path that is not there", lambda s: s.load("x", "nothing"), "No adapter found for"),
     Case(
         "hub name that cannot be had",

@@ -126,7 +126,7 @@ def test_a_replica_tells_its_engine_by_the_names_that_clients_use(monkeypatch: p
     async def call(_method: str, _most: int | None) -> Any:
         return report
 
-    models = SimpleNamespace(lora_requests={"a@v1": SimpleNamespace(lora_int_id=1, lora_name="a@0123456789abcdef")})
+    models = SimpleNamespace(lora_requests={"a@v1": SimpleNamespace(lora_int_id=1, lora_name=f"a@{'0' * 64}")})
     client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=call))
 
     async def ask() -> tuple[str, list[dict[str, Any]]]:
@@ -139,4 +139,4 @@ def test_a_replica_tells_its_engine_by_the_names_that_clients_use(monkeypatch: p
     assert found["vllm:lora_adapter_loaded", "a", "gpu", "smol", "false", "8"] == 1
     assert not any("gone" in key for key in found)
     (entry,) = merged_adapters([("a", "smol", Entry("a", "v1", "/a", 50, 8))], [("smol", "x", listed)])
-    assert (entry["name"], entry["state"], entry["digest"], entry["rank"]) == ("a", "resident", "0123456789abcdef", 8)
+    assert (entry["name"], entry["state"], entry["digest"], entry["rank"]) == ("a", "resident", "0" * 64, 8)

@@ -271,7 +271,7 @@ def test_a_server_keeps_so_many_choosers(folder: Path) -> None:
     models: Any = SimpleNamespace()
     for number in range(MOST_CHOOSERS):
         check_room(models, f"tasks{number}")
-        choosers_of(models)[f"tasks{number}@{number:016x}"] = read_chooser(folder)
+        choosers_of(models)[f"tasks{number}@{number:064x}"] = read_chooser(folder)
     check_room(models, "tasks0")  # the one that it replaces goes
     with pytest.raises(AdapterError, match=f"at most {MOST_CHOOSERS}; unload one"):
         check_room(models, "one-more")
@@ -315,8 +315,8 @@ def test_a_prompt_without_tokens_is_refused(folder: Path) -> None:
 def test_a_name_and_its_alias_find_the_chooser(folder: Path) -> None:
     chooser = read_chooser(folder)
     models = SimpleNamespace(
-        lora_requests={n: SimpleNamespace(lora_name=f"{n}@{'0' * 16}") for n in ("tasks", "other")},
-        _flora_choosers={f"tasks@{'0' * 16}": chooser},
+        lora_requests={n: SimpleNamespace(lora_name=f"{n}@{'0' * 64}") for n in ("tasks", "other")},
+        _flora_choosers={f"tasks@{'0' * 64}": chooser},
     )
     for model in ("tasks", "dlp:tasks"):
         found = named(models, model)

@@ -21,12 +21,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 DIGEST = "0123456789abcdef" * 4
 
 
-@pytest.mark.parametrize("name", ["poems", "team/poems", "a@b", f"odd@{DIGEST[:16]}", "multi\nline"])
+@pytest.mark.parametrize("name", ["poems", "team/poems", "a@b", f"odd@{DIGEST}", "multi\nline"])
 def test_identity_and_plain_name(name: str) -> None:
     known = identity(name, DIGEST)
-    assert split_identity(known) == (name, DIGEST[:16])
+    assert split_identity(known) == (name, DIGEST)
     assert plain_name(known) == name
     assert identity(name, "f" * 64) != known
+
+
+def test_an_identity_has_all_of_the_digest() -> None:
+    """A part of it can be made to fit other content."""
+    assert identity("a", "0" * 64) != identity("a", "0" * 63 + "1")
+    with pytest.raises(AssertionError, match="16 digits"):
+        identity("a", "0" * 16)
 
 
 def test_a_name_without_digest_is_itself() -> None:
@@ -46,7 +53,7 @@ def test_other_errors_are_not_ours() -> None:
     assert our_message("CUDA out of memory") is None
 
 
-MIX = mixes.Mix((mixes.Part(1.0, f"poems@{DIGEST[:16]}", "nowhere"),))
+MIX = mixes.Mix((mixes.Part(1.0, f"poems@{DIGEST}", "nowhere"),))
 
 
 class Engine:
@@ -172,7 +179,7 @@ def test_a_chooser_is_unloaded_whose_choices_go_meanwhile() -> None:
         models = models_of(engine := Engine())
         models._check_unload_lora_adapter_request = check
         for number, name in enumerate(("tasks", "tasks?a", "tasks?b", "tasks?c"), 1):
-            models.lora_requests[name] = SimpleNamespace(lora_name=f"{name}@{DIGEST[:16]}", lora_int_id=number)
+            models.lora_requests[name] = SimpleNamespace(lora_name=f"{name}@{DIGEST}", lora_int_id=number)
         engine.on_remove = lambda: len(engine.calls) > 1 and models.lora_requests.pop("tasks?b", None)
         await frontend._unload_lora_adapter(None, models, SimpleNamespace(lora_name="tasks"))
         assert engine.calls == [("remove", 1), ("remove", 2), ("remove", 4)]

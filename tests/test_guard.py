@@ -208,7 +208,7 @@ def test_tenants_do_not_see_the_parts_of_an_operators_mix(serving: Any) -> None:
     models = serving(Engine({}), [SimpleNamespace(name="base", model_path="base")])
     lora_request = importlib.import_module("vllm.lora.request").LoRARequest
     path = encoded(Mix((Part(1.0, "globex/secret@0", "/srv/root/secret"),)))
-    models.lora_requests["acme/m"] = lora_request(f"acme/m@{'0' * 16}", 1, path)
+    models.lora_requests["acme/m"] = lora_request(f"acme/m@{'0' * 64}", 1, path)
 
     def roots() -> list[str]:
         return [card.root for card in asyncio.run(models.show_available_models()).data if card.id == "acme/m"]
@@ -235,7 +235,7 @@ def test_mixes_of_a_request_are_of_whom_their_parts_are(serving: Any) -> None:
     models = serving(engine, [SimpleNamespace(name="base", model_path="base")])
     lora_request = importlib.import_module("vllm.lora.request").LoRARequest
     for number, name in enumerate(("acme/a", "mine"), 1):
-        models.lora_requests[name] = lora_request(f"{name}@{'0' * 16}", number, f"/srv/root/{name}")
+        models.lora_requests[name] = lora_request(f"{name}@{'0' * 64}", number, f"/srv/root/{name}")
     server = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
 
     def ask(tenant: Tenant, part: str) -> tuple[str, Any, bool]:
@@ -282,7 +282,7 @@ def test_servers_of_one_engine_give_no_id_to_two_mixes_and_no_mix_two_ids(servin
 
     for rank, weights in ((0, (0.5, 0.25)), (1, (0.25, 0.5, 0.75))):
         models = serving(Loading({}, 2, rank), [SimpleNamespace(name="base", model_path="base")])
-        models.lora_requests["a"] = lora_request(f"a@{'0' * 16}", models.lora_id_counter.inc(1), "/a")
+        models.lora_requests["a"] = lora_request(f"a@{'0' * 64}", models.lora_id_counter.inc(1), "/a")
         server = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
         for weight in weights:
             request = SimpleNamespace(model="base", model_extra={"flora": {"mix": {"a": weight}}})

@@ -128,7 +128,7 @@ def _app(answer: Any) -> FastAPI:
     app.mount("/metrics", make_asgi_app(registry=registry))
     app.state.engine_client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=call))
     table = {
-        name: SimpleNamespace(lora_int_id=i, lora_name=f"{name}@0123456789abcdef")
+        name: SimpleNamespace(lora_int_id=i, lora_name=f"{name}@{'0' * 64}")
         for i, name in enumerate(("acme/a", "other/b", "acme/c"))
     }
     app.state.openai_serving_models = SimpleNamespace(lora_requests=ScopedRequests(table))
@@ -227,7 +227,7 @@ def test_the_list_is_the_tenants_own_and_says_where_each_is():
         ("acme/c", "registered"),
         ("other/b", "host"),
     ]
-    assert everything[0]["digest"] == "0123456789abcdef"
+    assert everything[0]["digest"] == "0" * 64
     assert (everything[0]["rank"], everything[1]["rank"]) == (4, None)
     token = CURRENT.set(Tenant("acme", ("acme/*",)))
     try:

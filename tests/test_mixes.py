@@ -11,7 +11,7 @@ from flora_vllm.plugin.mix_requests import MOST_UNNAMED, outdated
 from flora_vllm.plugin.mixes import Asked, Mix, Part, asked_in, checked, decoded, digest_of_mix, encoded, mix_of
 
 TIES = Method("ties", density=0.5)
-A, B = (SimpleNamespace(lora_name=f"{n}@{n * 16}", lora_path=f"adapters/{n}") for n in "ab")
+A, B = (SimpleNamespace(lora_name=f"{n}@{n * 64}", lora_path=f"adapters/{n}") for n in "ab")
 
 
 def mix(weights, loaded, method=None):
@@ -99,7 +99,7 @@ def test_object_that_says_nothing(weights):
 
 
 def test_parts_come_back_from_what_stands_in_place_of_a_path():
-    parts = (Part(0.7, "a@" + "a" * 16, "adapters/a"), Part(0.3, "b@" + "b" * 16, "adapters/b"))
+    parts = (Part(0.7, "a@" + "a" * 64, "adapters/a"), Part(0.3, "b@" + "b" * 64, "adapters/b"))
     for method in (None, TIES, Method("dare_ties", 1, "frequency", 3), Routing(1, 0.5, 7)):
         found = mix({"a": 0.7, "b": 0.3}, {"a": A, "b": B}, method)
         assert found == Mix(parts, method)
@@ -131,7 +131,7 @@ def test_a_merge_is_no_part_and_has_no_mix_for_one():
 def test_the_digest_is_that_of_contents_weights_and_method():
     both = {"a": A, "b": B}
     one = mix({"a": 0.7, "b": 0.3}, both)
-    moved = mix({"x": 0.7, "b": 0.3}, {"x": SimpleNamespace(lora_name="x@" + "a" * 16, lora_path="c"), "b": B})
+    moved = mix({"x": 0.7, "b": 0.3}, {"x": SimpleNamespace(lora_name="x@" + "a" * 64, lora_path="c"), "b": B})
     assert digest_of_mix(one) == digest_of_mix(moved)
     others = [one, mix({"a": 0.6, "b": 0.3}, both), mix({"a": 0.7, "b": 0.3}, {"a": B, "b": B})]
     others += [mix({"a": 0.7, "b": 0.3}, both, Method("ties", density)) for density in (0.5, 0.6)]

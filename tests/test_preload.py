@@ -77,7 +77,7 @@ def test_removed_and_loaded_again_is_what_is_there_now(engine, adapters, tmp_pat
 
 
 def test_a_name_that_looks_like_an_identity_is_a_name(engine, adapters):
-    name = "poems@0123456789abcdef"
+    name = "poems@" + "0123456789abcdef" * 4
     answer, output = _ask(engine, _request(name, 73, adapters["hira"]))
     wanted = engine.ask([Ask(PROMPT, adapters["hira"])], tokens=6)[0]
     assert support.difference(answer, wanted) < support.LOGPROB_TOLERANCE

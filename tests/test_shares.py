@@ -246,10 +246,10 @@ def test_accounts_are_bounded() -> None:
 @pytest.mark.parametrize(
     ("name", "prefix"),
     [
-        ("acme/poems@0123456789abcdef", "acme"),
+        (f"acme/poems@{'0' * 64}", "acme"),
         ("acme/a/b", "acme"),
-        ("poems@0123456789abcdef", "poems"),
-        ("mix:acme/poems*0.7+other/legal*0.3@0123456789abcdef", "acme"),
+        (f"poems@{'0' * 64}", "poems"),
+        (f"mix:acme/poems*0.7+other/legal*0.3@{'0' * 64}", "acme"),
         ("mix:poems*0.7+legal*0.3", "poems"),
         ("mix:named", "mix:named"),
     ],

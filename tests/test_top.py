@@ -28,7 +28,7 @@ def published(tokens: int, report: float = 5.0) -> str:
     Counter("vllm:prefix_cache_hits", "", registry=registry).inc(50)
     info = Gauge("vllm:lora_requests_info", "", ["running_lora_adapters", "waiting_lora_adapters"], registry=registry)
     info.labels("old", "").set(report - 1)
-    info.labels("poems@0123456789abcdef,odd \"name'", "legal@v2").set(report)
+    info.labels(f"poems@{'0' * 64},odd \"name'", "legal@v2").set(report)
     labels = ["adapter_name", "family"]
     generated = Counter("flora_generation_tokens", "", labels, registry=registry)
     first = Summary("flora_time_to_first_token_seconds", "", labels, registry=registry)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("lora_name", "added"),
     [
-        (identity("poems", "a" * 64), {traces.NAME: "poems", traces.DIGEST: "a" * 16}),
+        (identity("poems", "a" * 64), {traces.NAME: "poems", traces.DIGEST: "a" * 64}),
         ("plain", {traces.NAME: "plain"}),
         (None, {}),
     ],

@@ -197,7 +197,7 @@ class AdapterLoader:
         with self._phase("read"):
             path = place if isinstance(place, Path) else _local(place)
             files, faults = collect_files(path, self._root_of(path))
-            if faults or digest is None or digest_of_task(digest_of(dict(files)), task).startswith(digest):
+            if faults or digest is None or digest == digest_of_task(digest_of(dict(files)), task):
                 return files, [*faults]
             return files, ["the directory changed after the server read it; load it again"]
 
