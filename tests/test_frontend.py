@@ -56,6 +56,10 @@ def test_other_errors_are_not_ours() -> None:
 MIX = mixes.Mix((mixes.Part(1.0, f"poems@{DIGEST}", "nowhere"),))
 
 
+class Asked(SimpleNamespace):
+    """A request, to which weak references are possible, as to vLLM's."""
+
+
 class Engine:
     """As much of vLLM's asynchronous engine as loads and unloads need: what it was asked for, and when it answers."""
 
@@ -126,7 +130,7 @@ def test_a_load_whose_client_has_gone_is_known_nonetheless() -> None:
     """The engine ends it; whatever nobody here knows of would never be unloaded."""
 
     async def mix(models: Any) -> None:
-        request = SimpleNamespace(model="base")
+        request = Asked(model="base")
         await mix_requests._give(models, request, {"poems": 1.0}, "mix:poems*1.0", MIX, None)
 
     async def resolve(models: Any) -> None:
@@ -149,6 +153,32 @@ def test_a_load_whose_client_has_gone_is_known_nonetheless() -> None:
 
     asyncio.run(scenario(mix, "mix:poems*1.0"))
     asyncio.run(scenario(resolve, "poems"))
+
+
+def test_a_requests_mix_stays_while_the_request_does() -> None:
+    """Its media may be fetched for long before the mix is looked up, while any number of other mixes come."""
+
+    async def ask(models: Any, weight: float) -> Any:
+        request = Asked(model="base")
+        weights, mix = {"poems": weight}, mixes.Mix((mixes.Part(weight, f"poems@{DIGEST}", "nowhere"),))
+        assert await mix_requests._give(models, request, weights, mixes.text_of(weights), mix, None) is None
+        return request
+
+    async def scenario() -> None:
+        models = models_of(Engine())
+        slow = await ask(models, 0.5)
+        for number in range(mix_requests.MOST_UNNAMED):
+            await ask(models, 1.0 + number)
+        assert slow.model in models.lora_requests
+        assert len(models._flora_mixes) == mix_requests.MOST_UNNAMED + 1
+        name = slow.model
+        del slow
+        await ask(models, 0.75)
+        await done(models)
+        assert name not in models.lora_requests
+        assert len(models._flora_mixes) == mix_requests.MOST_UNNAMED
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(("engines", "removed"), [(1, []), (2, [("remove", 1)])])

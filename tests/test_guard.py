@@ -101,6 +101,10 @@ def serving() -> Iterator[Any]:
 ERROR_TEXTS = ("error_response", "handlers.http", "handlers.validation")
 
 
+class Asked(SimpleNamespace):
+    """A request, to which weak references are possible, as to vLLM's."""
+
+
 def load(serving: Any, name: str, path: str, **options: Any) -> Any:
     protocol = importlib.import_module("vllm.entrypoints.serve.lora.protocol")
     models = serving(Engine(options), [SimpleNamespace(name="base", model_path="base")])
@@ -239,7 +243,7 @@ def test_mixes_of_a_request_are_of_whom_their_parts_are(serving: Any) -> None:
     server = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
 
     def ask(tenant: Tenant, part: str) -> tuple[str, Any, bool]:
-        request = SimpleNamespace(model="base", model_extra={"flora": {"mix": {part: 0.5}}})
+        request = Asked(model="base", model_extra={"flora": {"mix": {part: 0.5}}})
         token = CURRENT.set(tenant)
         try:
             refused = asyncio.run(mix_requests.choose(server, request))
@@ -285,7 +289,7 @@ def test_servers_of_one_engine_give_no_id_to_two_mixes_and_no_mix_two_ids(servin
         models.lora_requests["a"] = lora_request(f"a@{'0' * 64}", models.lora_id_counter.inc(1), "/a")
         server = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
         for weight in weights:
-            request = SimpleNamespace(model="base", model_extra={"flora": {"mix": {"a": weight}}})
+            request = Asked(model="base", model_extra={"flora": {"mix": {"a": weight}}})
             assert asyncio.run(mix_requests.choose(server, request)) is None
     assert len(given) == len({number for number, _ in given}) == len({name for _, name in given}) == 5
     assert all(1 << 30 <= number < 1 << 31 for number, _ in given)

@@ -140,8 +140,8 @@ def test_the_digest_is_that_of_contents_weights_and_method():
     assert len({digest_of_mix(other) for other in others}) == len(others)
 
 
-def test_unnamed_mixes_are_unloaded_when_many_and_old():
-    recent = {f"mix:{i}": float(i) for i in range(MOST_UNNAMED + 3)}
-    assert outdated(recent, 1000.0) == ["mix:0", "mix:1", "mix:2"]
-    assert outdated(recent, 11.5) == ["mix:0", "mix:1"]
-    assert outdated(dict(list(recent.items())[3:]), 1000.0) == []
+def test_unnamed_mixes_are_unloaded_when_many_and_of_no_use():
+    recent = [f"mix:{i}" for i in range(MOST_UNNAMED + 3)]
+    assert outdated(recent, ()) == ["mix:0", "mix:1", "mix:2"]
+    assert outdated(recent, {"mix:1", "mix:60"}) == ["mix:0", "mix:2"]
+    assert outdated(recent[3:], ()) == []

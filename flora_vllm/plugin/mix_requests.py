@@ -8,11 +8,10 @@ answer has the chooser's name. The least recently asked for is unloaded. HEADER 
 import functools
 import importlib
 import json
-import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from http import HTTPStatus
-from itertools import islice
 from typing import Any
 
 from flora_vllm.errors import AdapterError
@@ -21,14 +20,13 @@ from flora_vllm.plugin import choosers, frontend, guard, mixes
 from flora_vllm.plugin.access import CURRENT, OPERATOR, ScopedRequests
 from flora_vllm.plugin.hooks import offers
 from flora_vllm.plugin.lasting import to_its_end
+from flora_vllm.plugin.lent import LENT
 from flora_vllm.plugin.mix_paths import ARROW_PREFIX, PREFIX
 from flora_vllm.plugin.options import options_of
 from flora_vllm.plugin.told import tell
 
 KEY, HEADER = "flora", "x-flora-mix"
 MOST_UNNAMED = 64
-# What was asked for so recently stays: its request may not have reached the engine yet.
-_GRACE_S = 10.0
 _BASE = "vllm.entrypoints.serve.engine.serving"
 _CHOOSES = f"{_BASE}:BaseServing.before_check_model"  # patches/0019
 _LOADS_MIXES = "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest.arrow"  # patches/0020
@@ -132,7 +130,7 @@ async def _give(
     models: Any, request: Any, weights: Mapping[str, float], name: str, content: str | mixes.Mix, told: str | None
 ) -> Any:
     """The request names the mix, which is loaded; None, or an error response."""
-    known = await to_its_end(models, _loaded(models, name, content, told, weights))
+    known = await to_its_end(models, _loaded(models, request, name, content, told, weights))
     if not isinstance(known, str):
         return guard.presentable(known, None)  # parts have paths, which this client may never have sent
     request.model = name
@@ -140,8 +138,10 @@ async def _give(
     return None
 
 
-async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | None, parts: Iterable[str]) -> Any:
-    """The identity of the mix, loaded under `name`, or an error response."""
+async def _loaded(
+    models: Any, request: Any, name: str, content: str | mixes.Mix, told: str | None, parts: Iterable[str]
+) -> Any:
+    """The identity of the mix, loaded under `name` for as long as `request` may ask with it, or an error response."""
     table = models.lora_requests
     async with models.lora_resolver_lock[name]:
         # Before they are looked up, for they may lose their names meanwhile.
@@ -150,26 +150,39 @@ async def _loaded(models: Any, name: str, content: str | mixes.Mix, told: str | 
     if isinstance(known, str):
         if mixed_of is not None:
             table.open_by_parts(name, mixed_of)
-        recent: OrderedDict[str, float] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
-        recent[name] = time.monotonic()
+        recent: OrderedDict[str, None] = models.__dict__.setdefault("_flora_mixes", OrderedDict())
+        recent[name] = None
         recent.move_to_end(name)
         # The oldest may be another tenant's.
         token = CURRENT.set(OPERATOR)
         try:
-            while old := outdated(recent, time.monotonic()):
+            if name in table:
+                # Its media may be fetched for long before it is looked up; then the handler has a loan of its own.
+                weakref.finalize(request, _end_loan, LENT.lend(table[name])).atexit = False
+            while old := outdated(recent, _lent_names(table)):
                 oldest = old[0]
                 del recent[oldest]
-                if oldest in models.lora_requests:
-                    await frontend.release(models, models.lora_requests.pop(oldest))
+                if oldest in table:
+                    await frontend.release(models, table.pop(oldest))
         finally:
             CURRENT.reset(token)
     return known
 
 
-def outdated(recent: Mapping[str, float], now: float) -> list[str]:
-    """Those beyond the MOST_UNNAMED asked for last. `recent`: name -> when it was, the oldest first."""
-    beyond = max(len(recent) - MOST_UNNAMED, 0)
-    return [name for name, asked_at in islice(recent.items(), beyond) if now - asked_at > _GRACE_S]
+def _end_loan(_lent: Any) -> None:
+    """Nothing refers to it any more."""
+
+
+def _lent_names(table: Mapping[str, Any]) -> set[str]:
+    """Those in the table of adapters that a request may still ask with."""
+    lent = {request.lora_name for request in LENT.requests()}
+    return {name for name, request in table.items() if request.lora_name in lent}
+
+
+def outdated(recent: Iterable[str], lent: Collection[str]) -> list[str]:
+    """Those beyond the MOST_UNNAMED asked for last that nobody may still ask with. `recent`: the oldest first."""
+    names = list(recent)
+    return [name for name in names[: max(len(names) - MOST_UNNAMED, 0)] if name not in lent]
 
 
 def _error(message: str) -> Any:
