@@ -1,10 +1,12 @@
 """vLLM's own scheduler, flooded by one tenant: when the others' requests run."""
 
+import asyncio
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scheduler_support import LENGTH, STEP_S, Clock, Run
@@ -285,24 +287,49 @@ def test_without_keys_shares_by_key_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert stock is not launcher.init_entrypoints_middleware
 
 
-def test_the_server_writes_the_share_on_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_writes_the_share_on_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of a realtime session's input is one, and none of those gets an id or headers of its own from vLLM."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    monkeypatch.setattr(InputProcessor, "assign_request_id", inspect.unwrap(InputProcessor.assign_request_id))
+    monkeypatch.setattr(AsyncLLM, "_add_request", inspect.unwrap(AsyncLLM._add_request))
     shares.install_request_side()
-    asked = EngineCoreRequest("r", [1], None, None, None, 0.0, None, None, None)
-    asked.trace_headers = {"traceparent": "00-1-2-03", "x-flora-share": "somebody else's"}
-    processor = object.__new__(InputProcessor)
-    processor.vllm_config = SimpleNamespace(additional_config={"flora": {"adapter_shares": "key"}})
-    token = access.SHARE.set("tenant acme")
-    try:
-        processor.assign_request_id(asked)
-    finally:
-        access.SHARE.reset(token)
-    assert asked.trace_headers == {"traceparent": "00-1-2-03", "x-flora-share": "tenant acme"}
-    assert asked.external_req_id == "r"
-    assert shares.by_key(asked) == "tenant acme"
+    added: list[EngineCoreRequest] = []
+
+    async def add(request: EngineCoreRequest) -> None:
+        added.append(request)
+
+    def made(request_id: str, trace_headers: dict[str, str] | None, **_: object) -> EngineCoreRequest:
+        request = EngineCoreRequest(request_id, [1], None, None, None, 0.0, None, None, None)
+        request.trace_headers = trace_headers
+        return request
+
+    engine: Any = object.__new__(AsyncLLM)
+    engine.vllm_config = SimpleNamespace(additional_config={"flora": {"adapter_shares": "key"}})
+    engine.output_processor = SimpleNamespace(has_request=lambda _: True, add_request=lambda *_: None)
+    engine.engine_core = SimpleNamespace(add_request_async=add)
+    engine.log_requests, engine.model_config = False, SimpleNamespace(is_encoder_decoder=False)
+    engine.input_processor = SimpleNamespace(process_inputs=made, assign_request_id=lambda _: None)
+    engine.get_supported_tasks = lambda: asyncio.sleep(0, ())
+    engine._run_output_handler = lambda: None
+
+    async def parts() -> AsyncIterator[SimpleNamespace]:
+        for _ in range(2):
+            yield SimpleNamespace(sampling_params=None, prompt={"prompt_token_ids": [1]})
+
+    async def ask() -> None:
+        access.SHARE.set("tenant acme")
+        sent = {"traceparent": "00-1-2-03", "x-flora-share": "somebody else's"}
+        await engine._add_request(made("r", sent), None, None, 0, None)
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+        queue = await engine._add_streaming_input_request("s", parts(), params)
+        await queue._input_stream_task
+
+    asyncio.run(ask())
+    assert added[0].trace_headers == {"traceparent": "00-1-2-03", "x-flora-share": "tenant acme"}
+    assert [shares.by_key(request) for request in added] == ["tenant acme"] * 4
 
 
 def test_the_option_is_one_of_three() -> None:

@@ -33,8 +33,7 @@ SCHEDULER_HOOKS = (
         }.items()
     ),
     Hook("vllm.v1.core.sched.output:SchedulerOutput.num_scheduled_tokens"),
-    Hook("vllm.v1.engine.input_processor:InputProcessor.__init__", ("self", "vllm_config"), sets=("vllm_config",)),
-    Hook("vllm.v1.engine.input_processor:InputProcessor.assign_request_id", ("request",)),
+    Hook("vllm.v1.engine.async_llm:AsyncLLM._add_request", ("self", "request")),
     Hook("vllm.v1.engine:EngineCoreRequest.trace_headers"),
     Hook(f"{_REQUEST}:RequestStatus.FINISHED_ERROR"),
     Hook(f"{_REQUEST}:RequestStatus.WAITING"),

@@ -219,14 +219,14 @@ def install() -> None:
 
 def install_request_side() -> None:
     """Have the server write on each request whose key it came with."""
-    processor: Any = importlib.import_module("vllm.v1.engine.input_processor").InputProcessor
-    assign = processor.assign_request_id
+    engine: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
+    add = engine._add_request  # each part of a realtime session's input is a request there, too
 
-    @functools.wraps(assign)
-    def assign_and_mark(self: Any, request: Any) -> None:
-        assign(request)
+    @functools.wraps(add)
+    async def mark_and_add(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         options = options_of(self.vllm_config.additional_config)
         if options is not None and options.adapter_shares == "key":
             request.trace_headers = {**(request.trace_headers or {}), _HEADER: SHARE.get()}
+        await add(self, request, *args, **kwargs)
 
-    processor.assign_request_id = assign_and_mark
+    engine._add_request = mark_and_add
