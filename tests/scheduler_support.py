@@ -39,6 +39,7 @@ class Run:
         slots: int = SLOTS,
         is_async: bool = False,
         is_caching: bool = False,
+        kv_transfer: Any = None,
     ) -> None:
         from vllm.config import CacheConfig, DeviceConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
         from vllm.utils.hashing import sha256_cbor
@@ -61,6 +62,7 @@ class Run:
             ),
             cache_config=CacheConfig(block_size=16, enable_prefix_caching=is_caching),
             device_config=DeviceConfig("cpu"),
+            kv_transfer_config=kv_transfer,
             lora_config=LoRAConfig(max_loras=slots, max_lora_rank=8, lora_dtype="bfloat16"),
         )
         config.additional_config = {} if options is None else {KEY: options}

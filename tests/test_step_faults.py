@@ -104,3 +104,35 @@ def test_faults_of_several_stages_are_one() -> None:
     assert _joined([None, None]) is None
     assert _joined([first, None, second, first]) == StepFault("gone; lost", frozenset({1, 2}))
     assert _joined([first, StepFault("bypassed")]) == StepFault("gone; bypassed"), "of any adapter"
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_what_a_failed_step_has_stored_elsewhere_is_forgotten_or_said_to_be_there(
+    can, tiny_model, monkeypatch, caplog
+) -> None:
+    """vLLM's connector for offloading; and one that cannot be emptied."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from flora_vllm.plugin import step_faults
+
+    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
+    step_faults.install_scheduler_side()
+    emptied, reset = [], OffloadingConnector.reset_cache
+    monkeypatch.setattr(OffloadingConnector, "reset_cache", lambda self: emptied.append(reset(self)) or True)
+    if not can:
+        monkeypatch.setattr(OffloadingConnector, "reset_cache", KVConnectorBase_V1.reset_cache)
+    stored = KVTransferConfig(
+        kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config={"cpu_bytes_to_use": 1 << 20}
+    )
+    run = Run(tiny_model("llama"), None, Clock(), slots=2, is_caching=True, kv_transfer=stored)
+    name = run.ask(1, prompt=40)
+    run.fault = step_faults.StepFault("gone", frozenset({1}))
+    run.step()
+    assert run.failed == {name}
+    assert emptied == [True] * can
+    assert ("OffloadingConnector cannot be emptied" in caplog.text) == (not can)
+    followers = run.scheduler.connector.connector_scheduler._req_status
+    assert (name in followers) == (not can), "else its blocks are stored with the next step"

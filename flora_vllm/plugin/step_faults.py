@@ -190,8 +190,29 @@ def _fail(scheduler: Any, scheduled: Mapping[str, int], fault: StepFault) -> lis
     requests = [scheduler.requests[name] for name in failing]
     failed = scheduler.finish_requests(failing, status)
     drop_encodings(scheduler.encoder_cache_manager, None if is_any else requests)
+    _forget_stored(scheduler)
     logger.error("%d requests of a step with adapters were ended with an error: %s", len(failed), fault.reason)
     return failed
+
+
+def _forget_stored(scheduler: Any) -> None:
+    """Empty what a KV connector keeps elsewhere: it stores blocks of a step before that is known to have failed."""
+    connector = scheduler.connector
+    if connector is None:
+        return
+    base = importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.base").KVConnectorBase_V1
+    emptied = type(connector).reset_cache is not base.reset_cache  # else vLLM says so though nothing happens
+    try:
+        emptied = emptied and scheduler.reset_connector_cache()
+    except Exception:  # in the middle of something, says vLLM's own of a second fault before the next step
+        logger.exception("%s was asked to forget what it has stored", type(connector).__name__)
+        emptied = False
+    if not emptied:
+        logger.error(
+            "%s cannot be emptied and may hold blocks of that step, which later requests of its adapters would take "
+            "for theirs; empty the store that it writes to, or restart it",
+            type(connector).__name__,
+        )
 
 
 def drop_encodings(cache: Any, requests: Sequence[Any] | None) -> None:
