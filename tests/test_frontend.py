@@ -1,14 +1,19 @@
 """Names, identities and error texts, without a server."""
 
 import asyncio
+import contextvars
 import functools
+import importlib
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from flora_vllm import write_flora
 from flora_vllm.errors import adapter_error
 from flora_vllm.plugin import frontend, guard, mix_requests, mixes
 from flora_vllm.plugin.access import ScopedRequests
@@ -153,6 +158,34 @@ def test_a_load_whose_client_has_gone_is_known_nonetheless() -> None:
 
     asyncio.run(scenario(mix, "mix:poems*1.0"))
     asyncio.run(scenario(resolve, "poems"))
+
+
+def test_a_resolver_finds_in_its_own_directory_whatever_the_clients_root_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = importlib.import_module("vllm.lora.resolver").LoRAResolverRegistry
+    monkeypatch.setattr(registry, "resolvers", {})
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(tmp_path / "found"))
+    write_flora(tmp_path / "found" / "poems", {"layers.0.q_proj": (torch.ones(1, 4), torch.ones(4, 1))})
+    write_flora(tmp_path / "elsewhere", {"layers.0.q_proj": (torch.ones(1, 4), torch.ones(4, 1))})
+    (tmp_path / "found" / "link").symlink_to(tmp_path / "elsewhere")
+    frontend._register_resolver()
+
+    async def scenario() -> None:
+        models = models_of(engine := Engine())
+        engine.vllm_config.additional_config = {"flora": {"adapter_root": str(tmp_path / "root")}}
+        models.lora_resolvers, models.model_config = [*registry.resolvers.values()], SimpleNamespace(model="base")
+        found = await frontend._resolve_lora(None, models, "poems")
+        assert found.lora_path == str(tmp_path / "found" / "poems")
+        assert (await frontend._resolve_lora(None, models, "link")).error.code == 404
+        # The same path is not a client's to name.
+        refused = await asyncio.create_task(asked_by_path(models), context=contextvars.Context())
+        assert refused.error.code == 400
+
+    async def asked_by_path(models: Any) -> Any:
+        return await frontend.admit(models, "mine", str(tmp_path / "found" / "poems"), None, confined=True)
+
+    asyncio.run(scenario())
 
 
 def test_a_requests_mix_stays_while_the_request_does() -> None:

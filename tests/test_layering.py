@@ -62,7 +62,7 @@ PARTS = (
     Part("training", ("adapter", "errors", "formats", "ops", "ops.terms", "options", "terms", "train_request"),
          ("torch", "peft", "transformers", "safetensors", "trl", "datasets", "tqdm", "jinja2", "numpy", "yaml", "av")),
     Part("cluster.rules", ("errors",), ("numpy",)),
-    Part("cluster.vllm_engine", ("errors", "formats", "plugin", "cluster"), ("vllm",)),
+    Part("cluster.vllm_engine", ("errors", "formats", "plugin", "plugin.options", "cluster"), ("vllm",)),
     Part("cluster", ("errors", "exposition", "cluster.rules", "cluster.vllm_engine", "formats", "options",
                      "plugin.options"),
          ("numpy", "ray", "yaml", "fsspec", "fastapi", "starlette", "pydantic", "jsonschema")),

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 from collections import OrderedDict
+from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from flora_vllm.plugin.refusals import refusal
 _POLL_S = 0.1
 MOST_RETIRED = 4096
 _FIRST_OF_OWN = 1 << 30
+# (path, root) of what a resolver found for the present request: the operator's place, whatever the clients' root is.
+_found: ContextVar[tuple[str, str] | None] = ContextVar("flora_found", default=None)
 
 
 def install() -> None:
@@ -253,6 +256,11 @@ def _adapter_root(self: Any) -> str | None:
     return root_of_request(_checked_options(self).adapter_root)
 
 
+def _root_of(self: Any, path: str) -> str | None:
+    found = _found.get()
+    return found[1] if found is not None and found[0] == path else _adapter_root(self)
+
+
 def _beside(self: Any) -> tuple[int, int]:
     """How many servers this engine has, and which of them this is."""
     parallel = self.engine_client.vllm_config.parallel_config
@@ -268,8 +276,8 @@ async def _identify(
     self: Any, request: Any, confined: bool, mix: mixes.Mix | None = None, by_request: bool = False
 ) -> None:
     """Give the request the identity of `mix`, or of what its path says: content, mix, chooser. Raises AdapterError."""
-    root = _adapter_root(self) if confined else None
     name, path = request.lora_name, request.lora_path
+    root = _root_of(self, path) if confined else None
     allowed = _checked_options(self).adapter_digests
     chooser, family = None, mixes.MIX
     if mix is None and not confined:
@@ -383,7 +391,10 @@ def _register_resolver() -> None:
                 path = resolve_under(root, lora_name)
             except AdapterError:
                 return None
-            return lora_request(lora_name, 1, str(path)) if (path / "adapter_config.json").is_file() else None
+            if not (path / CONFIG_NAME).is_file():
+                return None
+            _found.set((str(path), root))
+            return lora_request(lora_name, 1, str(path))
 
     # vLLM's own resolver of the same directory takes LoRA only and follows names and links out of it.
     resolver.LoRAResolverRegistry.resolvers.pop("Filesystem Resolver", None)
