@@ -1,5 +1,6 @@
 """What the workers' steps are wrapped in."""
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_a_failed_steps_requests_fail_with_those_that_were_given_its_blocks(faul
 
     from flora_vllm.plugin import step_faults
 
-    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
+    monkeypatch.setattr(Scheduler, "update_from_output", inspect.unwrap(Scheduler.update_from_output))
     step_faults.install_scheduler_side()
     run = Run(tiny_model("llama"), None, Clock(), slots=2, is_async=True, is_caching=True)
     running = run.ask(1, prompt=3)
@@ -67,7 +68,7 @@ def test_what_a_request_that_has_left_was_to_fill_is_not_found(leaves, is_async,
 
     from flora_vllm.plugin import step_faults
 
-    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
+    monkeypatch.setattr(Scheduler, "update_from_output", inspect.unwrap(Scheduler.update_from_output))
     step_faults.install_scheduler_side()
     run = Run(tiny_model("llama"), None, Clock(), slots=2, is_async=is_async, is_caching=True)
     other = run.ask(2, prompt=40)
@@ -118,7 +119,7 @@ def test_what_a_failed_step_has_stored_elsewhere_is_forgotten_or_said_to_be_ther
 
     from flora_vllm.plugin import step_faults
 
-    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
+    monkeypatch.setattr(Scheduler, "update_from_output", inspect.unwrap(Scheduler.update_from_output))
     step_faults.install_scheduler_side()
     emptied, reset = [], OffloadingConnector.reset_cache
     monkeypatch.setattr(OffloadingConnector, "reset_cache", lambda self: emptied.append(reset(self)) or True)

@@ -128,7 +128,9 @@ def make_model(cases: dict[str, Case]) -> Any:
             self.one = ReplicatedLinear(IN, 40, **settings, prefix="one")
             self.two = MergedColumnParallelLinear(IN, [16, 8], **settings, prefix="two")
 
-        def forward(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+            """Of rows, or, where the engine tries the model once, of tokens."""
+            x_TI = input_ids if input_ids.dim() == 2 else torch.zeros(len(input_ids), IN)
             return self.one(x_TI)[0], self.two(x_TI)[0]
 
     model: Any = Model()
