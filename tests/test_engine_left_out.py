@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FEED_FORWARD, WIDTH, tiny_nemotron_h
 
 import flora_vllm
+from flora_vllm.plugin import loader
 
 pytestmark = support.ENGINE_MARKS
 
@@ -31,7 +32,9 @@ def _add(folder: Path, module: str) -> None:
     save_file(load_file(path) | {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path)
 
 
-def test_modules_that_the_engine_never_runs_are_left_out(tmp_path, caplog):
+def test_modules_that_the_engine_never_runs_are_left_out(tmp_path, monkeypatch):
+    told: list[str] = []  # whatever other tests of this process have made of loggers
+    monkeypatch.setattr(loader.logger, "warning", lambda text, *more: told.append(text % more))
     model = tiny_nemotron_h(tmp_path / "model")
     states: dict[str, support.State | None] = {"base": None}
     for seed, name in enumerate(("drafting", "elsewhere")):
@@ -56,4 +59,4 @@ def test_modules_that_the_engine_never_runs_are_left_out(tmp_path, caplog):
     oracle = support.oracle_of(model)
     errors = {name: oracle.error(states[name], ask, served[True][i]) for i, (name, ask) in enumerate(asks.items())}
     assert max(errors.values()) < support.LOGPROB_TOLERANCE, errors
-    assert "2 tensors of modules that this engine never runs are left out" in caplog.text
+    assert any("2 tensors of modules that this engine never runs are left out" in text for text in told)

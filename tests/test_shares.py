@@ -307,10 +307,13 @@ def test_the_server_writes_the_share_on_each_request(monkeypatch: pytest.MonkeyP
         return request
 
     engine: Any = object.__new__(AsyncLLM)
-    engine.vllm_config = SimpleNamespace(additional_config={"flora": {"adapter_shares": "key"}})
+    engine.vllm_config = SimpleNamespace(
+        additional_config={"flora": {"adapter_shares": "key"}}, is_mm_encoder_only=False
+    )
     engine.output_processor = SimpleNamespace(has_request=lambda _: True, add_request=lambda *_: None)
     engine.engine_core = SimpleNamespace(add_request_async=add)
-    engine.log_requests, engine.model_config = False, SimpleNamespace(is_encoder_decoder=False)
+    engine.log_requests = False
+    engine.model_config = SimpleNamespace(is_encoder_decoder=False, is_diffusion=False)
     engine.input_processor = SimpleNamespace(process_inputs=made, assign_request_id=lambda _: None)
     engine.get_supported_tasks = lambda: asyncio.sleep(0, ())
     engine._run_output_handler = lambda: None
