@@ -56,10 +56,10 @@ def test_it_is_found_where_peft_finds_it() -> None:
 def test_neither_a_prompt_nor_a_sequence_can_make_the_search_slow() -> None:
     prompt = [5] * 100_000
     invocation = [5] * (MOST_TOKENS // 2) + [6] + [5] * (MOST_TOKENS // 2 - 1)
-    start = time.perf_counter()
+    start = time.thread_time()
     assert first_adapted_token(prompt, invocation) is None
     assert first_adapted_token(prompt, [0] * MOST_TOKENS) is None
-    assert time.perf_counter() - start < 2  # the naive search takes minutes
+    assert time.thread_time() - start < 2  # the naive search takes minutes
 
 
 def test_no_merge_can_say_it(tmp_path: Path) -> None:
