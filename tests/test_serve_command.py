@@ -146,10 +146,15 @@ def supervised(tmp_path: Path, seen: Path, port: int) -> Iterator[subprocess.Pop
             process.kill()
 
 
+def let_supervisor_look() -> None:
+    """It asks the server for its adapters ten times a second, and shows nobody what it has heard."""
+    time.sleep(1.5)
+
+
 def test_a_dead_server_comes_back_with_its_adapters(supervised, tmp_path: Path, seen: Path, port: int) -> None:
     assert ask(port, f"/load?b={tmp_path}/b") == ["base", "a", "b"]
     ask(port, f"/load?c={tmp_path}/c")
-    time.sleep(1.5)  # it is watched ten times a second
+    let_supervisor_look()
     (tmp_path / "c").rmdir()
     ask(port, "/die")
     assert ask(port, "/v1/models") == ["base", "a", "b"]
@@ -173,7 +178,7 @@ def test_mixes_and_choosers_come_back(supervised, tmp_path: Path, seen: Path, po
     for name, mix in told.items():
         ask(port, f"/load?{quote(f'{name}=mix:{json.dumps(mix)}')}")
     ask(port, f"/load?chosen=dlp:{tmp_path}/c")
-    time.sleep(1.5)
+    let_supervisor_look()
     ask(port, "/die")
     assert ask(port, "/v1/models") == ["base", "a", "mixed", "long", "chosen"]
     supervised.send_signal(signal.SIGINT)
@@ -187,7 +192,7 @@ def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path:
     for name in ("served", "arriving", "unloaded"):
         (folder / name).mkdir()
     ask(port, f"/load?sent={folder}/served")
-    time.sleep(1.5)  # it is watched ten times a second
+    let_supervisor_look()
     for name in ("served", "unloaded"):
         os.utime(folder / name, (0, 0))
     end = time.monotonic() + 60
@@ -206,7 +211,7 @@ def test_uploads_come_back_and_go_when_they_are_not_served(supervised, tmp_path:
 
 def test_what_was_unloaded_does_not_come_back(supervised, seen: Path, port: int) -> None:
     assert ask(port, "/unload?a") == ["base"]
-    time.sleep(1.5)  # it is watched ten times a second
+    let_supervisor_look()
     ask(port, "/die")
     assert ask(port, "/v1/models") == ["base"]
     supervised.send_signal(signal.SIGINT)
@@ -218,7 +223,7 @@ def test_what_keeps_a_server_from_coming_back_is_left_out_in_the_end(
     supervised, tmp_path: Path, seen: Path, port: int
 ) -> None:
     ask(port, f"/load?bad={tmp_path}/b")
-    time.sleep(1.5)
+    let_supervisor_look()
     ask(port, "/die")
     assert ask(port, "/v1/models") == ["base", "a"]
     assert seen.read_text().count('"bad"') == serve.TRIES

@@ -48,7 +48,7 @@ def answered_before_quiet(door: Door) -> int:
         # Of forty new connections some wait seconds to be taken. This one is open by now.
         while door.waiting() < FLOOD // 2 + AT_ONCE:
             assert not all(one.done() for one in flood), "answered one by one: never a queue"
-            time.sleep(0.02)
+            time.sleep(0.02)  # each look is a request beside the flood
         asked = time.monotonic()
         answered = door.complete(QUIET, FLOOD, 1)
         return sum(asked < one.result() < answered for one in flood)

@@ -95,7 +95,7 @@ def _load(engine: Any, lora_request: Any, load: Callable[[Any], Any]) -> Any:
         request = given if _identified.get() else _identify(engine, given)
         try:
             result = load(request)
-        except Exception as error:  # see refusals.py
+        except Exception as error:  # of any class: refusals cross processes as text; what is none goes on as it is
             message = None if offers(INVALID) else refusal(error)
             if message is None:
                 raise
@@ -114,7 +114,7 @@ async def _load_async(engine: Any, lora_request: Any, load: Callable[[Any], Any]
         request = given if has_identity else await asyncio.to_thread(_identify, engine, given)
         try:
             result = await load(request)
-        except Exception as error:  # see refusals.py
+        except Exception as error:  # of any class: refusals cross processes as text; what is none goes on as it is
             message = refusal(error) if is_lent(lora_request) else None
             if message is None:
                 raise

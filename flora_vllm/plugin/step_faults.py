@@ -204,7 +204,9 @@ def _forget_stored(scheduler: Any) -> None:
     emptied = type(connector).reset_cache is not base.reset_cache  # else vLLM says so though nothing happens
     try:
         emptied = emptied and scheduler.reset_connector_cache()
-    except Exception:  # in the middle of something, says vLLM's own of a second fault before the next step
+    except Exception:
+        # vLLM's own asserts that it was not asked twice between two steps. To raise would end the engine for everybody,
+        # and the step's requests have failed already; what may still be stored is said below.
         logger.exception("%s was asked to forget what it has stored", type(connector).__name__)
         emptied = False
     if not emptied:
